@@ -1,0 +1,60 @@
+# make repro   set up and run the whole pipeline        make test   set up and run all tests
+# make help    everything else
+
+# The first Python from 3.10 to 3.12 that answers; or say `make PYTHON=/path/to/python ...`.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3 python; do \
+	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	&& { echo $$python; break; }; done)
+
+VENV := .venv
+INSTALLED := $(VENV)/installed-$(if $(GPU),gpu,cpu)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help repro install test test-fast check lock clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+repro: install  ## run what has changed of the pipeline, from documents to the evaluation report
+	dvc repro
+	@python -m stages.summary
+
+install: $(INSTALLED)  ## make .venv and install the locked dependencies (GPU=1: with faiss for CUDA 12)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "retro needs Python 3.10, 3.11 or 3.12; name one: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@echo "installing the locked dependencies (a little over 2 GB, 2 to 3 minutes)"
+	python -m pip install --disable-pip-version-check --progress-bar off -q -r requirements.lock
+	python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+ifdef GPU
+	# faiss-cpu and faiss-gpu own the same folder, so one has to go before the other comes.
+	python -m pip uninstall --disable-pip-version-check -q -y faiss-cpu
+	python -m pip install --disable-pip-version-check --progress-bar off -q faiss-gpu-cu12==1.12.0 numpy==$$(sed -n 's/^numpy==//p' requirements.lock)
+endif
+	@touch $@
+
+test: install  ## all tests that need no GPU, the fast ones first
+	python -m pytest -m "not slow"
+	python -m pytest -m slow
+
+test-fast: install  ## the inner loop
+	python -m pytest -m "not slow" -x -q
+
+check: install  ## formatter, linter, types
+	ruff format --check .
+	ruff check .
+	mypy retro_model stages
+
+lock: install  ## resolve pyproject.toml anew into requirements.lock
+	python -m pip install -q uv
+	@echo "# The versions that the tests ran with, for Python 3.10 - 3.12. Written by 'make lock'; do not edit." > requirements.lock.partial
+	# torch brings the CUDA packages that its build wants, so that the lock need not name them.
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --fork-strategy requires-python \
+		--no-emit-find-links --no-emit-index-url --no-header --no-annotate --quiet \
+		| grep -v -E '^(nvidia-|cuda-|triton=)' | sed 's/+cpu//' >> requirements.lock.partial
+	mv requirements.lock.partial requirements.lock
+
+clean:  ## remove work in progress (not: data, models, the DVC cache, MLflow's runs)
+	rm -rf .retro dvc_plots .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -1,0 +1,27 @@
+"""RETRO (Borgeaud et al. 2022): language models that look things up. `from retro_model import RETRO`.
+
+Public names load on first use, so that `import retro_model` costs nothing.
+"""
+
+import importlib
+from typing import Any
+
+# name -> the module that defines it
+_PUBLIC = {
+    "RETRO": "retro_model.model",
+    "RETROConfig": "retro_model.model",
+    "Retriever": "retro_model.retriever",
+    "generate": "retro_model.generation",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'retro_model' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,332 @@
+"""The one home of the files that stages exchange. docs/artifacts.md describes the bytes.
+
+An artifact is a folder: numpy shards of equal length (`tokens-00000.npy`), other files, and
+`artifact.json`, written last, with shapes, types, a sha256 of every file and the facts that later
+stages must not decide again. So an artifact is whole or absent; and whatever was truncated, extended
+or changed after it was written is refused.
+
+    with whole_folder(Path("data/chunks")) as folder:        # renamed into place at the end
+        with ArtifactWriter(folder / "train", "chunks", rows_per_shard=65536) as writer:
+            writer.append(tokens=rows, documents=ids)
+            writer.facts["chunk_size"] = 64
+
+    chunks = Artifact.open(Path("data/chunks/train"), "chunks")
+    chunks["tokens"][ids]                                    # rows, gathered from read-only maps
+
+Equal input gives equal bytes: no clock, host name or absolute path goes in.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retro_model.errors import DamagedArtifactError, MismatchError, MissingArtifactError
+
+DESCRIPTION = "artifact.json"
+VERSION = 1
+ROWS_PER_SHARD = 1 << 18
+
+# What makes each format: named in the error when it is not there.
+MADE_BY = {
+    "tokenizer": "tokenizer",
+    "chunks": "chunk",
+    "embeddings": "embed",
+    "index": "index",
+    "neighbors": "knn",
+    "model": "baseline or train",
+}
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that becomes `path` if the block succeeds.
+
+    What stood at `path` is replaced. If the block fails, nothing is left of the new folder and the
+    old one is untouched; after a kill, the leftover `*.partial` folder is cleared by the next writer.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes `text` to `path` in one step: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes `value` as readable JSON, keys in the order given; no NaN, no infinity."""
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+
+
+def _digest(stream: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+class ArtifactWriter:
+    """Writes an artifact into a new folder, shard by shard; memory holds one shard at the most.
+
+    Used as a context manager: `artifact.json` is written when the block ends without an error.
+    """
+
+    def __init__(self, folder: Path, kind: str, rows_per_shard: int = ROWS_PER_SHARD) -> None:
+        assert kind in MADE_BY, kind
+        assert rows_per_shard > 0
+        self.folder = folder
+        self.kind = kind
+        self.rows_per_shard = rows_per_shard
+        self.facts: dict[str, Any] = {}
+        self._pending: dict[str, list[npt.NDArray[Any]]] = {}
+        self._pending_rows = 0
+        self._rows = 0
+        self._arrays: dict[str, dict[str, Any]] = {}
+        self._files: dict[str, str] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        assert not (folder / DESCRIPTION).exists(), folder
+
+    @property
+    def rows(self) -> int:
+        """How many rows were appended so far."""
+        return self._rows + self._pending_rows
+
+    def append(self, **columns: npt.NDArray[Any]) -> None:
+        """Adds rows: every call names the same arrays, and all of one call are equally long."""
+        lengths = {name: len(column) for name, column in columns.items()}
+        assert len(set(lengths.values())) == 1, lengths
+        for name, column in columns.items():
+            known = self._arrays.setdefault(name, {"dtype": column.dtype.str, "row_shape": list(column.shape[1:])})
+            assert known == {"dtype": column.dtype.str, "row_shape": list(column.shape[1:])}, (name, known, column)
+        assert columns.keys() == self._arrays.keys(), (columns.keys(), self._arrays.keys())
+        start, total = 0, next(iter(lengths.values()))
+        while start < total:
+            stop = min(total, start + self.rows_per_shard - self._pending_rows)
+            for name, column in columns.items():
+                self._pending.setdefault(name, []).append(np.array(column[start:stop]))
+            self._pending_rows += stop - start
+            start = stop
+            if self._pending_rows == self.rows_per_shard:
+                self._write_shard()
+
+    def add_file(self, name: str) -> None:
+        """Counts a file that the caller wrote below the folder (`/` in names) as part of the artifact."""
+        self._files[name] = file_digest(self.folder / name)
+
+    def _write_shard(self) -> None:
+        number = self._rows // self.rows_per_shard
+        for name, parts in self._pending.items():
+            file = _shard_name(name, number)
+            np.save(self.folder / file, np.concatenate(parts), allow_pickle=False)
+            self._files[file] = file_digest(self.folder / file)
+        self._rows += self._pending_rows
+        self._pending, self._pending_rows = {}, 0
+
+    def __enter__(self) -> "ArtifactWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            return  # without its description the folder is no artifact
+        if self._pending_rows:
+            self._write_shard()
+        write_json(
+            self.folder / DESCRIPTION,
+            {
+                "format": f"retro/{self.kind}",
+                "version": VERSION,
+                "rows": self._rows,
+                "rows_per_shard": self.rows_per_shard,
+                "arrays": self._arrays,
+                "facts": self.facts,
+                "sha256": dict(sorted(self._files.items())),
+            },
+        )
+
+
+class Artifact:
+    """An artifact on disk, opened for reading only.
+
+    `facts` is what its writer recorded, `fingerprint` the sha256 of its description: it stands for
+    every byte, since the description holds the digest of each file.
+    """
+
+    def __init__(self, folder: Path, kind: str, description: Mapping[str, Any], fingerprint: str) -> None:
+        self.folder = folder
+        self.kind = kind
+        self.fingerprint = fingerprint
+        self.facts: Mapping[str, Any] = description["facts"]
+        self.rows: int = description["rows"]
+        self.files: Mapping[str, str] = description["sha256"]
+        self._arrays = {
+            name: ShardedArray(folder, name, self.rows, description["rows_per_shard"], array)
+            for name, array in description["arrays"].items()
+        }
+
+    @classmethod
+    def open(cls, folder: Path | str, kind: str, verify: bool = True) -> "Artifact":
+        """Opens the artifact in `folder`, which must be of the given kind.
+
+        With `verify` every file is read once and compared with its sha256, which costs about a
+        second a gigabyte; without, sizes and shapes are still checked.
+
+        Raises MissingArtifactError, DamagedArtifactError, or MismatchError for another kind or
+        version.
+        """
+        assert kind in MADE_BY, kind
+        folder = Path(folder)
+        file = folder / DESCRIPTION
+        if not file.is_file():
+            raise MissingArtifactError(
+                f"{folder}: no finished {kind} here ({DESCRIPTION} is missing); "
+                f"run `dvc repro` (stage {MADE_BY[kind]}), or `dvc pull` where a remote has it"
+            )
+        content = file.read_bytes()
+        try:
+            description = json.loads(content)
+            found_kind, found_version = description["format"], description["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(file, f"is no description of an artifact ({error!r})") from error
+        if found_kind != f"retro/{kind}":
+            raise MismatchError(f"{folder}: expected retro/{kind}, found {found_kind}; is the path right?")
+        if found_version != VERSION:
+            raise MismatchError(
+                f"{folder}: format version {found_version}, expected {VERSION}; run `dvc repro` to write it anew"
+            )
+        try:
+            artifact = cls(folder, kind, description, hashlib.sha256(content).hexdigest())
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _damaged(file, f"is incomplete ({error!r})") from error
+        for name, digest in artifact.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise _damaged(path, "is missing")
+            if verify and file_digest(path) != digest:
+                raise _damaged(path, "does not have the bytes that were written (sha256 differs)")
+        return artifact
+
+    def __getitem__(self, name: str) -> "ShardedArray":
+        return self._arrays[name]
+
+    def require(self, **facts: Any) -> "Artifact":
+        """Returns itself if every given fact is the recorded one, or raises MismatchError."""
+        for name, expected in facts.items():
+            found = self.facts.get(name)
+            if found != expected:
+                raise MismatchError(
+                    f"{self.folder}: made for {name} {_short(found)}, expected {_short(expected)}; "
+                    f"run `dvc repro` (stage {MADE_BY[self.kind]})"
+                )
+        return self
+
+
+class ShardedArray:
+    """Rows that lie in one or more `.npy` files, read through read-only memory maps.
+
+    Reading gives new arrays; an index out of range, negative ones included, is an IndexError: -1
+    means "none" in this project and never "the last".
+    """
+
+    def __init__(self, folder: Path, name: str, rows: int, rows_per_shard: int, array: Mapping[str, Any]) -> None:
+        self.shape: tuple[int, ...] = (rows, *array["row_shape"])
+        self.dtype = np.dtype(array["dtype"])
+        self._rows_per_shard = rows_per_shard
+        num_shards = -(-rows // rows_per_shard)
+        self.paths = [folder / _shard_name(name, number) for number in range(num_shards)]
+        self._maps: list[npt.NDArray[Any]] | None = None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def shards(self) -> list[npt.NDArray[Any]]:
+        """The shards in order, each a read-only memory map."""
+        if self._maps is None:
+            maps = []
+            for number, path in enumerate(self.paths):
+                rows = min(self._rows_per_shard, len(self) - number * self._rows_per_shard)
+                try:
+                    shard = np.load(path, mmap_mode="r", allow_pickle=False)
+                except (OSError, ValueError) as error:
+                    raise _damaged(path, f"cannot be read ({error})") from error
+                if shard.shape != (rows, *self.shape[1:]) or shard.dtype != self.dtype:
+                    expected = f"{(rows, *self.shape[1:])} {self.dtype}"
+                    raise _damaged(path, f"holds {shard.shape} {shard.dtype}, expected {expected}")
+                maps.append(shard)
+            self._maps = maps
+        return self._maps
+
+    def __getitem__(self, rows: "int | slice | npt.NDArray[np.integer[Any]]") -> npt.NDArray[Any]:
+        """The rows asked for, in memory: a number gives one, a slice or an integer array gives many."""
+        if isinstance(rows, slice):
+            return self._slice(*rows.indices(len(self)))
+        ids = np.asarray(rows)
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
+            raise IndexError(f"rows {ids.min()} to {ids.max()} of {len(self)}")
+        shards = self.shards()
+        if len(shards) == 1:
+            return np.array(shards[0][ids])
+        gathered = np.empty((*ids.shape, *self.shape[1:]), dtype=self.dtype)
+        numbers, places = ids // self._rows_per_shard, ids % self._rows_per_shard
+        for number in np.unique(numbers):
+            here = numbers == number
+            gathered[here] = shards[number][places[here]]
+        return gathered
+
+    def _slice(self, start: int, stop: int, step: int) -> npt.NDArray[Any]:
+        assert step == 1, "a slice of rows has no step"
+        size = self._rows_per_shard
+        parts = [
+            self.shards()[number][max(start - number * size, 0) : stop - number * size]
+            for number in range(start // size, -(-stop // size))
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), dtype=self.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": None}  # a worker process opens its own maps
+
+
+def _shard_name(name: str, number: int) -> str:
+    return f"{name}-{number:05d}.npy"
+
+
+def _damaged(path: Path, what: str) -> DamagedArtifactError:
+    return DamagedArtifactError(f"{path} {what}; delete {path.parent} and run `dvc repro` (or `dvc checkout`)")
+
+
+def _short(fact: object) -> str:
+    text = str(fact)
+    return text if len(text) <= 40 else text[:12] + "..."

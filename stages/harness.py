@@ -1,0 +1,143 @@
+"""What every stage needs around its one library call: errors as one line, timings, a place for work in progress.
+
+Git-ignored files below `.retro/` at the repository's root (also for experiments in temporary checkouts):
+`timings.jsonl`, a line for each stage that ran, and `work/<stage>/<key>/`, where a stage that was
+stopped finds what it had done.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import yaml
+
+from retro_model.artifacts import DESCRIPTION, file_digest
+from retro_model.errors import RetroError
+
+# Unfinished work of other settings that is kept, newest first: it may still be wanted.
+KEPT_UNFINISHED = 3
+
+# What the disk or its owner can do to any stage, told in one line as it is.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO}
+
+
+def project_root() -> Path:
+    """The repository that the user sees: DVC runs some experiments in temporary copies of it."""
+    return Path(os.environ.get("DVC_ROOT") or Path.cwd())
+
+
+def run_stage(name: str, main: Callable[[], None]) -> None:
+    """Runs a stage's `main`; what a user, a disk or a corpus caused ends it with one line and status 1.
+
+    An interrupt exits 130 (SIGINT) or 143 (SIGTERM), never 0: DVC would take a half-done stage for a
+    finished one.
+    """
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    started = time.monotonic()
+    print(f"{name}: started", file=sys.stderr, flush=True)
+    try:
+        main()
+    except RetroError as error:
+        _stop(f"{name}: {error}", 1)
+    except _Terminated:
+        _stop(f"{name}: terminated; the next `dvc repro` goes on", 143)
+    except KeyboardInterrupt:
+        _stop(f"{name}: interrupted; the next `dvc repro` goes on", 130)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        _stop(f"{name}: {error.strerror}: {error.filename or 'while writing'}; mend that and run `dvc repro` again", 1)
+    seconds = time.monotonic() - started
+    record_timing(name, seconds=seconds)
+    print(f"{name}: done in {seconds:.1f} s", file=sys.stderr, flush=True)
+
+
+def record_timing(stage: str, **timings: float) -> None:
+    """Appends timings to the git-ignored file that `make repro`'s last table reads."""
+    file = project_root() / ".retro" / "timings.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    record = {"stage": stage, "experiment": os.environ.get("DVC_EXP_NAME", ""), **timings}
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
+
+
+@contextmanager
+def work_folder(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> Iterator[Path]:
+    """Yields the folder where this stage, on these inputs with these params and this code, keeps its progress.
+
+    Another input, param or line of declared code is another folder, so that no old checkpoint is ever
+    picked up. One process at a time: a second one is told so. When the block ends well the folder is
+    marked as finished, and cleared when the stage starts with something else: a kill after the stage and
+    before DVC noted it costs nothing.
+    """
+    key = hashlib.sha256(json.dumps(_identity(stage, inputs, params), sort_keys=True).encode()).hexdigest()[:16]
+    home = project_root() / ".retro" / "work" / stage
+    folder = home / key
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(home / f"{key}.lock") as locked:
+        if not locked:
+            raise RetroError(f"{folder}: another process is running this very stage; wait for it or stop it")
+        _prune(home, keep=key)
+        yield folder
+        (folder / "finished").touch()
+
+
+def _identity(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> dict[str, Any]:
+    declared = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
+    code = {name: file_digest(Path(name)) for name in declared if name.endswith(".py")}
+    data = {
+        path.as_posix(): file_digest(path)
+        for folder in inputs
+        for path in sorted(folder.rglob(DESCRIPTION))
+    }
+    return {"code": code, "inputs": data, "params": {name: repr(value) for name, value in params.items()}}
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _prune(home: Path, keep: str) -> None:
+    """Removes the finished work of other settings, and unfinished work beyond the newest few."""
+    others = sorted(
+        (path for path in home.iterdir() if path.is_dir() and path.name != keep),
+        key=lambda path: path.stat().st_mtime,
+        reverse=True,
+    )
+    unfinished = [path for path in others if not (path / "finished").exists()]
+    for path in others:
+        if path not in unfinished[:KEPT_UNFINISHED]:
+            with _lock(home / f"{path.name}.lock") as locked:
+                if locked:
+                    shutil.rmtree(path)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised so that cleanup runs as for an interrupt."""
+
+
+def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(status)

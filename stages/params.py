@@ -1,0 +1,139 @@
+"""params.yaml, parsed once into frozen dataclasses.
+
+A stage names what it reads:
+
+    params = read_params("chunk_size", "corpus", "chunk")
+    params.corpus.valid
+
+and gets that and nothing else; dvc.yaml declares the same names, and tests/test_contract.py holds the
+two together. Whatever a stage names, the whole file is checked first, so that a mistake anywhere in it
+stops the first stage that runs and not the one that needs the key, hours later.
+"""
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+
+from retro_model.config import Config, setting
+from retro_model.errors import ConfigError
+
+PARAMS_FILE = Path("params.yaml")
+
+# Where each section's dataclass lives. Named and not imported: a module that is loaded only to check
+# its section can refuse a run but cannot change a byte of it, so it is no dependency of every stage.
+SECTIONS = {
+    "sample": "retro_model.sample:SampleConfig",
+    "corpus": "retro_model.documents:CorpusConfig",
+    "tokenizer": "retro_model.tokenizer:TokenizerConfig",
+    "embed": "retro_model.embedding:EmbedConfig",
+    "index": "retro_model.index:IndexConfig",
+    "neighbors": "retro_model.neighbors:NeighborsConfig",
+    "model": "retro_model.training:ModelConfig",
+    "train": "retro_model.training:TrainConfig",
+    "evaluate": "retro_model.evaluation:EvaluateConfig",
+    "runtime": "stages.runtime:RuntimeConfig",
+}
+
+
+@dataclass(frozen=True)
+class FlatConfig(Config):
+    """The keys at the top of params.yaml, which several components share."""
+
+    documents: str = setting()
+    chunk_size: int = setting(minimum=2)
+    seq_len: int = setting(minimum=2)
+    knn: int = setting(minimum=1)
+    seed: int = setting(minimum=0, below=2**32)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.documents:
+            raise ConfigError("documents: found an empty path, expected a folder or a file of documents")
+        if self.seq_len % self.chunk_size:
+            raise ConfigError(
+                f"seq_len: found {self.seq_len}, expected a multiple of chunk_size {self.chunk_size}"
+            )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as DVC reads it (1.2): `3e-4` is a number, `on` is text, and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise ConfigError(f"{key}: stands twice in {PARAMS_FILE} (line {key_node.start_mark.line + 1})")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.split(":")[-1] not in ("float", "bool", "int", "timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False|TRUE|FALSE)$"), list("tfTF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path) -> Mapping[str, Any]:
+    """The file's keys and values, with the types that DVC sees."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: not found in {Path.cwd()}; run from the folder that holds dvc.yaml")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path}: found {type(content).__name__}, expected keys and values")
+    return content
+
+
+def parse_params(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Every key of params.yaml by name: flat values as they are, sections as their dataclasses."""
+    flat_names = [item.name for item in fields(FlatConfig)]
+    for name in content:
+        if name not in flat_names and name not in SECTIONS:
+            raise ConfigError(f"{name}: unknown key; {PARAMS_FILE} has {', '.join([*flat_names, *SECTIONS])}")
+    for name in SECTIONS:
+        if name not in content:
+            raise ConfigError(f"{name}: missing section; {PARAMS_FILE} needs {', '.join([*flat_names, *SECTIONS])}")
+    flat = FlatConfig.parse({name: value for name, value in content.items() if name not in SECTIONS})
+    params: dict[str, Any] = {name: getattr(flat, name) for name in flat_names}
+    for name, place in SECTIONS.items():
+        module, _, class_name = place.partition(":")
+        params[name] = getattr(importlib.import_module(module), class_name).parse(content[name])
+    for check in TOGETHER:
+        check(SimpleNamespace(**params))
+    return params
+
+
+def read_params(*names: str) -> SimpleNamespace:
+    """The named keys and sections of params.yaml, after a check of the whole file."""
+    params = parse_params(read_yaml(PARAMS_FILE))
+    return SimpleNamespace(**{name: params[name] for name in names})
+
+
+def _check_stored_neighbors(params: SimpleNamespace) -> None:
+    stored = params.neighbors.stored
+    if params.knn > stored:
+        raise ConfigError(f"knn: found {params.knn}, expected at most neighbors.stored = {stored}")
+    if max(params.evaluate.sweep_knn, default=0) > stored:
+        raise ConfigError(
+            f"evaluate.sweep_knn: found {max(params.evaluate.sweep_knn)}, expected at most neighbors.stored = {stored}"
+        )
+
+
+# Combinations that no single section can judge.
+TOGETHER: tuple[Callable[[SimpleNamespace], None], ...] = (_check_stored_neighbors,)

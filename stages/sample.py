@@ -1,0 +1,17 @@
+"""Writes data/sample: documents for a first run without a network, the docstrings of installed Python modules."""
+
+from pathlib import Path
+
+from retro_model.sample import write_sample
+from stages.harness import run_stage
+from stages.params import read_params
+
+
+def main() -> None:
+    """Params in, one library call, documents out."""
+    params = read_params("sample")
+    write_sample(Path("data/sample"), params.sample)
+
+
+if __name__ == "__main__":
+    run_stage("sample", main)

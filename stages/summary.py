@@ -1,0 +1,61 @@
+"""What came out of the pipeline, as a short table: the last thing that `make repro` prints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stages.harness import project_root
+
+# (stage, what its line says, from the metrics in metrics/<stage>.json)
+LINES = (
+    ("tokenizer", "{vocab_size:,} tokens in the vocabulary"),
+    ("chunk", "{train_chunks:,} / {valid_chunks:,} / {test_chunks:,} chunks of train / valid / test"),
+    ("embed", "{dim} numbers a chunk"),
+    ("index", "recall {recall:.3f} against exact search"),
+    ("knn", "{train_missing_share:.1%} of the train chunks' neighbors missing"),
+    ("baseline", "validation loss {valid_loss:.3f}, {num_weights:,} weights"),
+    ("train", "validation loss {valid_loss:.3f}, without retrieval {valid_loss_off:.3f}"),
+)
+TEST_LINES = (
+    ("plain decoder", "test_bpb_baseline"),
+    ("RETRO, retrieval off", "test_bpb_off"),
+    ("RETRO, retrieval on", "test_bpb_on"),
+    ("RETRO, random neighbors", "test_bpb_random"),
+)
+NEXT = """
+look next:
+  reports/evaluate.html        what retrieval gave, in numbers and passages (open it in a browser)
+  mlflow ui                    the runs: losses, params, models
+  dvc plots show               the curves
+  dvc exp run -S knn=4         change one thing; only what depends on it runs again
+(with `source .venv/bin/activate` first; README.md says the rest)"""
+
+
+def main() -> None:
+    """Prints a line for each stage, the test's bits per byte, and where to look next."""
+    seconds = _last_seconds(project_root() / ".retro" / "timings.jsonl")
+    print("\nstage      seconds  what came out")
+    for stage, text in LINES:
+        print(f"{stage:<10} {seconds.get(stage, '-'):>7}  {text.format(**_metrics(stage))}")
+    print(f"{'evaluate':<10} {seconds.get('evaluate', '-'):>7}  bits per byte of held-out documents:")
+    metrics = _metrics("evaluate")
+    for title, name in TEST_LINES:
+        print(f"{'':<19} {metrics[name]:.4f}  {title}")
+    print(NEXT)
+
+
+def _metrics(stage: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(Path(f"metrics/{stage}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def _last_seconds(file: Path) -> dict[str, str]:
+    """How long each stage took when it last ran in the workspace; nothing of those that DVC restored."""
+    if not file.is_file():
+        return {}
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {record["stage"]: f"{record['seconds']:.0f}" for record in records if "seconds" in record}
+
+
+if __name__ == "__main__":
+    main()

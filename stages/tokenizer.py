@@ -1,0 +1,19 @@
+"""Writes data/tokenizer: trained on the train documents, or a named one made self-contained."""
+
+from pathlib import Path
+
+from retro_model.artifacts import write_json
+from retro_model.tokenizer import make_tokenizer
+from stages.harness import run_stage
+from stages.params import read_params
+
+
+def main() -> None:
+    """Documents in, tokenizer out."""
+    params = read_params("documents", "corpus", "tokenizer")
+    metrics = make_tokenizer(Path(params.documents), params.corpus, params.tokenizer, Path("data/tokenizer"))
+    write_json(Path("metrics/tokenizer.json"), metrics)
+
+
+if __name__ == "__main__":
+    run_stage("tokenizer", main)
