@@ -16,11 +16,13 @@ or changed after it was written is refused.
 Equal input gives equal bytes: no clock, host name or absolute path goes in.
 """
 
+import csv
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +36,9 @@ from retro_model.errors import DamagedArtifactError, MismatchError, MissingArtif
 DESCRIPTION = "artifact.json"
 VERSION = 1
 ROWS_PER_SHARD = 1 << 18
+
+# Chunks, embeddings and neighbors are three artifacts each, in folders of these names.
+SPLITS = ("train", "valid", "test")
 
 # What makes each format: named in the error when it is not there.
 MADE_BY = {
@@ -82,6 +87,15 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Writes `value` as readable JSON, keys in the order given; no NaN, no infinity."""
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Writes rows, which all have the keys of the first one, as a table under a head of those keys."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def file_digest(path: Path) -> str:

@@ -50,13 +50,13 @@ class Config:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for item in fields(self):
-            key = self.key(item.name)
+            key = self.dotted(item.name)
             value = _typed(getattr(self, item.name), hints[item.name], key)
             object.__setattr__(self, item.name, value)  # a list becomes a tuple, 1 becomes 1.0
             _check_range(value, item.metadata, key)
 
     @classmethod
-    def key(cls, name: str) -> str:
+    def dotted(cls, name: str) -> str:
         """The dotted name of a field, as params.yaml has it."""
         return f"{cls.section}.{name}" if cls.section else name
 
@@ -69,10 +69,10 @@ class Config:
         names = [item.name for item in fields(cls)]
         for name in mapping:
             if name not in names:
-                raise ConfigError(f"{cls.key(str(name))}: unknown key; {where} has {', '.join(names)}")
+                raise ConfigError(f"{cls.dotted(str(name))}: unknown key; {where} has {', '.join(names)}")
         for name in names:
             if name not in mapping:
-                raise ConfigError(f"{cls.key(name)}: missing key; {where} needs {', '.join(names)}")
+                raise ConfigError(f"{cls.dotted(name)}: missing key; {where} needs {', '.join(names)}")
         return cls(**mapping)
 
 

@@ -125,6 +125,14 @@ def read_params(*names: str) -> SimpleNamespace:
     return SimpleNamespace(**{name: params[name] for name in names})
 
 
+def flat_params() -> dict[str, Any]:
+    """Every param of the file by its dotted key, to be recorded with a run; no stage computes with these."""
+    flat: dict[str, Any] = {}
+    for name, value in read_yaml(PARAMS_FILE).items():
+        flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
 def _check_stored_neighbors(params: SimpleNamespace) -> None:
     stored = params.neighbors.stored
     if params.knn > stored:

@@ -1,0 +1,146 @@
+"""The attention parts of RETRO: rotary positions, self-attention, cross-attention, and the shift by
+which the decoder's chunks attend to what was retrieved for the chunk before.
+
+The letters of model.py name the axes; besides them, `H` heads, `F` features of a head, `Q` queries
+and `J` keys of any attention, `...` whatever is attended in parallel.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retro_model.kernels import rotate_heads, short_attention, short_attention_is_faster
+
+See = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+# ---- positions -------------------------------------------------------------------------------------
+
+
+def rotary_table(position_Q: Tensor, dim_head: int, dtype: torch.dtype) -> Tensor:
+    """The cosines and, after them, the sines by which `rotate` turns a head's features: (Q, F).
+
+    Pair f turns by position * 10000^(-2f/F) (Su et al. 2021). Angles are taken in float64, because
+    a product of two large numbers is all that is left of a position.
+    """
+    frequency_F2 = 10000.0 ** -(torch.arange(0, dim_head, 2, device=position_Q.device).double() / dim_head)
+    angle_QF2 = position_Q.double()[..., None] * frequency_F2
+    return torch.cat([angle_QF2.cos(), angle_QF2.sin()], dim=-1).to(dtype)
+
+
+# ---- attention -------------------------------------------------------------------------------------
+
+
+def attend(
+    query_QHF: Tensor,
+    key_JHF: Tensor,
+    value_JHF: Tensor,
+    *,
+    mask_QJ: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(q k / sqrt(F)) v for every head: (..., Q, H, F). Where the mask is False, no attention.
+
+    The mask has the axes (..., Q, J), either of which may be 1; the heads share it.
+    """
+    mask = None if mask_QJ is None else mask_QJ.unsqueeze(-3)  # (..., 1, Q, J)
+    q, k, v = (x.transpose(-2, -3) for x in (query_QHF, key_JHF, value_JHF))  # (..., H, Q or J, F)
+    if dropout == 0 and short_attention_is_faster(q, k):
+        return short_attention(q, k, v, mask, causal).transpose(-2, -3)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(-2, -3)
+
+
+def attend_documents(
+    query_THF: Tensor, key_THF: Tensor, value_THF: Tensor, dropout: float, *, groups: Sequence[tuple[int, int]]
+) -> Tensor:
+    """Causal attention inside each document of a stream of tokens: (T, H, F).
+
+    `groups` says how the stream is made of documents: (count, tokens of each), one after the other.
+    Documents of one length are attended together, so that no mask is needed and no score between
+    two documents is ever computed.
+    """
+    sizes = [count * length for count, length in groups]
+    outputs = []
+    for (count, _), q, k, v in zip(
+        groups, query_THF.split(sizes), key_THF.split(sizes), value_THF.split(sizes), strict=True
+    ):
+        q, k, v = (x.unflatten(0, (count, -1)) for x in (q, k, v))  # (count, length, H, F)
+        outputs.append(attend(q, k, v, causal=True, dropout=dropout).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+class SelfAttention(nn.Module):
+    """Rotary multi-head self-attention; the caller says which tokens see each other.
+
+    That differs between packed documents, a neighbor and a cache of keys; the weights and the
+    positions do not. `see` takes queries, keys, values (..., Q, H, F) and a dropout probability.
+    """
+
+    def __init__(self, dim: int, heads: int, dim_head: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
+        self.out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def forward(self, x_QD: Tensor, table_QF: Tensor, see: See) -> Tensor:
+        qkv = self.qkv(x_QD).unflatten(-1, (3 * self.heads, -1))  # (..., Q, 3HF) -> (..., Q, 3H, F)
+        q, k, v = rotate_heads(qkv, table_QF, 2 * self.heads).chunk(3, dim=-2)  # each (..., Q, H, F)
+        seen = see(q, k, v, self.dropout if self.training else 0.0)
+        out: Tensor = self.out(seen.flatten(-2))  # (..., Q, H, F) -> (..., Q, HF) -> (..., Q, D)
+        return out
+
+
+class CrossAttention(nn.Module):
+    """Rotary multi-head attention from x to a context of another width.
+
+    Queries and context have their own positions; only their difference matters.
+    """
+
+    def __init__(self, dim: int, context_dim: int, heads: int, dim_head: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query = nn.Linear(dim, heads * dim_head, bias=False)
+        self.key_value = nn.Linear(context_dim, 2 * heads * dim_head, bias=False)
+        self.out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def context(self, context_JE: Tensor, table_JF: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys turned to their positions, and values: each (..., J, H, F). A cache keeps these."""
+        kv = self.key_value(context_JE).unflatten(-1, (2 * self.heads, -1))  # (..., J, 2HF) -> (..., J, 2H, F)
+        k, v = rotate_heads(kv, table_JF, self.heads).chunk(2, dim=-2)  # each (..., J, H, F)
+        return k, v
+
+    def forward(
+        self,
+        x_QD: Tensor,
+        key_JHF: Tensor,
+        value_JHF: Tensor,
+        table_QF: Tensor,
+        mask_QJ: Tensor | None = None,
+    ) -> Tensor:
+        q = rotate_heads(self.query(x_QD).unflatten(-1, (self.heads, -1)), table_QF, self.heads)  # (..., Q, H, F)
+        dropout = self.dropout if self.training else 0.0
+        attended = attend(q, key_JHF, value_JHF, mask_QJ=mask_QJ, dropout=dropout)
+        out: Tensor = self.out(attended.flatten(-2))  # (..., Q, HF) -> (..., Q, D)
+        return out
+
+
+# ---- the shift of chunked cross-attention ----------------------------------------------------------
+
+
+def attending_chunks(x_TD: Tensor, chunk_size: int) -> Tensor:
+    """The tokens that may look at each chunk's neighbors: (C, M, D) (section 2.4, figure 2).
+
+    Whoever sees all of chunk u may see what was retrieved with it: the last token of chunk u and the
+    first M - 1 tokens of chunk u + 1. That is the stream shifted by M - 1; the last row is filled
+    with zeros.
+    """
+    shift = chunk_size - 1
+    return F.pad(x_TD[shift:], (0, 0, 0, shift)).unflatten(0, (-1, chunk_size))
+
+
+def unshift(x_CMD: Tensor, first_D: Tensor) -> Tensor:
+    """Undo `attending_chunks`, with the tokens `first_D` (M - 1, D) that attend to no chunk in front: (T, D)."""
+    x_TD = x_CMD.flatten(0, 1)
+    return torch.cat([first_D, x_TD[: len(x_TD) - len(first_D)]])

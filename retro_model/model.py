@@ -1,0 +1,661 @@
+"""RETRO, a language model that reads what it retrieves (Borgeaud et al. 2022, arXiv 2112.04426).
+
+Read from top to bottom: configuration, small parts, encoder, decoder, how chunks are laid out, the
+model, its loss. "Section", "equation" and "algorithm" are the paper's. What is unusual:
+
+- A text is cut into chunks of M tokens. With each chunk come K neighbors, found beforehand in a
+  database: R tokens each, a similar chunk and what followed it there.
+- The encoder reads the neighbors while it looks at the chunk that retrieved them; the decoder
+  attends to them from the next chunk on, so that a token never sees what was found with its help.
+- Inside, a batch is a stream of chunks without rows: T = C * M tokens, documents one after the
+  other. All parts but two work on single tokens or chunks; only self-attention and the shift of
+  chunked cross-attention know where a document ends, so packing costs no padding and no masks.
+- A chunk without neighbors skips chunked cross-attention whole. A model without a single neighbor is
+  therefore exactly its plain decoder, and a plain decoder can be given retrieval later (RETROfit).
+
+Names end in their axes:
+
+    B  rows of a batch           M  tokens of a chunk              D  width of the decoder
+    N  tokens of a row           K  neighbors of a chunk           E  width of the encoder
+    L  chunks of a row           R  tokens of a neighbor           V  vocabulary
+    C  chunks of the stream      J  K * R, all that a chunk got    T  C * M, tokens of the stream
+    A  those with neighbors      H  heads                          F  features of a head
+"""
+
+import dataclasses
+import inspect
+import math
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from retro_model.attention import (
+    CrossAttention,
+    SelfAttention,
+    attend,
+    attend_documents,
+    attending_chunks,
+    rotary_table,
+    unshift,
+)
+from retro_model.errors import ConfigError
+from retro_model.kernels import ROWS_OF_LOGITS, linear_cross_entropy, rms_norm
+
+# ---- configuration ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RETROConfig:
+    """All that determines the network's shape. Layers count from 1."""
+
+    num_tokens: int = 28996
+    max_seq_len: int = 2048
+    enc_dim: int = 896
+    enc_depth: int = 2
+    enc_cross_attn_layers: tuple[int, ...] | None = None  # None: every layer
+    dec_depth: int = 12
+    dec_cross_attn_layers: tuple[int, ...] = (1, 3, 6, 9)
+    heads: int = 8
+    dec_dim: int = 768
+    dim_head: int = 64
+    enc_attn_dropout: float = 0.0
+    enc_ff_dropout: float = 0.0
+    dec_attn_dropout: float = 0.0
+    dec_ff_dropout: float = 0.0
+    chunk_size: int = 64
+    pad_id: int = 0
+    enc_scale_residual: float | None = None  # None: DeepNet's with use_deepnet, else 1
+    dec_scale_residual: float | None = None
+    norm_klass: str | type[nn.Module] | None = None  # None: "rmsnorm"; or a class that takes a width
+    gated_rmsnorm: bool = False
+    use_deepnet: bool = False
+    tie_embeddings: bool = False
+    retrieval: bool = True  # False: the plain decoder, without encoder and cross-attention
+
+    def __post_init__(self) -> None:
+        for name in ("enc_cross_attn_layers", "dec_cross_attn_layers"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for field in dataclasses.fields(self):
+            _check_field(field.name, getattr(self, field.name))
+        if self.dim_head % 2:
+            raise ConfigError(f"dim_head must be a multiple of 2, because rotary positions turn pairs: {self.dim_head}")
+        if not self.pad_id < self.num_tokens:
+            raise ConfigError(f"pad_id must be below num_tokens = {self.num_tokens}: {self.pad_id}")
+        if self.gated_rmsnorm and self.norm_klass not in (None, "gated_rmsnorm"):
+            raise ConfigError(f"gated_rmsnorm=True and norm_klass={self.norm_klass!r} exclude each other")
+        for name, depth in (("enc_cross_attn_layers", self.enc_depth), ("dec_cross_attn_layers", self.dec_depth)):
+            layers = getattr(self, name) or ()
+            if any(not 1 <= layer <= depth for layer in layers) or len(set(layers)) < len(layers):
+                which = name[:3] + "_depth"
+                raise ConfigError(f"{name} must be different layers from 1 to {which} = {depth}: {layers}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: every argument, none derived."""
+        if not isinstance(self.norm_klass, str | None):
+            raise ConfigError(f"norm_klass must be one of {sorted(NORMS)} to be saved: {self.norm_klass!r}")
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RETROConfig":
+        """The inverse of `to_dict`: every key there, none unknown."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - names):
+            raise ConfigError(f"unknown model config keys {unknown}; known are {sorted(names)}")
+        if missing := sorted(names - set(values)):
+            raise ConfigError(f"missing model config keys {missing}")
+        return cls(**values)
+
+
+def _check_field(name: str, value: Any) -> None:
+    """Raise unless one field by itself has the right type and range."""
+
+    def demand(right: bool, what: str) -> None:
+        if not right:
+            raise ConfigError(f"{name} must be {what}: {value!r}")
+
+    if name in ("gated_rmsnorm", "use_deepnet", "tie_embeddings", "retrieval"):
+        demand(isinstance(value, bool), "True or False")
+    elif name.endswith("dropout"):
+        demand(_is_number(value) and 0 <= value < 1, "a number from 0 to below 1")
+    elif name.endswith("scale_residual"):
+        demand(value is None or (_is_number(value) and 0 < value < math.inf), "None or a positive number")
+    elif name.endswith("cross_attn_layers"):
+        right = isinstance(value, tuple) and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
+        demand(right or (value is None and name.startswith("enc")), "a list of layer numbers")
+    elif name == "norm_klass":
+        right = value is None or value in NORMS or (isinstance(value, type) and issubclass(value, nn.Module))
+        demand(right, f"None, one of {sorted(NORMS)} or a module class")
+    else:
+        least = 0 if name == "pad_id" else 1
+        right = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        demand(right, f"an integer of at least {least}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# ---- small parts -----------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gain (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        return rms_norm(x_D, self.gain)
+
+
+class GatedRMSNorm(RMSNorm):
+    """RMSNorm(x) * sigmoid(w x) (Zhang et al. 2021, section 3)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.gate = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        return super().forward(x_D) * torch.sigmoid(self.gate * x_D)
+
+
+NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "gated_rmsnorm": GatedRMSNorm, "layernorm": nn.LayerNorm}
+
+
+class FeedForward(nn.Module):
+    """Two layers, four times as wide inside."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, 4 * dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(4 * dim, dim, bias=False)
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        out: Tensor = self.out(self.dropout(F.gelu(self.up(x_D), approximate="tanh")))
+        return out
+
+
+class Residual(nn.Module):
+    """alpha x + f(norm(x)), or with DeepNet norm(alpha x + f(x)) (Wang et al. 2022, equation 1)."""
+
+    def __init__(self, inner: nn.Module, norm: nn.Module, alpha: float, post_norm: bool) -> None:
+        super().__init__()
+        self.norm, self.inner, self.alpha, self.post_norm = norm, inner, alpha, post_norm
+
+    def forward(self, x_D: Tensor, *args: Any) -> Tensor:
+        skipped = x_D if self.alpha == 1 else self.alpha * x_D
+        if self.post_norm:
+            normed: Tensor = self.norm(skipped + self.inner(x_D, *args))
+            return normed
+        return skipped + self.inner(self.norm(x_D), *args)
+
+
+@dataclass(frozen=True)
+class Side:
+    """What all sublayers of one side, encoder or decoder, have in common."""
+
+    config: RETROConfig
+    name: str  # "enc" or "dec"
+
+    def __getattr__(self, name: str) -> Any:
+        """`side.dim` is `config.enc_dim` or `config.dec_dim`, and so for all fields of a side."""
+        return getattr(self.config, f"{self.name}_{name}")
+
+    def norm(self) -> nn.Module:
+        klass = self.config.norm_klass or ("gated_rmsnorm" if self.config.gated_rmsnorm else "rmsnorm")
+        return (NORMS[klass] if isinstance(klass, str) else klass)(self.dim)
+
+    def final_norm(self) -> nn.Module:
+        """What is left to normalize after the last sublayer: all with pre-norm, nothing with post-norm."""
+        return nn.Identity() if self.config.use_deepnet else self.norm()
+
+    def residual(self, inner: nn.Module) -> Residual:
+        alpha, _ = self.deepnet()
+        return Residual(inner, self.norm(), self.scale_residual or alpha, self.config.use_deepnet)
+
+    def deepnet(self) -> tuple[float, float]:
+        """The skip connection's alpha and the initialization's beta (Wang et al. 2022, figure 2)."""
+        if not self.config.use_deepnet:
+            return 1.0, 1.0
+        n, m = self.config.enc_depth, self.config.dec_depth
+        if self.name == "enc":
+            return 0.81 * (n**4 * m) ** (1 / 16), 0.87 * (n**4 * m) ** (-1 / 16)
+        return (3 * m) ** (1 / 4), (12 * m) ** (-1 / 4)
+
+    def self_attention(self) -> Residual:
+        heads, dim_head = self.config.heads, self.config.dim_head
+        return self.residual(SelfAttention(self.dim, heads, dim_head, self.attn_dropout))
+
+    def cross_attention(self, layer: int) -> Residual | None:
+        """Attention to the other side, in the layers that have it."""
+        layers = self.cross_attn_layers
+        if not self.config.retrieval or (layers is not None and layer not in layers):
+            return None
+        context_dim = self.config.dec_dim if self.name == "enc" else self.config.enc_dim
+        heads, dim_head = self.config.heads, self.config.dim_head
+        return self.residual(CrossAttention(self.dim, context_dim, heads, dim_head, self.attn_dropout))
+
+    def feed_forward(self) -> Residual:
+        return self.residual(FeedForward(self.dim, self.ff_dropout))
+
+
+class Block(nn.Module):
+    """One layer of either side: self-attention, in some layers cross-attention, feed-forward."""
+
+    def __init__(self, side: Side, layer: int) -> None:
+        super().__init__()
+        self.attention = side.self_attention()
+        self.cross_attention = side.cross_attention(layer)
+        self.feed_forward = side.feed_forward()
+
+
+# ---- encoder ---------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Reads each neighbor in the light of the chunk that retrieved it (section 2.3, algorithm 1)."""
+
+    def __init__(self, config: RETROConfig) -> None:
+        super().__init__()
+        side = Side(config, "enc")
+        self.dim_head = config.dim_head
+        same = config.enc_dim == config.dec_dim
+        self.widen = nn.Identity() if same else nn.Linear(config.dec_dim, config.enc_dim, bias=False)
+        self.norm_in = side.norm()
+        self.norm_hidden = Side(config, "dec").final_norm()  # with post-norm, hidden states are normalized already
+        self.blocks = nn.ModuleList(Block(side, layer) for layer in range(1, config.enc_depth + 1))
+        self.norm = side.final_norm()
+
+    def forward(self, embedded_AKRD: Tensor, mask_AKR: Tensor, hidden_AMD: Tensor) -> Tensor:
+        """The encoded neighbors of each chunk, end to end: (A, J, E).
+
+        `mask_AKR` is False at padding. `hidden_AMD` are the decoder's states of the retrieving chunk.
+        """
+        chunks, num_neighbors, length, _ = embedded_AKRD.shape
+        dtype = embedded_AKRD.dtype
+        positions = torch.arange(max(length, hidden_AMD.shape[1]), device=embedded_AKRD.device)
+        table = rotary_table(positions, self.dim_head, dtype)
+        table_RF, table_MF = table[:length], table[: hidden_AMD.shape[1]]
+        table_JF = table_RF.repeat(num_neighbors, 1)  # every neighbor counts from 0
+        see = partial(see_neighbors, mask_AKR=mask_AKR)
+
+        hidden_AMD = self.norm_hidden(hidden_AMD)
+        x_AJE = self.norm_in(self.widen(embedded_AKRD)).flatten(1, 2)  # (A, K, R, E) -> (A, KR, E)
+        for block in self.blocks:
+            x_AJE = block.attention(x_AJE, table_JF, see)
+            if block.cross_attention is not None:
+                # a neighbor's token i and the chunk's token j are at distance i - j
+                key, value = block.cross_attention.inner.context(hidden_AMD, table_MF)
+                x_AJE = block.cross_attention(x_AJE, key, value, table_JF)
+            x_AJE = block.feed_forward(x_AJE)
+        out: Tensor = self.norm(x_AJE)
+        return out
+
+
+def see_neighbors(
+    query_AJHF: Tensor, key_AJHF: Tensor, value_AJHF: Tensor, dropout: float, *, mask_AKR: Tensor
+) -> Tensor:
+    """Attention in both directions inside each neighbor, and not to its padding: (A, J, H, F)."""
+    a, k, _ = mask_AKR.shape
+    q, key, value = (
+        rearrange(x, "a (k r) h f -> (a k) r h f", k=k) for x in (query_AJHF, key_AJHF, value_AJHF)
+    )
+    # A neighbor that is nothing but padding must attend to something, or its softmax is 0 / 0;
+    # nobody will look at the result.
+    mask_AKR = mask_AKR | ~mask_AKR.any(-1, keepdim=True)
+    out = attend(q, key, value, mask_QJ=rearrange(mask_AKR, "a k r -> (a k) 1 r"), dropout=dropout)
+    return rearrange(out, "(a k) r h f -> a (k r) h f", a=a)
+
+
+# ---- the stream of chunks --------------------------------------------------------------------------
+
+
+class Stream(NamedTuple):
+    """How the chunks of a batch lie in the stream: documents of one length side by side.
+
+    Only what is attended together must lie together, so documents are sorted by their number of
+    chunks, and self-attention takes all documents of one length at once, as a view.
+    """
+
+    order_C: Tensor | None  # the batch's chunk at each place of the stream; None: as in the batch
+    groups: list[tuple[int, int]]  # (documents, chunks of each), in the stream's order
+    index_C: Tensor  # which chunk of its document each is, from 0
+
+
+def stream_of_rows(rows: int, chunks: int, device: torch.device) -> Stream:
+    """The stream of a batch whose rows are one document each."""
+    return Stream(None, [(rows, chunks)], torch.arange(chunks, device=device).repeat(rows))
+
+
+def stream_of_documents(documents_BL: Tensor) -> Stream:
+    """The stream of packed rows: neighboring chunks with one document id are one document."""
+    first_BL = torch.ones_like(documents_BL, dtype=torch.bool)
+    first_BL[:, 1:] = documents_BL[:, 1:] != documents_BL[:, :-1]
+    starts = first_BL.flatten().nonzero().squeeze(1)
+    place_C = torch.arange(first_BL.numel(), device=starts.device)
+    lengths = torch.diff(starts, append=starts.new_tensor([len(place_C)]))
+    lengths, by_length = lengths.sort(stable=True)
+    index_C = place_C - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    order_C = starts[by_length].repeat_interleave(lengths) + index_C
+    sizes, counts = lengths.unique_consecutive(return_counts=True)
+    return Stream(order_C, list(zip(counts.tolist(), sizes.tolist(), strict=True)), index_C)
+
+
+def attends_retrieval(index_C: Tensor, active_C: Tensor, chunk_size: int) -> Tensor:
+    """Whether each token of the stream attends to neighbors: (T,).
+
+    The last token of a chunk attends to its own chunk's neighbors, the others to those of the
+    chunk before, if that belongs to the same document; so the first M - 1 tokens of a document
+    attend to none.
+    """
+    before_C = torch.zeros_like(active_C)
+    before_C[1:] = active_C[:-1] & (index_C[1:] > 0)
+    return torch.cat([repeat(before_C, "c -> c m", m=chunk_size - 1), active_C[:, None]], dim=1).flatten()
+
+
+# ---- chunked cross-attention -----------------------------------------------------------------------
+
+
+class Retrieval(NamedTuple):
+    """What the chunks with neighbors got, ready to be attended to."""
+
+    encoded_AJE: Tensor
+    mask_A1J: Tensor  # False at padding and missing neighbors
+    active_A: Tensor | None  # those chunks' places in the stream; None: all of them
+    attends_T: Tensor  # which tokens attend to any of it
+    query_table_MF: Tensor
+    key_table_JF: Tensor
+
+
+def cross_positions(
+    chunk_size: int, num_neighbors: int, length: int, dim_head: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotary tables of the queries (M, F) and keys (J, F) of chunked cross-attention.
+
+    Query i and token j of a neighbor are at distance i - j + M - 1 (appendix B): the first query is the
+    last token of the retrieving chunk, which stands where token M - 1 of each neighbor stands.
+    """
+    query_M = torch.arange(chunk_size, device=like.device) + chunk_size - 1
+    key_J = torch.arange(length, device=like.device).repeat(num_neighbors)
+    return rotary_table(query_M, dim_head, like.dtype), rotary_table(key_J, dim_head, like.dtype)
+
+
+def chunked_cross_attention(cross: Residual, x_TD: Tensor, retrieval: Retrieval, chunk_size: int) -> Tensor:
+    """CCA with its residual (section 2.4, equation 4); a token without neighbors stays as it is."""
+    attending_CMD = attending_chunks(x_TD, chunk_size)
+    active_A = retrieval.active_A
+    attending_AMD = attending_CMD if active_A is None else attending_CMD[active_A]
+    key, value = cross.inner.context(retrieval.encoded_AJE, retrieval.key_table_JF)
+    changed = cross(attending_AMD, key, value, retrieval.query_table_MF, retrieval.mask_A1J)
+    if active_A is not None:
+        changed = attending_CMD.to(changed.dtype).index_copy(0, active_A, changed)
+    return torch.where(retrieval.attends_T[:, None], unshift(changed, x_TD[: chunk_size - 1]), x_TD)
+
+
+# ---- the model -------------------------------------------------------------------------------------
+
+
+class RETRO(nn.Module):
+    """The decoder with retrieval. Its arguments are the fields of RETROConfig, by name."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        self.config = config = RETROConfig(**arguments)
+        side = Side(config, "dec")
+        self.embedding = nn.Embedding(config.num_tokens, config.dec_dim)
+        self.norm_in = side.norm()
+        self.decoder = nn.ModuleList(Block(side, layer) for layer in range(1, config.dec_depth + 1))
+        self.norm = side.norm()
+        self.unembedding = None
+        if not config.tie_embeddings:
+            self.unembedding = nn.Linear(config.dec_dim, config.num_tokens, bias=False)
+        self.encoder = Encoder(config) if config.retrieval else None
+        initialize(self)
+
+    @classmethod
+    def from_config(cls, config: RETROConfig) -> "RETRO":
+        return cls(**vars(config))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | PathLike[str], **options: Any) -> "RETRO":
+        """The model that `save_pretrained` wrote; see retro_model.checkpoint."""
+        from retro_model.checkpoint import from_pretrained
+
+        return from_pretrained(folder, **options)
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write model.safetensors and config.json; see retro_model.checkpoint."""
+        from retro_model.checkpoint import save_pretrained
+
+        save_pretrained(self, folder)
+
+    @property
+    def output_weight_VD(self) -> Tensor:
+        """The matrix that turns hidden states into logits: the embedding itself if they are tied."""
+        return self.embedding.weight if self.unembedding is None else self.unembedding.weight
+
+    def forward(
+        self,
+        seq: Tensor,
+        retrieved: Tensor | None = None,
+        return_loss: bool = False,
+        *,
+        labels: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, N, V), or with `return_loss` the mean cross-entropy over labels that are not pad.
+
+        `seq` is (B, N); with `return_loss` and no labels it is (B, N + 1) and holds the labels too.
+        `retrieved` is (B, N // M, K, R), or (B, N // M, R) for one neighbor; padding in it is masked,
+        and a neighbor of nothing but padding is a missing one. None: no retrieval.
+        `documents` (B, chunks) numbers the document of each chunk; attention stays inside documents.
+        """
+        if return_loss and labels is None:
+            seq, labels = seq[:, :-1], seq[:, 1:]
+        elif labels is not None and not return_loss:
+            raise ConfigError("labels need return_loss=True; for the loss of each token there is token_losses")
+        hidden_TD, stream = self.hidden_states(seq, retrieved, documents)
+        if labels is None:
+            logits = F.linear(hidden_TD, self.output_weight_VD)
+            return self._to_rows(logits, stream, seq)
+        labels_T = self._to_stream(labels, stream, "labels", seq)
+        labeled = (labels_T != self.config.pad_id).nonzero().squeeze(1)
+        if len(labeled) < len(labels_T):
+            hidden_TD, labels_T = hidden_TD[labeled], labels_T[labeled]
+        return linear_cross_entropy(hidden_TD, self.output_weight_VD, labels_T) / max(len(labeled), 1)
+
+    def token_losses(
+        self,
+        seq: Tensor,
+        retrieved: Tensor | None = None,
+        labels: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """The cross-entropy of each token in nats: (B, N) float32, and 0 where the label is pad."""
+        if labels is None:
+            raise ConfigError("token_losses needs labels of the shape of seq")
+        hidden_TD, stream = self.hidden_states(seq, retrieved, documents)
+        labels_T = self._to_stream(labels, stream, "labels", seq)
+        labeled = (labels_T != self.config.pad_id).nonzero().squeeze(1)
+        losses_T = hidden_TD.new_zeros(len(labels_T), dtype=torch.float32)
+        for some in labeled.split(ROWS_OF_LOGITS):
+            logits = F.linear(hidden_TD[some], self.output_weight_VD).float()
+            losses_T = losses_T.index_copy(0, some, F.cross_entropy(logits, labels_T[some], reduction="none"))
+        return self._to_rows(losses_T, stream, seq)
+
+    def hidden_states(
+        self, seq: Tensor, retrieved: Tensor | None = None, documents: Tensor | None = None
+    ) -> tuple[Tensor, Stream]:
+        """The normalized states before the logits, in the stream's order: (T, D), and the stream."""
+        self._check(seq, retrieved, documents)
+        stream = self._stream(seq, documents)
+        tokens_T = self._to_stream(seq, stream, "seq", seq)
+        retrieved_CKR = None if retrieved is None else self._retrieved_to_stream(retrieved, stream, seq)
+        return self._decode(tokens_T, retrieved_CKR, stream), stream
+
+    def _decode(self, tokens_T: Tensor, retrieved_CKR: Tensor | None, stream: Stream) -> Tensor:
+        """Algorithm 1: the decoder, which calls the encoder at its first layer with cross-attention."""
+        chunk_size = self.config.chunk_size
+        offset_M = torch.arange(chunk_size, device=tokens_T.device)
+        position_T = (stream.index_C[:, None] * chunk_size + offset_M).flatten()
+        table_TF = rotary_table(position_T, self.config.dim_head, self.embedding.weight.dtype)
+        groups = [(count, chunks * chunk_size) for count, chunks in stream.groups]
+        see = partial(attend_documents, groups=groups)
+
+        x_TD = self.norm_in(self.embedding(tokens_T))
+        retrieval: Retrieval | None = None
+        for block in self.decoder:
+            x_TD = block.attention(x_TD, table_TF, see)
+            if block.cross_attention is not None and retrieved_CKR is not None:
+                if retrieval is None:
+                    retrieval = self._retrieve(retrieved_CKR, x_TD, stream)
+                x_TD = chunked_cross_attention(block.cross_attention, x_TD, retrieval, chunk_size)
+            x_TD = block.feed_forward(x_TD)
+        normed: Tensor = self.norm(x_TD)
+        return normed
+
+    def _retrieve(self, retrieved_CKR: Tensor, hidden_TD: Tensor, stream: Stream) -> Retrieval:
+        """Encode the neighbors of all chunks that have any; there is at least one."""
+        config = self.config
+        mask_CKR = retrieved_CKR != config.pad_id
+        active_C = mask_CKR.any(-1).any(-1)
+        active_A = None if bool(active_C.all()) else active_C.nonzero().squeeze(1)
+        hidden_CMD = hidden_TD.unflatten(0, (-1, config.chunk_size))
+        if active_A is not None:
+            retrieved_CKR, mask_CKR, hidden_CMD = retrieved_CKR[active_A], mask_CKR[active_A], hidden_CMD[active_A]
+        _, num_neighbors, length = retrieved_CKR.shape
+        return Retrieval(
+            self.encoder(self.embedding(retrieved_CKR), mask_CKR, hidden_CMD),
+            rearrange(mask_CKR, "a k r -> a 1 (k r)"),
+            active_A,
+            attends_retrieval(stream.index_C, active_C, config.chunk_size),
+            *cross_positions(config.chunk_size, num_neighbors, length, config.dim_head, self.embedding.weight),
+        )
+
+    # -- between rows and the stream
+
+    def _stream(self, seq: Tensor, documents: Tensor | None) -> Stream:
+        rows, length = seq.shape
+        chunks = -(-length // self.config.chunk_size)
+        if documents is None:
+            return stream_of_rows(rows, chunks, seq.device)
+        if documents.shape[1] < chunks:  # the tail belongs to the last chunk's document
+            last = documents[:, -1:] if documents.shape[1] else documents.new_zeros(rows, 1)
+            documents = torch.cat([documents, last], dim=1)
+        return stream_of_documents(documents)
+
+    def _to_stream(self, tokens_BN: Tensor, stream: Stream, name: str, seq: Tensor) -> Tensor:
+        """Rows of tokens in the stream's order, filled up with padding to whole chunks: (T,)."""
+        if tokens_BN.shape != seq.shape:
+            raise ConfigError(f"{name} must have the shape of seq, {tuple(seq.shape)}: {tuple(tokens_BN.shape)}")
+        chunk_size = self.config.chunk_size
+        tail = -tokens_BN.shape[1] % chunk_size
+        tokens_CM = F.pad(tokens_BN.long(), (0, tail), value=self.config.pad_id).reshape(-1, chunk_size)
+        return (tokens_CM if stream.order_C is None else tokens_CM[stream.order_C]).flatten()
+
+    def _retrieved_to_stream(self, retrieved: Tensor, stream: Stream, seq: Tensor) -> Tensor | None:
+        """The neighbors of each chunk of the stream (C, K, R), None in a row's tail; None if there are none at all."""
+        if not bool((retrieved != self.config.pad_id).any()):
+            return None
+        retrieved_BLKR = retrieved.long() if retrieved.dim() == 4 else retrieved.long()[:, :, None]
+        tail = 1 if seq.shape[1] % self.config.chunk_size else 0
+        retrieved_BLKR = F.pad(retrieved_BLKR, (0, 0, 0, 0, 0, tail), value=self.config.pad_id)
+        retrieved_CKR = retrieved_BLKR.flatten(0, 1)  # (B, L, K, R) -> (C, K, R)
+        return retrieved_CKR if stream.order_C is None else retrieved_CKR[stream.order_C]
+
+    def _to_rows(self, x_T: Tensor, stream: Stream, seq: Tensor) -> Tensor:
+        """What the stream holds for each token (T, ...) as rows again, without their filling: (B, N, ...)."""
+        x_CM = x_T.unflatten(0, (-1, self.config.chunk_size))
+        if stream.order_C is not None:
+            x_CM = torch.empty_like(x_CM).index_copy(0, stream.order_C, x_CM)
+        return x_CM.flatten(0, 1).unflatten(0, (len(seq), -1))[:, : seq.shape[1]]
+
+    def _check(self, seq: Tensor, retrieved: Tensor | None, documents: Tensor | None) -> None:
+        """Raise ConfigError unless the arguments fit the configuration and each other."""
+        config = self.config
+        if seq.dim() != 2 or seq.is_floating_point() or not seq.numel():
+            raise ConfigError(f"seq must be integers (batch, tokens), at least 1 x 1: {seq.dtype} {tuple(seq.shape)}")
+        rows, length = seq.shape
+        if length > config.max_seq_len:
+            raise ConfigError(f"seq has {length} tokens; max_seq_len is {config.max_seq_len}")
+        chunks = length // config.chunk_size
+        if documents is not None and (
+            documents.dim() != 2
+            or len(documents) != rows
+            or documents.shape[1] not in (chunks, -(-length // config.chunk_size))
+        ):
+            raise ConfigError(f"documents must be ({rows}, {chunks}), one number a chunk: {tuple(documents.shape)}")
+        if retrieved is None:
+            return
+        if not config.retrieval:
+            raise ConfigError("retrieved was given to a model with retrieval=False")
+        if retrieved.dim() not in (3, 4) or retrieved.is_floating_point():
+            raise ConfigError(
+                "retrieved must be integers (batch, chunks, neighbors, tokens): "
+                f"{retrieved.dtype} {tuple(retrieved.shape)}"
+            )
+        if tuple(retrieved.shape[:2]) != (rows, chunks):
+            raise ConfigError(
+                f"retrieved must hold {rows} rows of {chunks} chunks ({length} tokens in chunks of "
+                f"{config.chunk_size}): {len(retrieved)} rows of {retrieved.shape[1]} chunks"
+            )
+        if retrieved.numel() and retrieved.shape[-1] < config.chunk_size:
+            raise ConfigError(
+                f"retrieved has neighbors of {retrieved.shape[-1]} tokens; at least chunk_size = {config.chunk_size}"
+            )
+
+
+# ---- initialization --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def initialize(model: RETRO) -> None:
+    """Give a model its first weights: a fresh one predicts every token equally, so its loss is ln(V)."""
+    config = model.config
+    nn.init.normal_(model.embedding.weight, std=0.02)
+    if model.unembedding is None:
+        # Tied, the output is as large as the embedding: its norm's gain makes it small instead.
+        final_gain = next(model.norm.parameters(), None)
+        if final_gain is not None:
+            final_gain.fill_(config.dec_dim**-0.5)
+    else:
+        nn.init.normal_(model.unembedding.weight, std=0.02 * config.dec_dim**-0.5)
+    for side, blocks in ((Side(config, "dec"), model.decoder), (Side(config, "enc"), getattr(model.encoder, "blocks", ()))):
+        for block in blocks:
+            initialize_block(block, side)
+    if isinstance(getattr(model.encoder, "widen", None), nn.Linear):
+        nn.init.normal_(model.encoder.widen.weight, std=config.dec_dim**-0.5)
+
+
+def initialize_block(block: Block, side: Side) -> None:
+    """Weights that keep the size of what they see; what is added to the residual stream starts smaller.
+
+    With DeepNet: Xavier's normal, its gain beta for values, outputs and feed-forward (Wang et al. 2022).
+    """
+    _, beta = side.deepnet()
+    shrink = (2 * side.depth) ** -0.5
+    for name, weight in block.named_parameters():
+        if weight.dim() != 2:
+            continue
+        parts = weight.chunk({"qkv": 3, "key_value": 2}.get(name.split(".")[-2], 1))
+        for number, part in enumerate(parts):
+            if side.config.use_deepnet:
+                query_or_key = "query" in name or ("qkv" in name and number < 2) or ("key_value" in name and number < 1)
+                nn.init.xavier_normal_(part, gain=1.0 if query_or_key else beta)
+            else:
+                is_output = name.endswith("out.weight")
+                nn.init.normal_(part, std=part.shape[1] ** -0.5 * (shrink if is_output else 1.0))
+
+
+RETRO.__init__.__signature__ = inspect.signature(RETROConfig)  # type: ignore[attr-defined]

@@ -1,0 +1,160 @@
+"""Passages of held-out text for a person to look at: what was retrieved, and what it did to each token.
+
+A passage is the labels of one chunk. What may have changed their loss are the neighbors of the chunk
+before, so these are shown beside it, with the longest run of tokens that they share with the passage.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retro_model.artifacts import Artifact
+from retro_model.dataset import NO_ROW, retrieved_tokens
+from retro_model.errors import DamagedArtifactError
+from retro_model.overlap import Run, longest_shared_run
+from retro_model.report import Neighbor, Passage, Token
+from retro_model.scoring import Scorer
+from retro_model.tokenizer import Tokenizer
+
+IntArray = npt.NDArray[np.integer[Any]]
+FloatArray = npt.NDArray[np.floating[Any]]
+
+NEIGHBORS_SHOWN = 4
+SHORTEST_RUN_SHOWN = 2  # one common token says nothing
+END_OF_DOCUMENT = "\u27e8end of document\u27e9"
+GAINED_MOST, GAINED_LEAST, AT_RANDOM = "gained most", "gained least", "at random"
+
+
+def choose_passages(
+    scorer: Scorer, saved: FloatArray, neighbors: IntArray, num: int, seed: int
+) -> list[tuple[str, int]]:
+    """Labels and places in `scorer.rows`: a third that gained most, a third least, the rest at random.
+
+    Only full chunks whose predecessor is scored and has a neighbor; no two of one document while
+    there are others. `saved` (rows,) is what retrieval lowered each row's loss by; equal ones come in
+    their order.
+    """
+    follows = (np.diff(scorer.rows) == 1) & (np.diff(scorer.documents) == 0) & (neighbors[:-1, 0] != NO_ROW)
+    (candidates,) = np.nonzero(np.append(False, follows) & scorer.is_label.all(axis=1))
+    by_gain = candidates[np.argsort(-saved[candidates], kind="stable")]
+    shuffled = np.random.default_rng(seed).permutation(candidates)
+    chosen: list[tuple[str, int]] = []
+    for label, order, count in (
+        (GAINED_MOST, by_gain, num // 3),
+        (GAINED_LEAST, by_gain[::-1], num // 3),
+        (AT_RANDOM, shuffled, num - 2 * (num // 3)),
+    ):
+        taken = {place for _, place in chosen}
+        seen = {scorer.documents[place] for place in taken}
+        left = [int(place) for place in order if place not in taken]
+        chosen += [(label, place) for place in _other_documents_first(left, scorer.documents, seen)[:count]]
+    return chosen
+
+
+def _other_documents_first(places: Sequence[int], documents: IntArray, seen: set[int]) -> list[int]:
+    """The same places; those of a document that was already seen go to the end, in their order."""
+    first: list[int] = []
+    later: list[int] = []
+    for place in places:
+        (later if documents[place] in seen else first).append(place)
+        seen.add(documents[place])
+    return first + later
+
+
+def build_passages(
+    chosen: Sequence[tuple[str, int]],
+    scorer: Scorer,
+    losses_off: FloatArray,
+    losses_on: FloatArray,
+    neighbors: IntArray,
+    distances: FloatArray,
+    tokenizer: Tokenizer,
+) -> Iterator[Passage]:
+    """The chosen passages with their texts; losses are in nats (rows, M), neighbors (rows, K)."""
+    chunks, database = scorer.sequences.chunks, scorer.database
+    befores = [place - 1 for _, place in chosen]
+    shown = [[row for row in neighbors[place][:NEIGHBORS_SHOWN] if row != NO_ROW] for place in befores]
+    query_names = describe_rows(chunks, scorer.rows[[place for _, place in chosen]])
+    names = describe_rows(database, [row for rows in shown for row in rows])
+    for (label, place), before, rows in zip(chosen, befores, shown, strict=True):
+        ids = scorer.labels[place].tolist()
+        texts = [
+            END_OF_DOCUMENT if token == chunks.facts["end_id"] else text
+            for token, text in zip(ids, token_texts(tokenizer, ids), strict=True)
+        ]
+        bits = np.stack([losses_off[place], losses_on[place]], axis=1) / math.log(2)
+        tokens = [Token(text, off, on) for text, (off, on) in zip(texts, bits.tolist(), strict=True)]
+        found = []
+        for row, distance in zip(rows, distances[before].tolist(), strict=False):
+            neighbor, shared = _neighbor(names[int(row)], int(row), distance, scorer, place, tokenizer)
+            found.append(neighbor)
+            tokens[shared] = [replace(token, shared=True) for token in tokens[shared]]
+        yield Passage(
+            label=label,
+            source=query_names[int(scorer.rows[place])],
+            before=tokenizer.decode(scorer.labels[before].tolist()),
+            tokens=tuple(tokens),
+            neighbors=tuple(found),
+        )
+
+
+def _neighbor(
+    name: str, row: int, distance: float, scorer: Scorer, place: int, tokenizer: Tokenizer
+) -> tuple[Neighbor, slice]:
+    """A retrieved neighbor, and which tokens of the passage it shares."""
+    pad_id = scorer.database.facts["pad_id"]
+    retrieved = retrieved_tokens(scorer.database, np.array([row]))[0]
+    num_tokens = len(retrieved) // 2
+    texts = [text for half in np.split(retrieved, 2) for text in token_texts(tokenizer, half.tolist())]
+    run = longest_shared_run(scorer.labels[place], retrieved, pad_id)
+    if run.length < SHORTEST_RUN_SHOWN:
+        run = Run(0, 0, 0)
+    neighbor = Neighbor(name, distance, tuple(texts), num_tokens, run.neighbor, run.neighbor + run.length)
+    return neighbor, slice(run.query, run.query + run.length)
+
+
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text of those before it; a special token adds nothing.
+
+    A character that several tokens spell together belongs to the last of them.
+    """
+    prefixes = tokenizer.decode_batch([ids[:stop] for stop in range(1, len(ids) + 1)])
+    texts, before = [], ""
+    for number, prefix in enumerate(prefixes, start=1):
+        # what ends a prefix in the middle of a character is shown with the token that completes it
+        text = prefix if number == len(prefixes) else prefix.rstrip("\ufffd")
+        texts.append(text.removeprefix(before))
+        before = text
+    return texts
+
+
+def describe_rows(chunks: Artifact, rows: Iterable[int] | IntArray) -> dict[int, str]:
+    """Where each chunk row comes from: source, record where there is one, and which chunk of it."""
+    wanted = sorted({int(row) for row in rows})
+    documents = dict(zip(wanted, chunks["documents"][np.array(wanted, dtype=np.int64)].tolist(), strict=True))
+    entries = _document_entries(chunks, set(documents.values()))
+    names = {}
+    for row, document in documents.items():
+        entry = entries[document]
+        record = "" if entry["record"] is None else f", record {entry['record']}"
+        names[row] = f"{entry['source']}{record}, chunk {row - entry['first_chunk'] + 1} of {entry['chunks']}"
+    return names
+
+
+def _document_entries(chunks: Artifact, wanted: set[int]) -> dict[int, dict[str, Any]]:
+    """The lines of documents.jsonl of the wanted documents, read one at a time."""
+    file = chunks.folder / "documents.jsonl"
+    with file.open(encoding="utf-8") as lines:
+        entries = {
+            entry["document"]: entry for line in lines if (entry := json.loads(line))["document"] in wanted
+        }
+    if missing := wanted - entries.keys():
+        raise DamagedArtifactError(
+            f"{file}: no line for document {min(missing)}; run `dvc repro` (stage chunk)"
+        )
+    return entries

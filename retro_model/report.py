@@ -1,0 +1,370 @@
+"""The evaluation as one HTML page: no script, no external resource, dark or light as the reader has it.
+
+    html = render(Report(title=..., summary=..., tables=..., charts=..., passages=..., notes=...))
+
+Everything that comes in is text and is escaped here, once; equal reports give equal bytes. Charts are
+inline SVG. Passages follow the paper's appendix: each token colored by how much retrieval lowered its
+loss, beside it what was retrieved, the longest common run marked in both.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+
+# Change of a token's loss in bits from which each shade is used.
+SHADES = (0.1, 0.5, 1.5, 3.0)
+
+# Control characters do not belong into HTML: their pictures are shown instead.
+_VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_VISIBLE |= dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF), 0xFFFD)
+
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+# ---- what a report is made of ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a head: what a row is, a note on that in small print, then its figures."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of a chart: a value at each of the chart's places, and which of four colors it has."""
+
+    name: str
+    values: tuple[float, ...]
+    color: int = 0
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over places that stand evenly, whatever their labels: one line and one place at least."""
+
+    title: str
+    caption: str
+    x_label: str
+    y_label: str
+    places: tuple[str, ...]
+    series: tuple[Series, ...]
+
+
+@dataclass(frozen=True)
+class Token:
+    """A scored token: its text, its loss in bits without and with retrieval, and whether it is shared."""
+
+    text: str
+    bits_off: float
+    bits_on: float
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """A retrieved chunk and its continuation; the tokens `first` to `stop` (exclusive) are the common run."""
+
+    source: str
+    distance: float
+    tokens: tuple[str, ...]
+    continuation_at: int
+    first: int = 0
+    stop: int = 0
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A chunk of held-out text, the chunk before it, and the neighbors that were retrieved with that one."""
+
+    label: str
+    source: str
+    before: str
+    tokens: tuple[Token, ...]
+    neighbors: tuple[Neighbor, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows, in its order."""
+
+    title: str
+    summary: tuple[str, ...]
+    tables: tuple[Table, ...]
+    charts: tuple[Chart, ...]
+    passages: tuple[Passage, ...]
+    notes: tuple[str, ...]
+
+
+# ---- the page --------------------------------------------------------------------------------------
+
+
+def render(report: Report) -> str:
+    """The whole page as text, to be written as UTF-8."""
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            # even if escaping failed, nothing could run or be loaded
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+            f"<title>{safe(report.title)}</title>",
+            f"<style>{STYLE}</style>",
+            "</head>",
+            "<body>",
+            "<main>",
+            f"<h1>{safe(report.title)}</h1>",
+            *(
+                f'<p class="{"lead" if place == 0 else "facts"}">{safe(text)}</p>'
+                for place, text in enumerate(report.summary)
+            ),
+            *(_table(table) for table in report.tables),
+            *_charts(report.charts),
+            *_passages(report.passages),
+            "<section>",
+            "<h2>How this was measured</h2>",
+            *(f"<p>{safe(note)}</p>" for note in report.notes),
+            "</section>",
+            "</main>",
+            "</body>",
+            "</html>",
+            "",
+        ]
+    )
+
+
+def safe(text: str) -> str:
+    """`text` as HTML that shows it and does nothing else, in elements and in quoted attributes."""
+    return escape(text.translate(_VISIBLE), quote=True)
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{safe(name)}</th>' for name in table.head)
+    rows = "".join(
+        f'<tr><th scope="row">{safe(name)}<small>{safe(note)}</small></th>'
+        f"{''.join(f'<td>{safe(cell)}</td>' for cell in cells)}</tr>"
+        for name, note, *cells in table.rows
+    )
+    caption = f'<p class="caption">{safe(table.caption)}</p>' if table.caption else ""
+    return (
+        f'<section><h2>{safe(table.title)}</h2>{caption}<div class="wide"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
+    )
+
+
+# ---- charts ----------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT = 390, 260
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 46
+
+
+def _charts(charts: Sequence[Chart]) -> Iterator[str]:
+    if charts:
+        yield '<section class="charts">'
+        yield from (_chart(chart) for chart in charts)
+        yield "</section>"
+
+
+def _chart(chart: Chart) -> str:
+    legend = "".join(
+        f'<span><i class="key s{line.color}"></i>{safe(line.name)}</span>' for line in chart.series
+    )
+    return (
+        f"<figure><h2>{safe(chart.title)}</h2>{chart_svg(chart)}"
+        f'<p class="legend">{legend}</p><figcaption>{safe(chart.caption)}</figcaption></figure>'
+    )
+
+
+def chart_svg(chart: Chart) -> str:
+    """The chart's lines and axes, colored by the page's style."""
+    found = [value for line in chart.series for value in line.values]
+    ticks = axis_ticks(min(found), max(found))
+    step = (WIDTH - LEFT - RIGHT) / len(chart.places)
+
+    def x(place: int) -> float:
+        return LEFT + step * (place + 0.5)
+
+    def y(value: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - ticks[0]) / (ticks[-1] - ticks[0]))
+
+    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{safe(chart.title)}">']
+    for tick in ticks:
+        parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text class="end" x="{LEFT - 6}" y="{y(tick) + 4:.1f}">{tick:.{digits}f}</text>')
+    for place, label in enumerate(chart.places):
+        parts.append(
+            f'<text class="middle" x="{x(place):.1f}" y="{HEIGHT - BOTTOM + 18}">{safe(label)}</text>'
+        )
+    for line in chart.series:
+        points = [(x(place), y(value)) for place, value in enumerate(line.values)]
+        path = "L".join(f"{across:.1f} {down:.1f}" for across, down in points)
+        parts.append(f'<path class="line s{line.color}" d="M{path}"/>')
+        parts.extend(
+            f'<circle class="dot s{line.color}" cx="{a:.1f}" cy="{d:.1f}" r="3"/>' for a, d in points
+        )
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="middle" x="{middle:.1f}" y="{HEIGHT - 6}">{safe(chart.x_label)}</text>')
+    height = (TOP + HEIGHT - BOTTOM) / 2
+    turned = f"translate(11 {height:.1f}) rotate(-90)"
+    parts.append(f'<text class="middle" transform="{turned}">{safe(chart.y_label)}</text>')
+    return "".join([*parts, "</svg>"])
+
+
+def axis_ticks(low: float, high: float) -> list[float]:
+    """About five round numbers, evenly spaced, the first at most `low` and the last at least `high`."""
+    rough = max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-6) / 4
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [step * number for number in range(first, max(last, first + 1) + 1)]
+
+
+# ---- passages --------------------------------------------------------------------------------------
+
+
+def _passages(passages: Sequence[Passage]) -> Iterator[str]:
+    if not passages:
+        return
+    yield "<section><h2>Held-out passages</h2>"
+    yield (
+        '<p class="caption">Each token is colored by what retrieval did to its loss. Beside it, what was '
+        "retrieved with the text in front of it (gray): the neighbor, then its continuation. The longest run "
+        "of tokens that a neighbor shares with the passage is marked in both.</p>"
+    )
+    yield f'<p class="legend shades">{_shade_legend()}</p>'
+    yield from (_passage(passage) for passage in passages)
+    yield "</section>"
+
+
+def _shade_legend() -> str:
+    marks = [
+        f'<span class="l{number}">&minus;{bits:g}</span>'
+        for number, bits in reversed([*enumerate(SHADES, 1)])
+    ]
+    marks += [f'<span class="m{number}">+{bits:g}</span>' for number, bits in enumerate(SHADES, 1)]
+    return f"cheaper {''.join(marks)} dearer, in bits from &hellip; on"
+
+
+def _passage(passage: Passage) -> str:
+    saved = sum(token.bits_off - token.bits_on for token in passage.tokens)
+    total = sum(token.bits_off for token in passage.tokens)
+    change = f"{abs(saved):.1f} of {total:.1f} bits {'saved' if saved >= 0 else 'lost'}"
+    tokens = "".join(_token(token) for token in passage.tokens)
+    neighbors = "".join(_neighbor(neighbor) for neighbor in passage.neighbors)
+    return (
+        f'<article><h3><span class="tag">{safe(passage.label)}</span> {change} '
+        f'<span class="source">{safe(passage.source)}</span></h3>'
+        f'<div class="pair"><p class="text"><span class="before">{safe(passage.before)}</span>{tokens}</p>'
+        f'<div class="neighbors">{neighbors}</div></div></article>'
+    )
+
+
+def shade(token: Token) -> str:
+    """The class of a token's color: l1 to l4 for less loss with retrieval, m1 to m4 for more, or none."""
+    saved = token.bits_off - token.bits_on
+    level = sum(abs(saved) >= bits for bits in SHADES)
+    return "" if level == 0 else f"{'l' if saved > 0 else 'm'}{level}"
+
+
+def _token(token: Token) -> str:
+    classes = " ".join(filter(None, [shade(token), "run" if token.shared else ""]))
+    attribute = f' class="{classes}"' if classes else ""
+    title = f"{token.bits_off:.2f} &rarr; {token.bits_on:.2f} bits"
+    return f'<span{attribute} title="{title}">{safe(token.text)}</span>'
+
+
+def _neighbor(neighbor: Neighbor) -> str:
+    parts = []
+    cuts = sorted({0, neighbor.first, neighbor.stop, neighbor.continuation_at, len(neighbor.tokens)})
+    for start, stop in pairwise(cuts):
+        if start == neighbor.continuation_at:
+            parts.append('<span class="then" title="its continuation">&#9656;</span>')
+        text = safe("".join(neighbor.tokens[start:stop]))
+        parts.append(f"<mark>{text}</mark>" if neighbor.first <= start < neighbor.stop else text)
+    shared = neighbor.stop - neighbor.first
+    facts = f"distance {neighbor.distance:.3f}" + (f", shares {shared} tokens in a row" if shared else "")
+    return (
+        f'<div class="neighbor"><h4>{safe(neighbor.source)}<span>{facts}</span></h4>'
+        f'<p class="text">{"".join(parts)}</p></div>'
+    )
+
+
+# ---- the style -------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark;
+  --paper: #fdfdfb; --ink: #1d2126; --soft: #5d6670; --rule: #dcdfe3; --card: #f4f5f6; --mark: #fbe48a;
+  --s0: #2166c2; --s1: #c8791b; --s2: #6c757f; --s3: #93459b; --less: 38 120 200; --more: 222 110 30; }
+@media (prefers-color-scheme: dark) { :root {
+  --paper: #15181b; --ink: #e6e8ea; --soft: #9aa4ae; --rule: #343a40; --card: #1e2226; --mark: #6b5a12;
+  --s0: #6aa9f4; --s1: #eaa04e; --s2: #a1abb5; --s3: #d08ad8; --less: 70 150 235; --more: 235 130 50; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .75rem; }
+h2 { font-size: 1.15rem; line-height: 1.3; margin: 2.25rem 0 .5rem; }
+p { margin: .4rem 0; max-width: 46rem; }
+.lead { font-size: 1.15rem; }
+.facts, .caption, figcaption, .source { color: var(--soft); }
+.facts, .caption, figcaption { font-size: .92rem; }
+.wide { overflow-x: auto; overflow-wrap: normal; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
+th, td { padding: .4rem .9rem .4rem 0; text-align: left; border-bottom: 1px solid var(--rule);
+  vertical-align: top; }
+thead th { color: var(--soft); font-weight: 500; font-size: .88rem; }
+tbody th { font-weight: 600; }
+small { display: block; font-weight: 400; font-size: .85rem; line-height: 1.35; color: var(--soft); }
+td { white-space: nowrap; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
+  gap: 0 2rem; }
+figure { margin: 0; }
+svg { display: block; width: 100%; max-width: 34rem; height: auto; }
+svg text { fill: var(--soft); font-size: 12px; }
+svg .end { text-anchor: end; }
+svg .middle { text-anchor: middle; }
+.grid { stroke: var(--rule); stroke-width: 1; fill: none; }
+.line { stroke: var(--series); stroke-width: 2; stroke-linejoin: round; fill: none; }
+.dot { fill: var(--series); }
+.key { background: var(--series); display: inline-block; width: .9rem; height: .2rem; border-radius: .1rem;
+  margin-right: .4rem; vertical-align: middle; }
+.s0 { --series: var(--s0); } .s1 { --series: var(--s1); }
+.s2 { --series: var(--s2); } .s3 { --series: var(--s3); }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .88rem; align-items: center; }
+.shades { gap: .2rem .25rem; }
+.shades span { padding: 0 .4rem; border-radius: .2rem; }
+article { margin: 1.25rem 0; padding: .9rem 1rem 1rem; border: 1px solid var(--rule); border-radius: .5rem; }
+h3 { font-size: .95rem; font-weight: 500; margin: 0 0 .7rem; }
+.tag { font-weight: 650; margin-right: .5rem; }
+.source { margin-left: .5rem; font-size: .88rem; }
+.pair { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 1rem; }
+.text { margin: 0; max-width: none; white-space: pre-wrap; unicode-bidi: isolate;
+  tab-size: 4; font: .84rem/1.6 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.before { color: var(--soft); opacity: .75; }
+.l1 { background: rgb(var(--less) / .12); } .l2 { background: rgb(var(--less) / .25); }
+.l3 { background: rgb(var(--less) / .42); } .l4 { background: rgb(var(--less) / .62); }
+.m1 { background: rgb(var(--more) / .12); } .m2 { background: rgb(var(--more) / .25); }
+.m3 { background: rgb(var(--more) / .42); } .m4 { background: rgb(var(--more) / .62); }
+.run { text-decoration: underline 2px; text-underline-offset: .2em; }
+mark { background: var(--mark); color: inherit; border-radius: .15rem; }
+.then { color: var(--s0); padding: 0 .2rem; }
+.neighbor { background: var(--card); border-radius: .35rem; padding: .6rem .75rem; margin-bottom: .6rem; }
+.neighbor:last-child { margin-bottom: 0; }
+.neighbor .text { font-size: .78rem; }
+h4 { font-size: .82rem; font-weight: 600; margin: 0 0 .35rem; }
+h4 span { color: var(--soft); font-weight: 400; margin-left: .5rem; }
+@media (max-width: 44rem) {
+  main { padding: 1.25rem .9rem 3rem; }
+  .pair { grid-template-columns: minmax(0, 1fr); }
+  th, td { padding-right: .7rem; font-size: .9rem; }
+  td { white-space: normal; } }
+"""

@@ -1,0 +1,17 @@
+"""Writes models/baseline: the same decoder on the same data for the same steps, without retrieval."""
+
+from pathlib import Path
+
+from stages.harness import run_stage
+from stages.learning import learn
+from stages.params import read_params
+
+
+def main() -> None:
+    """Chunks in, model out."""
+    params = read_params("seq_len", "seed", "model", "train", "runtime")
+    learn("baseline", params, neighbors=None, knn=0, out=Path("models/baseline"))
+
+
+if __name__ == "__main__":
+    run_stage("baseline", main)

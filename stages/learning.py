@@ -1,0 +1,48 @@
+"""What the stages baseline and train share: one trainer, one MLflow run, one set of outputs."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from retro_model.artifacts import Artifact, write_csv, write_json
+from retro_model.devices import resolve_device
+from retro_model.training import train_model
+from stages.harness import record_timing, work_folder
+from stages.params import flat_params
+from stages.tracking import training_run
+
+
+def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int, out: Path) -> None:
+    """Trains the model of a stage into `out`, with its metrics, its curves and its MLflow run."""
+    chunks, tokenizer = Path("data/chunks"), Path("data/tokenizer")
+    inputs = [tokenizer, chunks / "train", chunks / "valid"]
+    if neighbors is not None:
+        inputs += [neighbors / "train", neighbors / "valid"]
+    tracked = {name: value for name, value in vars(params).items() if name != "runtime"}
+    with work_folder(stage, inputs, tracked) as work:
+        kinds = {tokenizer: "tokenizer", chunks: "chunks", neighbors: "neighbors"}
+        digests = {
+            path.as_posix(): Artifact.open(path, kinds.get(path) or kinds[path.parent], verify=False).fingerprint
+            for path in inputs
+        }
+        with training_run(stage, work.name, flat_params(), digests) as run:
+            result = train_model(
+                chunks,
+                neighbors,
+                tokenizer,
+                params.model,
+                params.train,
+                knn=knn,
+                seq_len=params.seq_len,
+                seed=params.seed,
+                out_folder=out,
+                work_folder=work,
+                log=run.log_step,
+                device=resolve_device(params.runtime.device).type,
+            )
+            write_json(Path(f"metrics/{stage}.json"), result.metrics)
+            write_csv(Path(f"plots/{stage}.csv"), result.history)
+            run.log_metrics(result.metrics, step=params.train.steps)
+            run.log_folder(out, "best")
+            run.log_folder(work / "last", "last")
+            run.log_model(out, Artifact.open(out, "model", verify=False).fingerprint, result.metrics)
+    record_timing(f"{stage}.training", **result.timings)

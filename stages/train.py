@@ -1,0 +1,17 @@
+"""Writes models/retro: the network with retrieval, its best weights by validation loss."""
+
+from pathlib import Path
+
+from stages.harness import run_stage
+from stages.learning import learn
+from stages.params import read_params
+
+
+def main() -> None:
+    """Chunks and neighbors in, model out."""
+    params = read_params("knn", "seq_len", "seed", "model", "train", "runtime")
+    learn("train", params, neighbors=Path("data/neighbors"), knn=params.knn, out=Path("models/retro"))
+
+
+if __name__ == "__main__":
+    run_stage("train", main)
