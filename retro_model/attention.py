@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retro_model.kernels import rotate_heads, short_attention, short_attention_is_faster
+from retro_model.kernels import rotate_parts, short_attention, short_attention_is_faster
 
 See = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -86,7 +86,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_QD: Tensor, table_QF: Tensor, see: See) -> Tensor:
         qkv = self.qkv(x_QD).unflatten(-1, (3 * self.heads, -1))  # (..., Q, 3HF) -> (..., Q, 3H, F)
-        q, k, v = rotate_heads(qkv, table_QF, 2 * self.heads).chunk(3, dim=-2)  # each (..., Q, H, F)
+        q, k, v = rotate_parts(qkv, table_QF, 3, 2)  # each (..., Q, H, F)
         seen = see(q, k, v, self.dropout if self.training else 0.0)
         out: Tensor = self.out(seen.flatten(-2))  # (..., Q, H, F) -> (..., Q, HF) -> (..., Q, D)
         return out
@@ -108,7 +108,7 @@ class CrossAttention(nn.Module):
     def context(self, context_JE: Tensor, table_JF: Tensor) -> tuple[Tensor, Tensor]:
         """Keys turned to their positions, and values: each (..., J, H, F). A cache keeps these."""
         kv = self.key_value(context_JE).unflatten(-1, (2 * self.heads, -1))  # (..., J, 2HF) -> (..., J, 2H, F)
-        k, v = rotate_heads(kv, table_JF, self.heads).chunk(2, dim=-2)  # each (..., J, H, F)
+        k, v = rotate_parts(kv, table_JF, 2, 1)  # each (..., J, H, F)
         return k, v
 
     def forward(
@@ -119,7 +119,7 @@ class CrossAttention(nn.Module):
         table_QF: Tensor,
         mask_QJ: Tensor | None = None,
     ) -> Tensor:
-        q = rotate_heads(self.query(x_QD).unflatten(-1, (self.heads, -1)), table_QF, self.heads)  # (..., Q, H, F)
+        (q,) = rotate_parts(self.query(x_QD).unflatten(-1, (self.heads, -1)), table_QF, 1, 1)  # (..., Q, H, F)
         dropout = self.dropout if self.training else 0.0
         attended = attend(q, key_JHF, value_JHF, mask_QJ=mask_QJ, dropout=dropout)
         out: Tensor = self.out(attended.flatten(-2))  # (..., Q, HF) -> (..., Q, D)

@@ -80,59 +80,57 @@ def _bytes_of_labels(
 class _SplitWriter:
     """The chunk artifact of one split while it grows."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, chunk_size: int, num_documents: int) -> None:
+    def __init__(self, folder: Path, vocab_size: int, num_documents: int) -> None:
         self.writer = ArtifactWriter(folder, "chunks", ROWS_PER_SHARD)
         self.totals: Counter[str] = Counter()
-        self._token_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+        self._token_type = np.uint16 if vocab_size <= 1 << 16 else np.int32
         self._id_type = np.int32 if num_documents < 1 << 31 else np.int64
-        self._tokenizer, self._chunk_size = tokenizer, chunk_size
 
     def __enter__(self) -> "_SplitWriter":
         self.writer.__enter__()
         self._table = (self.writer.folder / TABLE).open("w", encoding="utf-8", newline="\n")
         return self
 
-    def append(self, documents: Sequence[Document]) -> None:
-        """Adds documents of this split; those without a single token are counted and left out."""
-        encoded = self._tokenizer.encode_batch([document.text for document in documents])
-        tokens = np.diff(encoded.starts)
-        if not tokens.all():
-            self.totals["without_tokens"] += int((tokens == 0).sum())
-            self.append([document for document, length in zip(documents, tokens, strict=True) if length])
-            return
-        special = (self._tokenizer.pad_id, self._tokenizer.begin_id, self._tokenizer.end_id)
-        chunks = cut(encoded, self._chunk_size, *special)
-        self._list_documents(documents, chunks, encoded)
+    def append(
+        self, documents: Sequence[Document], encoded: Encoded, chunks: Chunks, chosen: npt.NDArray[np.bool_]
+    ) -> None:
+        """Adds the chosen documents of a batch; those without a single token are counted and left out."""
+        lengths = np.diff(encoded.starts)
+        kept = chosen & (lengths > 0)
+        self._list_documents(documents, encoded, chunks, np.flatnonzero(kept))
+        rows = np.repeat(kept, chunks.counts)
         numbers = np.array([document.number for document in documents], self._id_type)
         self.writer.append(
-            tokens=chunks.rows.astype(self._token_type),
-            documents=np.repeat(numbers, chunks.counts),
-            bytes=chunks.bytes,
+            tokens=chunks.rows[rows].astype(self._token_type),
+            documents=np.repeat(numbers, chunks.counts)[rows],
+            bytes=chunks.bytes[rows],
+        )
+        self.totals.update(
+            documents=int(kept.sum()),
+            chunks=int(rows.sum()),
+            tokens=int(lengths[kept].sum()),
+            bytes=int(encoded.sizes[kept].sum()),
+            lossy_documents=int(encoded.lossy[kept].sum()),
+            without_tokens=int((chosen & ~kept).sum()),
         )
 
-    def _list_documents(self, documents: Sequence[Document], chunks: Chunks, encoded: Encoded) -> None:
+    def _list_documents(
+        self, documents: Sequence[Document], encoded: Encoded, chunks: Chunks, places: npt.NDArray[np.int64]
+    ) -> None:
         first = self.writer.rows
-        lengths = np.diff(encoded.starts)
-        for place, document in enumerate(documents):
+        for place in places:
             num_chunks = int(chunks.counts[place])
             entry = {
-                "document": document.number,
-                "source": document.source,
-                "record": document.record,
+                "document": documents[place].number,
+                "source": documents[place].source,
+                "record": documents[place].record,
                 "first_chunk": first,
                 "chunks": num_chunks,
-                "tokens": int(lengths[place]),
+                "tokens": int(encoded.starts[place + 1] - encoded.starts[place]),
                 "bytes": int(encoded.sizes[place]),
             }
             self._table.write(json.dumps(entry, ensure_ascii=False) + "\n")
             first += num_chunks
-        self.totals.update(
-            documents=len(documents),
-            chunks=len(chunks.rows),
-            tokens=int(lengths.sum()),
-            bytes=int(encoded.sizes.sum()),
-            lossy_documents=int(encoded.lossy.sum()),
-        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -171,14 +169,15 @@ def chunk_documents(
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(
-                _SplitWriter(folder / split, tokenizer, chunk_size, corpus.num_readable)
+                _SplitWriter(folder / split, tokenizer.vocab_size, corpus.num_readable)
             )
             for split in SPLITS
         }
-        for batch in _ahead(_batches(corpus.documents())):
-            for split in SPLITS:
-                if documents := [document for document in batch if document.split == split]:
-                    writers[split].append(documents)
+        for documents, encoded in _ahead(_encode(_ahead(_batches(corpus.documents())), tokenizer)):
+            chunks = cut(encoded, chunk_size, tokenizer.pad_id, tokenizer.begin_id, tokenizer.end_id)
+            splits = np.array([document.split for document in documents])
+            for split, writer in writers.items():
+                writer.append(documents, encoded, chunks, splits == split)
         for split, writer in writers.items():
             if not writer.totals["chunks"]:
                 raise DocumentError(
@@ -226,10 +225,17 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
+def _encode(
+    batches: Iterable[list[Document]], tokenizer: Tokenizer
+) -> Iterator[tuple[list[Document], Encoded]]:
+    for batch in batches:
+        yield batch, tokenizer.encode_batch([document.text for document in batch])
+
+
 def _ahead(items: Iterable[Item]) -> Iterator[Item]:
     """The same items, the next one made in a thread while this one is used.
 
-    Reading and checking is Python, encoding is not: side by side they take the time of the slower one.
+    Reading, checking and cutting are Python, encoding is not: side by side they use the cores that it leaves.
     """
     handover: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=1)
     stop = threading.Event()

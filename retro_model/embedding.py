@@ -50,7 +50,7 @@ ROWS_PER_BATCH = {"cpu": 32, "cuda": 512}
 # On GPUs the kernel depends on the whole shape, so that only full batches will do.
 ROWS_ALIKE_ON_CPU = 8
 
-ROWS_PER_BLOCK = 1024  # read and tokenized at once
+ROWS_PER_BLOCK = 256  # read, tokenized and reported at once
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Encoder:
     ) -> None:
         assert config.max_tokens > 0 and config.number_type in NUMBER_TYPES, config
         self.config = config
-        self.name = Path(config.encoder).name
+        self.name = Path(config.encoder).absolute().name
         self.fingerprint = fingerprint
         self.dim: int = model.config.hidden_size
         self.device = device
@@ -202,8 +202,9 @@ class Encoder:
     def tokenize(self, texts: Sequence[str]) -> Tokenized:
         """The texts as [CLS] pieces [SEP] and padding; what spells a special token stays text."""
         encodings = self._tokenizer.encode_batch_fast(list(texts))
-        ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64).reshape(len(encodings), -1)
+        ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
         lengths = np.array([sum(encoding.attention_mask) for encoding in encodings], dtype=np.int64)
+        ids = ids.reshape(len(encodings), self.config.max_tokens)  # also of no texts
         return Tokenized(ids, lengths, sum(bool(encoding.overflowing) for encoding in encodings))
 
     def vectors(self, tokenized: Tokenized) -> npt.NDArray[np.float32]:

@@ -42,7 +42,7 @@ from retro_model.page import make_page
 from retro_model.passages import build_passages, choose_passages
 from retro_model.progress import Progress
 from retro_model.report import Passage, render
-from retro_model.scoring import Scorer, choose_spans
+from retro_model.scoring import Scorer, Span, choose_spans
 from retro_model.tokenizer import Tokenizer
 
 IntArray = npt.NDArray[np.integer[Any]]
@@ -104,18 +104,15 @@ def evaluate_models(
     inputs = Inputs.open(baseline_folder, retro_folder, chunks_folder, neighbors_folder, tokenizer_folder)
     _check_knn(inputs.neighbors, knn, config)
     number_type = resolve_number_type(config.number_type, torch.device(device))
-    spans = choose_spans(inputs.chunks["documents"][:], config.max_chunks, seed)
     scorer = Scorer(
         inputs.chunks,
         inputs.database,
-        spans,
+        spans_with_text(inputs.chunks, config.max_chunks, seed),
         seq_len,
         device=device,
         batch_size=batch_size,
         number_type=number_type,
     )
-    if not scorer.bytes.any():
-        raise DocumentError(f"{inputs.chunks.folder}: no text to evaluate on; add documents to this split")
     run = _score(inputs, scorer, config, knn, seed, device)
     scores = Scores(scorer, run.losses)
     resampled = scores.bootstrap(config.bootstrap_samples, seed)
@@ -169,6 +166,15 @@ class Inputs:
             ),
             tokenizer=words,
         )
+
+
+def spans_with_text(chunks: Artifact, max_chunks: int | None, seed: int) -> list[Span]:
+    """The documents to score; without a byte there are no bits per byte."""
+    chosen = choose_spans(chunks["documents"][:], max_chunks, seed)
+    spans = [span for span in chosen if chunks["bytes"][span.first : span.stop].any()]
+    if not spans:
+        raise DocumentError(f"{chunks.folder}: no text to evaluate on; add documents to this split")
+    return spans
 
 
 def _check_knn(neighbors: Artifact, knn: int, config: EvaluateConfig) -> None:

@@ -4,7 +4,7 @@ Vectors are compared by squared L2 distance. Equal input gives an index of equal
 a seeded random sample, the vectors are added after that in their order, and how many of its lists a
 search visits is chosen by recall against exact search, never by a clock.
 
-Only this module and `neighbors` know faiss, and they import it when they need it.
+Only this module knows faiss, and imports it when it is needed.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import io
 import logging
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,18 @@ def num_lists(key: str) -> int:
     return int(matched[1] or 0)
 
 
+def import_faiss() -> Any:
+    """The module faiss, imported when it is needed.
+
+    Its SWIG wrapper warns of itself while it loads, and where warnings are errors that ends the process
+    with a segmentation fault.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "builtin type .* has no __module__ attribute", DeprecationWarning)
+        import faiss
+    return faiss
+
+
 # ---- distances -----------------------------------------------------------------------------------------
 
 
@@ -106,7 +119,7 @@ def pair_distances(queries: FloatArray, vectors: FloatArray, places: IdArray) ->
     Each is computed for itself, so that it does not depend on what else is asked. inf where a place
     is -1.
     """
-    import faiss
+    faiss = import_faiss()
 
     queries, vectors = np.ascontiguousarray(queries), np.ascontiguousarray(vectors)
     places = np.ascontiguousarray(places, dtype=np.int64)
@@ -139,7 +152,7 @@ def float_blocks(vectors: ShardedArray) -> Iterator[FloatArray]:
 
 def exact_distances(queries: FloatArray, vectors: ShardedArray, k: int) -> FloatArray:
     """The k smallest distances (n, k) of each query to all rows, in order, by brute force."""
-    import faiss
+    faiss = import_faiss()
 
     nearest = np.full((len(queries), k), np.inf, dtype=np.float32)
     for block in float_blocks(vectors):
@@ -172,7 +185,7 @@ class Index:
 
         Raises what `Artifact.open` does, and DamagedArtifactError where faiss cannot read it.
         """
-        import faiss
+        faiss = import_faiss()
 
         artifact = Artifact.open(folder, "index").require(metric="l2")
         path = artifact.folder / INDEX_FILE
@@ -201,7 +214,7 @@ class Index:
 
 
 def _search(index: Any, queries: FloatArray, k: int, probes: int) -> tuple[FloatArray, IdArray]:
-    import faiss
+    faiss = import_faiss()
 
     queries = np.ascontiguousarray(queries)
     if isinstance(index, faiss.IndexIVF):
@@ -216,7 +229,7 @@ def _search(index: Any, queries: FloatArray, k: int, probes: int) -> tuple[Float
 
 @contextlib.contextmanager
 def _no_blas() -> Iterator[None]:
-    import faiss
+    faiss = import_faiss()
 
     threshold = faiss.cvar.distance_compute_blas_threshold
     faiss.cvar.distance_compute_blas_threshold = 2**31 - 1
@@ -237,7 +250,7 @@ def make_index(embeddings_folder: Path, config: IndexConfig, out_folder: Path) -
     Raises ConfigError where key, memory or recall cannot be had, MismatchError where the splits were
     embedded in different ways.
     """
-    import faiss
+    faiss = import_faiss()
 
     train = Artifact.open(embeddings_folder / "train", "embeddings")
     valid = Artifact.open(embeddings_folder / "valid", "embeddings")
@@ -309,7 +322,7 @@ def _trained_index(vectors: ShardedArray, key: str, config: IndexConfig) -> Any:
 
 def _build_with_autofaiss(folder: str, key: str) -> Any:
     """autofaiss's index over the `.npy` files in `folder`, with its logging kept for the error, if any."""
-    import faiss
+    faiss = import_faiss()
 
     with _captured_logging("autofaiss") as log:
         from autofaiss import build_index
@@ -340,7 +353,8 @@ def _captured_logging(name: str) -> Iterator[io.StringIO]:
     root.handlers = [logging.NullHandler()]
     logger.handlers, logger.propagate = [logging.StreamHandler(text)], False
     try:
-        with contextlib.redirect_stderr(text):
+        with contextlib.redirect_stderr(text), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of what it imports, on newer Pythons
             yield text
     finally:
         root.handlers, root.level, logger.handlers, logger.propagate = before

@@ -26,56 +26,66 @@ def rotate(x_QHF: Tensor, table_QF: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def _turn_(x_QHF: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate x in its own memory."""
-    a, b = x_QHF.chunk(2, dim=-1)
+def _turn(x_QHF: Tensor, cos: Tensor, sin: Tensor, out_QHF: Tensor) -> None:
+    """Write the rotated x to `out`, which may be x itself."""
+    (a, b), (out_a, out_b) = x_QHF.chunk(2, dim=-1), out_QHF.chunk(2, dim=-1)
     turned_a = (a * cos).addcmul_(b, sin, value=-1)
-    b.mul_(cos).addcmul_(a, sin)
-    a.copy_(turned_a)
+    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
+    out_a.copy_(turned_a)
 
 
-class _RotateHeads(torch.autograd.Function):
+class _RotateParts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_QHF: Tensor, table_QF: Tensor, num_rotated: int) -> Tensor:
+    def forward(ctx: Any, x_QHF: Tensor, table_QF: Tensor, num_parts: int, num_rotated: int) -> tuple[Tensor, ...]:
         cos, sin = table_QF.to(x_QHF.dtype).unsqueeze(-2).chunk(2, dim=-1)
-        _turn_(x_QHF[..., :num_rotated, :], cos, sin)
+        parts = x_QHF.detach().chunk(num_parts, dim=-2)
+        for part in parts[:num_rotated]:
+            _turn(part, cos, sin, part)
         ctx.save_for_backward(cos, sin)
         ctx.num_rotated = num_rotated
-        ctx.mark_dirty(x_QHF)
-        return x_QHF
+        return parts
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        grad_QHF = grads[0].clone()
-        _turn_(grad_QHF[..., : ctx.num_rotated, :], cos, -sin)  # the gradient turns back
-        return grad_QHF, None, None
+        *outer, heads, features = grads[0].shape
+        grad_QHF = grads[0].new_empty(*outer, len(grads) * heads, features)
+        for number, (grad, out) in enumerate(zip(grads, grad_QHF.chunk(len(grads), dim=-2), strict=True)):
+            if number < ctx.num_rotated:
+                _turn(grad, cos, -sin, out)  # the gradient turns back
+            else:
+                out.copy_(grad)
+        return grad_QHF, None, None, None
 
 
-def rotate_heads(x_QHF: Tensor, table_QF: Tensor, num_rotated: int) -> Tensor:
-    """`cat([rotate(x[..., :n, :]), x[..., n:, :]], -2)`, in the memory of x.
+def rotate_parts(x_QHF: Tensor, table_QF: Tensor, num_parts: int, num_rotated: int) -> tuple[Tensor, ...]:
+    """`x.chunk(num_parts, dim=-2)` with the first parts rotated, in the memory of x.
 
     x is a fused projection of queries, keys and values, which nobody needs unrotated.
     """
     if torch.compiler.is_compiling():  # a compiler fuses the plain form
-        return torch.cat([rotate(x_QHF[..., :num_rotated, :], table_QF), x_QHF[..., num_rotated:, :]], dim=-2)
-    rotated: Tensor = _RotateHeads.apply(x_QHF, table_QF, num_rotated)  # type: ignore[no-untyped-call]
+        parts = x_QHF.chunk(num_parts, dim=-2)
+        return tuple(rotate(part, table_QF) if i < num_rotated else part for i, part in enumerate(parts))
+    rotated: tuple[Tensor, ...] = _RotateParts.apply(x_QHF, table_QF, num_parts, num_rotated)  # type: ignore[no-untyped-call]
     return rotated
 
 
 # ---- RMSNorm ---------------------------------------------------------------------------------------
 
 
+EPSILON = 1e-6  # one for all dtypes: that of bfloat16 would drown an embedding's small numbers
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, gain_D: Tensor) -> Tensor:
         size_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True)
-        scale_T1 = size_T1.square_().div_(x_TD.shape[-1]).add_(eps).rsqrt_()
+        scale_T1 = size_T1.square_().div_(x_TD.shape[-1]).add_(EPSILON).rsqrt_()
         ctx.save_for_backward(x_TD, gain_D, scale_T1)
         return (x_TD * scale_T1).mul_(gain_D)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x_TD, gain_D, scale_T1 = ctx.saved_tensors
         (grad_TD,) = grads
         normed_TD = x_TD * scale_T1
@@ -83,21 +93,22 @@ class _RMSNorm(torch.autograd.Function):
         along_T1 = (product_TD @ gain_D)[..., None].div_(x_TD.shape[-1])
         grad_gain_D = product_TD.flatten(0, -2).sum(0)
         grad_x_TD = torch.mul(grad_TD, gain_D, out=product_TD).addcmul_(normed_TD, along_T1, value=-1)
-        return grad_x_TD.mul_(scale_T1), grad_gain_D, None
+        return grad_x_TD.mul_(scale_T1), grad_gain_D
 
 
 def rms_norm(x_TD: Tensor, gain_D: Tensor) -> Tensor:
-    """`F.rms_norm(x, gain.shape, gain)`, which on a CPU takes eleven passes over memory."""
+    """`F.rms_norm(x, gain.shape, gain, EPSILON)`, which on a CPU takes eleven passes over memory."""
     gain_D = gain_D.to(x_TD.dtype)
     if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.rms_norm(x_TD, gain_D.shape, gain_D)
-    normed: Tensor = _RMSNorm.apply(x_TD, gain_D, torch.finfo(x_TD.dtype).eps)  # type: ignore[no-untyped-call]
+        return F.rms_norm(x_TD, gain_D.shape, gain_D, EPSILON)
+    normed: Tensor = _RMSNorm.apply(x_TD, gain_D)  # type: ignore[no-untyped-call]
     return normed
 
 
 # ---- attention over few keys -----------------------------------------------------------------------
 
-SHORT = 512 * 256  # queries times keys up to which all scores of a few rows are cheaper than tiles
+SHORT = 1024  # keys up to which plain matrix products are faster
+SCORES = 2**18  # scores that are in memory at a time, so few that they stay in the cache
 
 
 def short_attention_is_faster(q_BHQF: Tensor, k_BHJF: Tensor) -> bool:
@@ -110,7 +121,7 @@ def short_attention_is_faster(q_BHQF: Tensor, k_BHJF: Tensor) -> bool:
         q_BHQF.device.type == "cpu"
         and q_BHQF.dtype == torch.bfloat16
         and q_BHQF.dim() == 4  # noqa: PLR2004
-        and q_BHQF.shape[-2] * k_BHJF.shape[-2] <= SHORT
+        and k_BHJF.shape[-2] <= SHORT
         and torch.is_grad_enabled()
         and q_BHQF.requires_grad
     )
@@ -118,32 +129,53 @@ def short_attention_is_faster(q_BHQF: Tensor, k_BHJF: Tensor) -> bool:
 
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
-            out = F.scaled_dot_product_attention(q, k, v, bias)
+            out = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal)
         ctx.save_for_backward(q, k, v, bias)
+        ctx.causal = causal
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, bias = ctx.saved_tensors
-        scale = 1 / math.sqrt(q.shape[-1])
-        # (B, Q, H, F) in memory, as the projections want it
-        grad_q, grad_k, grad_v = (torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
-        rows = max(1, SHORT // (q.shape[2] * k.shape[2]) // 2)
-        for start in range(0, len(q), rows):  # so few that their scores stay in the cache
-            some = slice(start, start + rows)
-            scaled, key, grad = q[some] * scale, k[some], grads[0][some]
-            scores = scaled @ key.mT  # (rows, H, Q, J)
-            if bias is not None:
-                scores += bias[some] if len(bias) > 1 else bias
-            weights = scores.softmax(-1)
-            grad_v[some] = weights.mT @ grad
-            grad_weights = grad @ v[some].mT
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_q[some] = (grad_scores @ key).mul_(scale)
-            grad_k[some] = grad_scores.mT @ scaled
-        return grad_q, grad_k, grad_v, None
+        q, k, v, grad = (x.contiguous() for x in (q, k, v, grads[0]))
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        num_rows, heads, num_queries, _ = q.shape
+        # With causal attention a block of queries needs no later keys; without, all queries are one block.
+        block = min(num_queries, 128) if ctx.causal else num_queries
+        rows = max(1, SCORES // (heads * block * k.shape[2]))
+        for row in range(0, num_rows, rows):
+            some = slice(row, row + rows)
+            for start in range(0, num_queries, block):
+                end = min(start + block, num_queries)
+                seen = slice(0, end if ctx.causal else k.shape[2])
+                grads_some = _attention_backward(
+                    q[some, :, start:end], k[some, :, seen], v[some, :, seen], grad[some, :, start:end],
+                    None if bias is None else bias[some] if len(bias) > 1 else bias, start if ctx.causal else None,
+                )  # fmt: skip
+                grad_q[some, :, start:end] = grads_some[0]
+                grad_k[some, :, seen] += grads_some[1]
+                grad_v[some, :, seen] += grads_some[2]
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, bias: Tensor | None, first_query: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of softmax(q k + bias) v; causal if the place of the first query is given."""
+    scaled = q * (1 / math.sqrt(q.shape[-1]))
+    scores = scaled @ k.mT
+    if bias is not None:
+        scores += bias
+    if first_query is not None:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(first_query + 1)
+        scores.masked_fill_(future, -math.inf)
+    weights = scores.softmax(-1)
+    grad_weights = grad @ v.mT
+    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    grad_q = (grad_scores @ k).mul_(1 / math.sqrt(q.shape[-1]))
+    return grad_q, grad_scores.mT @ scaled, weights.mT @ grad
 
 
 def short_attention(q_BHQF: Tensor, k_BHJF: Tensor, v_BHJF: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -151,10 +183,7 @@ def short_attention(q_BHQF: Tensor, k_BHJF: Tensor, v_BHJF: Tensor, mask: Tensor
     bias = None
     if mask is not None:
         bias = torch.zeros_like(mask, dtype=q_BHQF.dtype).masked_fill_(~mask, -math.inf)
-    if causal:
-        shape = q_BHQF.shape[-2], k_BHJF.shape[-2]
-        bias = torch.full(shape, -math.inf, dtype=q_BHQF.dtype, device=q_BHQF.device).triu_(1)[None, None]
-    out: Tensor = _ShortAttention.apply(q_BHQF, k_BHJF, v_BHJF, bias)  # type: ignore[no-untyped-call]
+    out: Tensor = _ShortAttention.apply(q_BHQF, k_BHJF, v_BHJF, bias, causal)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -196,7 +225,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[some] = grad_SV @ weight
                 if grad_weight is not None:
-                    grad_weight += grad_SV.T @ hidden[some]
+                    if dtype == precise:
+                        grad_weight.addmm_(grad_SV.T, hidden[some])
+                    else:
+                        grad_weight += grad_SV.T @ hidden[some]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden_TD.dtype, weight_VD.dtype
         return total

@@ -282,7 +282,7 @@ class Encoder(nn.Module):
 
         `mask_AKR` is False at padding. `hidden_AMD` are the decoder's states of the retrieving chunk.
         """
-        chunks, num_neighbors, length, _ = embedded_AKRD.shape
+        _, num_neighbors, length, _ = embedded_AKRD.shape
         dtype = embedded_AKRD.dtype
         positions = torch.arange(max(length, hidden_AMD.shape[1]), device=embedded_AKRD.device)
         table = rotary_table(positions, self.dim_head, dtype)
@@ -291,7 +291,8 @@ class Encoder(nn.Module):
         see = partial(see_neighbors, mask_AKR=mask_AKR)
 
         hidden_AMD = self.norm_hidden(hidden_AMD)
-        x_AJE = self.norm_in(self.widen(embedded_AKRD)).flatten(1, 2)  # (A, K, R, E) -> (A, KR, E)
+        widened_AKRE = self.widen(embedded_AKRD).to(dtype)  # under autocast, too, the residual stream is exact
+        x_AJE = self.norm_in(widened_AKRE).flatten(1, 2)  # (A, K, R, E) -> (A, KR, E)
         for block in self.blocks:
             x_AJE = block.attention(x_AJE, table_JF, see)
             if block.cross_attention is not None:

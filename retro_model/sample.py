@@ -29,11 +29,10 @@ STANDARD_LIBRARY = "python"
 MIN_DOCSTRING = 60  # characters; shorter ones repeat the function's name
 PROMPTS = (">>>", "...")
 # Tests, vendored copies of other packages, and what is kept for its age only.
-LEFT_OUT = frozenset(
-    ("test", "tests", "testing", "_testing", "idle_test", "conftest")
-    + ("_vendor", "_vendored", "vendor", "externals", "extern", "ensurepip")
-    + ("lib2to3", "idlelib", "turtledemo", "distutils")
-)
+TESTS = ("test", "tests", "testing", "_testing", "idle_test", "conftest")
+VENDORED = ("_vendor", "_vendored", "vendor", "externals", "extern", "ensurepip")
+OLD = ("lib2to3", "idlelib", "turtledemo", "distutils")
+LEFT_OUT = frozenset((*TESTS, *VENDORED, *OLD))
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def write_sample(folder: Path, config: SampleConfig) -> dict[str, int]:
     if not chosen:
         raise DocumentError(
             f"sample.packages: no module of {', '.join(config.packages)} has {config.min_bytes} to "
-            f"{config.max_bytes} bytes of docstrings; change sample.min_bytes, sample.max_bytes or the packages"
+            f"{config.max_bytes} bytes of docstrings; change sample.packages, min_bytes or max_bytes"
         )
     num_bytes = 0
     with whole_folder(folder) as whole:

@@ -11,14 +11,15 @@ stops the first stage that runs and not the one that needs the key, hours later.
 """
 
 import importlib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import YAMLError
 
 from retro_model.config import Config, setting
 from retro_model.errors import ConfigError
@@ -61,39 +62,16 @@ class FlatConfig(Config):
             )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as DVC reads it (1.2): `3e-4` is a number, `on` is text, and a key stands once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if key in seen:
-                raise ConfigError(f"{key}: stands twice in {PARAMS_FILE} (line {key_node.start_mark.line + 1})")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.split(":")[-1] not in ("float", "bool", "int", "timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False|TRUE|FALSE)$"), list("tfTF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
-    list("-+0123456789."),
-)
-
-
 def read_yaml(path: Path) -> Mapping[str, Any]:
-    """The file's keys and values, with the types that DVC sees."""
+    """The file's keys and values, with the types that DVC sees (YAML 1.2: `3e-4` is a number, `on` is text)."""
     if not path.is_file():
         raise ConfigError(f"{path}: not found in {Path.cwd()}; run from the folder that holds dvc.yaml")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
+        content = YAML(typ="safe", pure=True).load(path)
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1
+        raise ConfigError(f"{path}: a key stands twice (line {line}): {error.problem}") from error
+    except YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path}: found {type(content).__name__}, expected keys and values")

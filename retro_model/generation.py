@@ -1,0 +1,400 @@
+"""Writing with a RETRO: one token's work for a new token, one retrieval for a finished chunk.
+
+Kept between tokens are the keys and values of every decoder layer and, for each layer with chunked
+cross-attention, those of the encoded neighbors of the last finished chunk. Everything works on token
+ids; whoever calls brings the search as a function.
+
+A row ends with the end token or when it is max_seq_len tokens long, the length that the model was
+trained for. To write on, prompt again with the last part of the text.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retro_model.attention import attend, rotary_table
+from retro_model.errors import ConfigError
+from retro_model.model import RETRO, cross_positions
+
+Retrieve = Callable[[Tensor], Tensor]  # finished chunks (B', M) -> neighbors (B', K, R), pad where missing
+Filter = Callable[[Tensor, float], Tensor]
+
+# ---- choosing a token ------------------------------------------------------------------------------
+
+
+def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
+    """The logits with all but the largest 1 - thres of the vocabulary at minus infinity: at least one stays."""
+    _check_share("top_k", thres)
+    kept = max(1, round((1 - thres) * logits.shape[-1]))
+    values, indices = logits.topk(kept, dim=-1)
+    return torch.full_like(logits, -torch.inf).scatter(-1, indices, values)
+
+
+def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
+    """The logits of the smallest set of likeliest tokens whose probability reaches thres, the others at
+    minus infinity (nucleus sampling, Holtzman et al. 2020)."""
+    _check_share("top_p", thres)
+    values, indices = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = values.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # what the likelier tokens reach without this one
+    values = values.masked_fill((before >= thres) & (before > 0), -torch.inf)
+    return torch.empty_like(logits).scatter(-1, indices, values)
+
+
+def _check_share(name: str, thres: float) -> None:
+    if not 0 <= thres <= 1:
+        raise ConfigError(f"filter_thres of {name} must be from 0 to 1: {thres}")
+
+
+def sample(
+    logits: Tensor, *, filter_fn: Filter, filter_thres: float, temperature: float, generator: torch.Generator | None
+) -> Tensor:
+    """One token for each row of logits (B, V): (B,). Temperature 0 takes the likeliest, whatever the filter."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    filtered = filter_fn(logits.float() / temperature, filter_thres)
+    return torch.multinomial(filtered.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+# ---- the cached decoder ----------------------------------------------------------------------------
+
+
+@dataclass
+class _Layer:
+    """What one decoder layer keeps: of the tokens read (B, H, max_length + M, F), of the neighbors (B, J, H, F).
+
+    Tokens lie next to each other for each head, because all of them are read for every new one.
+    """
+
+    key: Tensor
+    value: Tensor
+    neighbor_key: Tensor
+    neighbor_value: Tensor
+
+
+class _SeeCache:
+    """Causal attention of a piece to all that its row has read, and to itself, which the cache gets here."""
+
+    def __init__(self, place_BS: Tensor) -> None:
+        rows, width = place_BS.shape
+        self.place_BS = place_BS
+        self.row_B1 = torch.arange(rows, device=place_BS.device)[:, None]
+        self.start, self.end = int(place_BS.min()), int(place_BS.max()) + 1
+        self.together = self.end - self.start == width  # all rows are equally long
+        self.mask_BSJ = None
+        if self.end - self.start > 1:
+            self.mask_BSJ = torch.arange(self.end, device=place_BS.device) <= place_BS[..., None]
+
+    def __call__(self, layer: _Layer, q_BSHF: Tensor, k_BSHF: Tensor, v_BSHF: Tensor, _: float) -> Tensor:
+        for cache_BHNF, new_BSHF in ((layer.key, k_BSHF), (layer.value, v_BSHF)):
+            if self.together:
+                cache_BHNF[:, :, self.start : self.end] = new_BSHF.transpose(1, 2)
+            else:
+                cache_BHNF[self.row_B1, :, self.place_BS] = new_BSHF.to(cache_BHNF.dtype)
+        k_BJHF, v_BJHF = (x[:, :, : self.end].transpose(1, 2) for x in (layer.key, layer.value))
+        return attend(q_BSHF, k_BJHF, v_BJHF, mask_QJ=self.mask_BSJ)
+
+
+class _Cross:
+    """Cross-attention of a piece to its row's neighbors; rows without stay as they are."""
+
+    def __init__(self, mask_BJ: Tensor, query_table_BSF: Tensor) -> None:
+        has_B = mask_BJ.any(-1)
+        self.any, self.all = bool(has_B.any()), bool(has_B.all())
+        self.has_B11 = has_B[:, None, None]
+        self.mask_B1J = None if bool(mask_BJ.all()) else mask_BJ[:, None] | ~self.has_B11
+        self.query_table_BSF = query_table_BSF
+
+    def __call__(self, cross_attention: nn.Module, layer: _Layer, x_BSD: Tensor) -> Tensor:
+        if not self.any:
+            return x_BSD
+        changed: Tensor = cross_attention(
+            x_BSD, layer.neighbor_key, layer.neighbor_value, self.query_table_BSF, self.mask_B1J
+        )
+        return changed if self.all else torch.where(self.has_B11, changed, x_BSD)
+
+
+@dataclass
+class CachedDecoder:
+    """A RETRO that reads a few tokens at a time and remembers.
+
+    All rows read pieces of one width, each row at its own place. A piece must end with the tokens that
+    attend to one chunk, at the latest, so that one set of neighbors serves all of it: `room` says how
+    many tokens that are.
+    """
+
+    model: RETRO
+    rows: int
+    max_length: int
+    length_B: Tensor = field(init=False)  # how many tokens each row has read
+    mask_BJ: Tensor = field(init=False)  # False at padding, and in all of a row without neighbors
+    hidden_BMD: Tensor = field(init=False)  # the current chunk where the encoder looks at it
+    layers: list[_Layer] = field(init=False)
+
+    def __post_init__(self) -> None:
+        config, weight = self.model.config, self.model.embedding.weight
+        device, dtype = weight.device, weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        rows, heads, features = self.rows, config.heads, config.dim_head
+        tokens = rows, heads, self.max_length + config.chunk_size, features  # room for what is read in vain
+        none = rows, 0, heads, features
+        self.length_B = torch.zeros(self.rows, dtype=torch.long, device=device)
+        self.mask_BJ = torch.zeros(self.rows, 0, dtype=torch.bool, device=device)
+        self.hidden_BMD = weight.new_zeros(self.rows, config.chunk_size, config.dec_dim)
+        self.layers = [
+            _Layer(*(torch.zeros(n, dtype=dtype, device=device) for n in (tokens, tokens, none, none)))
+            for _ in range(config.dec_depth)
+        ]
+
+    def room(self, place: int) -> int:
+        """How many tokens from `place` on attend to the same chunk."""
+        return self.model.config.chunk_size - (place + 1) % self.model.config.chunk_size
+
+    @torch.no_grad()
+    def read(self, tokens_BS: Tensor, counts_B: Tensor, found: dict[int, Tensor] | None = None) -> Tensor:
+        """The normalized states (B, S, D) of each row's next tokens.
+
+        Row b has `counts_B[b]` of the S tokens; the others are read in vain and leave no trace.
+        `found` holds the neighbors (K, R) of the chunks that the pieces' first tokens complete, by row;
+        rows that complete a chunk and are not in it have none.
+        """
+        model, chunk_size = self.model, self.model.config.chunk_size
+        place_BS = self.length_B[:, None] + torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+        query_BS = (place_BS + 1) % chunk_size + chunk_size - 1  # as in `cross_positions`
+        table_BSF, query_table_BSF = (
+            rotary_table(places, model.config.dim_head, model.embedding.weight.dtype)
+            for places in (place_BS, query_BS)
+        )
+        completes_B = ((self.length_B + 1) % chunk_size == 0) & (counts_B > 0)
+        if completes_B.any():
+            self.mask_BJ = self.mask_BJ & ~completes_B[:, None]  # what was retrieved for the chunk before is over
+        see = _SeeCache(place_BS)
+        cross: _Cross | None = None
+
+        x_BSD = model.norm_in(model.embedding(tokens_BS))
+        for block, layer in zip(model.decoder, self.layers, strict=True):
+            x_BSD = block.attention(x_BSD, table_BSF, partial(see, layer))
+            if block.cross_attention is not None:
+                if cross is None:  # algorithm 1: the encoder runs at the first such layer
+                    self._keep_hidden(x_BSD[:, :1], place_BS[:, :1], counts_B)
+                    self._encode(found or {})
+                    self._keep_hidden(x_BSD[:, 1:], place_BS[:, 1:], counts_B - 1)
+                    cross = _Cross(self.mask_BJ, query_table_BSF)
+                x_BSD = cross(block.cross_attention, layer, x_BSD)
+            x_BSD = block.feed_forward(x_BSD)
+        self.length_B = self.length_B + counts_B
+        normed: Tensor = model.norm(x_BSD)
+        return normed
+
+    def _keep_hidden(self, x_BSD: Tensor, place_BS: Tensor, counts_B: Tensor) -> None:
+        """Put the states of real tokens where they belong in their chunk."""
+        if not x_BSD.shape[1]:
+            return
+        index_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
+        row, column = (index_S < counts_B[:, None]).nonzero(as_tuple=True)
+        offset = place_BS[row, column] % self.model.config.chunk_size
+        self.hidden_BMD[row, offset] = x_BSD[row, column].to(self.hidden_BMD.dtype)
+
+    def _encode(self, found: dict[int, Tensor]) -> None:
+        """Encode what was found for some rows, and keep it for every layer that attends to it."""
+        model, config = self.model, self.model.config
+        found = {row: neighbors for row, neighbors in found.items() if (neighbors != config.pad_id).any()}
+        if not found:
+            return
+        rows = list(found)
+        retrieved_AKR = torch.stack(list(found.values()))
+        mask_AKR = retrieved_AKR != config.pad_id
+        encoded_AJE = model.encoder(model.embedding(retrieved_AKR), mask_AKR, self.hidden_BMD[rows])
+        _, table_JF = cross_positions(
+            config.chunk_size, *retrieved_AKR.shape[1:], config.dim_head, model.embedding.weight
+        )
+        self.mask_BJ = _put_rows(self.mask_BJ, rows, mask_AKR.flatten(1))
+        for block, layer in zip(model.decoder, self.layers, strict=True):
+            if block.cross_attention is not None:
+                key, value = block.cross_attention.inner.context(encoded_AJE, table_JF)
+                layer.neighbor_key = _put_rows(layer.neighbor_key, rows, key)
+                layer.neighbor_value = _put_rows(layer.neighbor_value, rows, value)
+
+
+def _put_rows(all_BJ: Tensor, rows: list[int], some_AJ: Tensor) -> Tensor:
+    """`all_BJ` (B, J, ...) with some rows replaced; the shorter of the two is filled up with zeros."""
+    length = max(all_BJ.shape[1], some_AJ.shape[1])
+    out = all_BJ.new_zeros(len(all_BJ), length, *all_BJ.shape[2:])
+    out[:, : all_BJ.shape[1]] = all_BJ
+    out[rows] = 0
+    out[rows, : some_AJ.shape[1]] = some_AJ.to(out.dtype)
+    return out
+
+
+# ---- writing ---------------------------------------------------------------------------------------
+
+
+class Writer:
+    """A text that is being written: iterate to get the next token of each row (B,) as soon as it is chosen.
+
+    Rows that have ended give pad. `text_BN`, `length_B` and `neighbors` say at any time what is there.
+    The arguments are those of `generate`; the model must be in eval mode.
+    """
+
+    def __init__(
+        self,
+        model: RETRO,
+        prompt: Tensor,
+        *,
+        retrieve: Retrieve | None = None,
+        max_new_tokens: int | None = None,
+        filter_fn: Filter = top_k,
+        filter_thres: float = 0.9,
+        temperature: float = 1.0,
+        eos_id: int | None = None,
+        prompt_lengths: Tensor | None = None,
+        seed: int | None = None,
+    ) -> None:
+        config = model.config
+        self.length_B = _check_prompt(model, prompt, prompt_lengths)
+        _check_options(model, retrieve, max_new_tokens, temperature)
+        most = config.max_seq_len if max_new_tokens is None else max_new_tokens
+        self.limit_B = (self.length_B + most).clamp(max=config.max_seq_len)
+        self.model, self.retrieve, self.eos_id = model, retrieve, eos_id
+        generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
+        self.choose = partial(
+            sample, filter_fn=filter_fn, filter_thres=filter_thres, temperature=temperature, generator=generator
+        )
+        rows, width = prompt.shape
+        longest = int(self.limit_B.max())
+        text_BN = F.pad(prompt.long(), (0, max(0, longest - width)), value=config.pad_id)[:, :longest]
+        filled_BN = torch.arange(longest, device=prompt.device) < self.length_B[:, None]
+        self.text_BN = text_BN.where(filled_BN, config.pad_id)
+        self.neighbors: list[dict[int, Tensor]] = [{} for _ in range(rows)]  # (K, R) by the number of the chunk
+        self.decoder = CachedDecoder(model, rows, longest)
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[Tensor]:
+        writes_B = self.length_B < self.limit_B
+        if not writes_B.any():
+            return
+        logits_BV = self._read_prompt()
+        while True:
+            tokens_B = self.choose(logits_BV).masked_fill(~writes_B, self.model.config.pad_id)
+            rows = writes_B.nonzero().squeeze(1)
+            self.text_BN[rows, self.length_B[rows]] = tokens_B[rows]
+            self.length_B = self.length_B + writes_B
+            yield tokens_B
+            writes_B = writes_B & (self.length_B < self.limit_B)
+            if self.eos_id is not None:
+                writes_B = writes_B & (tokens_B != self.eos_id)
+            if not writes_B.any():
+                return
+            logits_BV = self._read_last(writes_B)
+
+    def _read_prompt(self) -> Tensor:
+        """Read the prompts, after one search for all of their chunks; the logits (B, V) after each."""
+        chunks = (self.length_B // self.model.config.chunk_size).tolist()
+        self._search([(row, u) for row, count in enumerate(chunks) for u in range(count)])
+        last_BD = torch.zeros_like(self.decoder.hidden_BMD[:, 0])
+        start, longest = 0, int(self.length_B.max())
+        while start < longest:
+            width = min(self.decoder.room(start), longest - start)
+            counts_B = (self.length_B - start).clamp(0, width)
+            piece_BS = self.text_BN[:, start : start + width]
+            hidden_BSD = self.decoder.read(piece_BS, counts_B, self._found(counts_B > 0))
+            ends_B = (counts_B > 0) & (self.length_B <= start + width)
+            last_BD[ends_B] = hidden_BSD[ends_B, counts_B[ends_B] - 1].to(last_BD.dtype)
+            start += width
+        return F.linear(last_BD, self.model.output_weight_VD)
+
+    def _read_last(self, writes_B: Tensor) -> Tensor:
+        """Read the token that was just written, in the rows that go on; the logits (B, V) after it."""
+        chunk_size = self.model.config.chunk_size
+        finished_B = writes_B & (self.length_B % chunk_size == 0)
+        rows = finished_B.nonzero().squeeze(1).tolist()
+        self._search([(row, int(self.length_B[row]) // chunk_size - 1) for row in rows])
+        last_B1 = self.text_BN.gather(1, self.length_B[:, None] - 1)
+        hidden_B1D = self.decoder.read(last_B1, writes_B.long(), self._found(finished_B))
+        return F.linear(hidden_B1D[:, 0], self.model.output_weight_VD)
+
+    def _search(self, finished: list[tuple[int, int]]) -> None:
+        """Retrieve for finished chunks, given by row and number, in one call."""
+        if self.retrieve is None or not finished:
+            return
+        m = self.model.config.chunk_size
+        chunks_CM = torch.stack([self.text_BN[row, u * m : (u + 1) * m] for row, u in finished])
+        retrieved_CKR = self.retrieve(chunks_CM)
+        if retrieved_CKR.dim() != 3 or len(retrieved_CKR) != len(finished):  # noqa: PLR2004
+            raise ConfigError(
+                f"retrieve must return ({len(finished)}, neighbors, tokens) for {len(finished)} chunks: "
+                f"{tuple(retrieved_CKR.shape)}"
+            )
+        for (row, u), neighbors_KR in zip(finished, retrieved_CKR.to(self.text_BN), strict=True):
+            self.neighbors[row][u] = neighbors_KR
+
+    def _found(self, of_rows_B: Tensor) -> dict[int, Tensor]:
+        """The neighbors of the chunks that the decoder's next tokens complete."""
+        found = {}
+        for row in of_rows_B.nonzero().squeeze(1).tolist():
+            chunks, rest = divmod(int(self.decoder.length_B[row]) + 1, self.model.config.chunk_size)
+            if rest == 0 and chunks - 1 in self.neighbors[row]:
+                found[row] = self.neighbors[row][chunks - 1]
+        return found
+
+
+def generate(
+    model: RETRO, prompt: Tensor, *, return_neighbors: bool = False, **options: Any
+) -> Tensor | tuple[Tensor, list[dict[int, Tensor]]]:
+    """The prompts and what the model writes after them: ids (B, longest), filled up with pad.
+
+    prompt: ids (B, P); with `prompt_lengths` (B,), row b is only its first so many.
+    retrieve: from finished chunks (B', M) to their neighbors (B', K, R), pad where one is missing. It is
+        called once for all whole chunks of the prompts and then at each chunk boundary. None: no retrieval.
+    max_new_tokens: at most so many for each row; None: up to max_seq_len, where every row ends anyway.
+    filter_fn, filter_thres: `top_k` or `top_p`, or a function like them, applied after the temperature.
+    temperature: 0 takes the likeliest token.
+    eos_id: a row ends with this token. seed: equal seeds give equal texts.
+    return_neighbors: also return, for each row, what was retrieved for its chunks: {number: (K, R)}. The
+        neighbors of chunk u influence the tokens from (u + 1) * M on, those of the next chunk.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        writer = Writer(model, prompt, **options)
+        for _ in writer:
+            pass
+    finally:
+        model.train(was_training)
+    text_BN = writer.text_BN[:, : int(writer.length_B.max())]
+    return (text_BN, writer.neighbors) if return_neighbors else text_BN
+
+
+def _check_prompt(model: RETRO, prompt: Tensor, prompt_lengths: Tensor | None) -> Tensor:
+    """The length of each prompt (B,), or ConfigError."""
+    if prompt.dim() != 2 or prompt.is_floating_point() or not prompt.numel():  # noqa: PLR2004
+        raise ConfigError(f"prompt must be integers (batch, tokens), at least 1 x 1: {tuple(prompt.shape)}")
+    rows, width = prompt.shape
+    if prompt_lengths is None:
+        prompt_lengths = torch.full((rows,), width)
+    lengths_B = prompt_lengths.to(device=prompt.device, dtype=torch.long)
+    if lengths_B.shape != (rows,) or not bool(((lengths_B >= 1) & (lengths_B <= width)).all()):
+        raise ConfigError(f"prompt_lengths must be {rows} numbers from 1 to {width}: {lengths_B.tolist()}")
+    longest = int(lengths_B.max())
+    if longest > model.config.max_seq_len:
+        raise ConfigError(f"prompt has {longest} tokens; max_seq_len is {model.config.max_seq_len}")
+    return lengths_B
+
+
+def _check_options(
+    model: RETRO, retrieve: Retrieve | None, max_new_tokens: int | None, temperature: float
+) -> None:
+    if model.training:
+        raise ConfigError("the model is in training mode: call model.eval() before writing")
+    if retrieve is not None and not model.config.retrieval:
+        raise ConfigError("retrieve was given for a model with retrieval=False")
+    if max_new_tokens is not None and max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens must be at least 0: {max_new_tokens}")
+    if not temperature >= 0:
+        raise ConfigError(f"temperature must be at least 0: {temperature}")

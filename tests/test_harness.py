@@ -1,0 +1,138 @@
+"""A stage ends in one line, never in a traceback that a user caused, and never with status 0 when it is half done."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from retro_model.errors import ConfigError, RetroError
+from stages.harness import project_root, record_timing, run_stage, work_folder
+
+ROOT = Path(__file__).parent.parent
+
+
+def stop_with(error: BaseException) -> None:
+    def main() -> None:
+        raise error
+
+    run_stage("chunk", main)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ConfigError("knn: found 0, expected >= 1"), 1, "chunk: knn: found 0, expected >= 1"),
+        (RetroError("two\n  lines"), 1, "chunk: two lines"),
+        (KeyboardInterrupt(), 130, "chunk: interrupted; the next `dvc repro` goes on"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "chunk: No space left on device: while writing; mend"),
+        (PermissionError(errno.EACCES, "Permission denied", "data/x"), 1, "chunk: Permission denied: data/x; mend"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line(
+    error: BaseException, status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        stop_with(error)
+    assert caught.value.code == status
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "chunk: started" and lines[1].startswith(message) and len(lines) == 2
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), AssertionError(), OSError(errno.EBADF, "Bad file descriptor")])
+def test_what_a_programmer_caused_keeps_its_traceback(error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        stop_with(error)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_run_the_cleanup_and_say_so(tmp_path: Path, number: int, status: int) -> None:
+    program = (
+        "import time; from pathlib import Path\n"
+        "from retro_model.artifacts import whole_folder\n"
+        "from stages.harness import run_stage\n"
+        "def main():\n"
+        "    with whole_folder(Path('out')) as folder:\n"
+        "        print('ready', flush=True); time.sleep(60)\n"
+        "run_stage('embed', main)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert errors.splitlines()[-1].endswith("; the next `dvc repro` goes on")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dvc.yaml").write_text("stages:\n  train:\n    cmd: x\n    deps: [code.py, data]\n")
+    (tmp_path / "code.py").write_text("one = 1\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "artifact.json").write_text("{}")
+    return tmp_path
+
+
+def key(params: dict[str, object]) -> str:
+    with work_folder("train", [Path("data")], params) as folder:
+        return folder.name
+
+
+def test_work_is_found_again_by_the_same_code_inputs_and_params_only(project: Path) -> None:
+    first = key({"lr": 1.0})
+    assert key({"lr": 1.0}) == first
+    assert key({"lr": 2.0}) != first
+    (project / "data" / "artifact.json").write_text("{ }")
+    assert key({"lr": 1.0}) != first
+    (project / "data" / "artifact.json").write_text("{}")
+    assert key({"lr": 1.0}) == first
+    (project / "code.py").write_text("one = 2\n")
+    assert key({"lr": 1.0}) != first
+
+
+def test_finished_work_of_other_settings_is_cleared_and_unfinished_kept(project: Path) -> None:
+    home = project / ".retro" / "work" / "train"
+    finished = key({"lr": 1.0})
+    with pytest.raises(RuntimeError, match="stop"), work_folder("train", [Path("data")], {"lr": 2.0}) as unfinished:
+        (unfinished / "checkpoint").write_text("x")
+        raise RuntimeError("stop")
+    assert not (home / finished).exists()
+    with work_folder("train", [Path("data")], {"lr": 3.0}):
+        assert (unfinished / "checkpoint").exists()
+    for rate in range(4, 8):  # more unfinished work than is kept: the oldest goes
+        time.sleep(0.02)
+        with pytest.raises(RuntimeError, match="stop"), work_folder("train", [Path("data")], {"lr": rate}):
+            raise RuntimeError("stop")
+    assert not unfinished.exists()
+
+
+def test_the_same_work_twice_at_once_is_refused(project: Path) -> None:
+    with work_folder("train", [Path("data")], {}), pytest.raises(RetroError, match="another process"):
+        key({})
+    assert key({})
+
+
+def test_the_work_of_a_running_process_is_never_cleared(project: Path) -> None:
+    with work_folder("train", [Path("data")], {"lr": 1.0}) as running:
+        (running / "finished").touch()
+        with work_folder("train", [Path("data")], {"lr": 2.0}):
+            assert running.exists()
+
+
+def test_the_root_is_the_users_repository_in_a_temporary_checkout_too(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert project_root() == project
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "elsewhere"))
+    record_timing("chunk", seconds=1.0)
+    assert (tmp_path / "elsewhere" / ".retro" / "timings.jsonl").read_text().startswith('{"stage": "chunk"')

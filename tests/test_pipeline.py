@@ -1,0 +1,273 @@
+"""The pipeline as a user runs it: real `dvc repro`, `dvc exp run`, `dvc push` and `dvc pull` in a fresh repository.
+
+Slow: each stage is a process of its own. What the stages write is tested in test_stages.py.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import shutil
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+from project import Project
+
+pytestmark = pytest.mark.slow
+
+STAGES = ["sample", "tokenizer", "chunk", "embed", "index", "knn", "baseline", "train", "evaluate"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project in which everything has run and is committed."""
+    project = Project.create(tmp_path_factory.mktemp("project"))
+    assert sorted(project.repro()) == sorted(STAGES)
+    project.commit("first run")
+    return project
+
+
+def metrics(project: Project, stage: str) -> dict[str, float]:
+    content: dict[str, float] = json.loads((project.root / "metrics" / f"{stage}.json").read_text())
+    return content
+
+
+def locked_hashes(project: Project, *stages: str) -> dict[str, str]:
+    """The hash of each stage's outputs, as dvc.lock has them."""
+    from ruamel.yaml import YAML
+
+    lock = YAML(typ="safe", pure=True).load(project.root / "dvc.lock")["stages"]
+    return {out["path"]: out["md5"] for stage in stages for out in lock[stage]["outs"]}
+
+
+def mlflow_runs(project: Project) -> list[dict[str, object]]:
+    """The runs in the store, read as plain SQL: name, status, tags, metrics, params."""
+    with sqlite3.connect(f"file:{project.root / 'mlflow.db'}?mode=ro", uri=True) as store:
+        runs = []
+        for run_id, name, status in store.execute("select run_uuid, name, status from runs order by start_time"):
+            pairs = {
+                kind: dict(store.execute(f"select key, value from {table} where run_uuid = ?", (run_id,)))  # noqa: S608
+                for kind, table in (("tags", "tags"), ("params", "params"), ("metrics", "latest_metrics"))
+            }
+            runs.append({"id": run_id, "name": name, "status": status, **pairs})
+        return runs
+
+
+def test_everything_ran_and_a_second_run_does_nothing(project: Project) -> None:
+    assert project.repro() == []
+    assert "up to date" in project.run("dvc", "status").stdout
+
+
+# What each change must run again: the table of the design, row by row.
+LEARN = ["baseline", "train", "evaluate"]
+CHANGES = [
+    ({"runtime.evaluate_batch_size": 3}, []),
+    ({"evaluate.bootstrap_samples": 40}, ["evaluate"]),
+    ({"knn": 1}, ["train", "evaluate"]),
+    ({"neighbors.stored": 6}, ["knn", "train", "evaluate"]),
+    ({"seq_len": 32}, LEARN),
+    ({"seed": 1}, LEARN),
+    ({"train.lr": 1e-3}, LEARN),
+    ({"model.dec_depth": 3}, LEARN),
+    ({"index.key": "IVF4,Flat"}, ["index", "knn", "train", "evaluate"]),
+    ({"embed.pooling": "cls"}, ["embed", "index", "knn", "train", "evaluate"]),
+    ({"chunk_size": 8}, ["chunk", "embed", "index", "knn", *LEARN]),
+    ({"tokenizer.vocab_size": 380}, ["tokenizer", "chunk", "embed", "index", "knn", *LEARN]),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), CHANGES, ids=[next(iter(change)) for change, _ in CHANGES])
+def test_a_change_runs_what_depends_on_it_and_nothing_else(
+    project: Project, change: dict[str, object], expected: list[str]
+) -> None:
+    before = (project.root / "params.yaml").read_bytes()
+    project.set(**change)
+    try:
+        assert sorted(project.repro()) == sorted(expected)
+    finally:
+        (project.root / "params.yaml").write_bytes(before)
+        assert project.repro() == []  # back from the run cache, without running anything
+
+
+def test_a_changed_module_runs_the_stages_that_import_it(project: Project) -> None:
+    file = project.root / "retro_model" / "evaluation.py"
+    before = file.read_bytes()
+    file.write_bytes(before + b"\n# changed\n")
+    try:
+        assert project.repro() == ["evaluate"]
+    finally:
+        file.write_bytes(before)
+        assert project.repro() == []
+
+
+def test_the_cache_holds_what_its_names_say(project: Project) -> None:
+    """After all stages, training and evaluation included: nothing was written into a cached file."""
+    objects = [path for path in (project.root / ".dvc" / "cache" / "files" / "md5").rglob("*") if path.is_file()]
+    assert len(objects) > 20
+    for path in objects:
+        name = path.parent.name + path.name
+        assert hashlib.md5(path.read_bytes()).hexdigest() == name.removesuffix(".dir"), path  # noqa: S324
+
+
+def test_two_clones_write_the_same_bytes(project: Project, tmp_path: Path) -> None:
+    other = project.clone(tmp_path / "clone")
+    (other.root / "dvc.lock").unlink()
+    assert other.repro("knn") == ["sample", "tokenizer", "chunk", "embed", "index", "knn"]
+    stages = ("tokenizer", "chunk", "embed", "index", "knn")
+    assert locked_hashes(other, *stages) == locked_hashes(project, *stages)
+
+
+def test_broken_params_stop_with_one_line_and_leave_no_lock_entry(project: Project) -> None:
+    lock = (project.root / "dvc.lock").read_bytes()
+    params = (project.root / "params.yaml").read_bytes()
+    project.set(**{"knn": 99, "evaluate.passages": 1})
+    try:
+        done = project.run("dvc", "repro", check=False)
+        assert done.returncode != 0
+        assert "train: knn: found 99, expected at most neighbors.stored = 8" in done.stderr
+        assert "Traceback" not in done.stderr + done.stdout
+        assert (project.root / "dvc.lock").read_bytes() == lock
+        assert not (project.root / "models" / "retro").exists()  # DVC removed it; nothing half-done took its place
+    finally:
+        (project.root / "params.yaml").write_bytes(params)
+        assert project.repro() == []
+
+
+def test_mlflow_has_a_run_for_each_model_with_the_metrics_of_its_stage(project: Project) -> None:
+    runs = mlflow_runs(project)
+    assert {run["status"] for run in runs} == {"FINISHED"}
+    for stage, name in (("baseline", "baseline"), ("train", "retro")):
+        fingerprint = hashlib.sha256((project.root / "models" / name / "artifact.json").read_bytes()).hexdigest()
+        (run,) = [run for run in runs if run["tags"].get("retro.model") == fingerprint]  # type: ignore[attr-defined]
+        for key, value in metrics(project, stage).items():
+            assert run["metrics"][key] == pytest.approx(value), key  # type: ignore[index]
+        assert {"loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(run["metrics"])  # type: ignore[call-overload]
+        assert run["params"]["train.steps"] == "6"  # type: ignore[index]
+        assert run["tags"]["git.commit"] and run["tags"]["input.data/chunks/train"]  # type: ignore[index]
+    for key, value in metrics(project, "evaluate").items():  # the newest evaluation, on the model's own run
+        assert run["metrics"][key] == pytest.approx(value), key  # type: ignore[index]
+    children = [child for child in runs if child["tags"].get("mlflow.parentRunId") == run["id"]]  # type: ignore[attr-defined]
+    assert children and all(child["name"] == "evaluate" for child in children)
+    artifacts = project.root / "mlartifacts" / str(run["id"]) / "artifacts"
+    assert {path.name for path in artifacts.iterdir()} >= {"best", "last", "evaluate"}
+    assert list((project.root / "mlartifacts").rglob("models/*/artifacts/model.safetensors"))
+
+
+def test_what_dvc_shows_is_worth_looking_at(project: Project) -> None:
+    table = project.run("dvc", "metrics", "show", "--md").stdout
+    assert "test_bpb_on" in table and "valid_loss" in table
+    params = (project.root / "params.yaml").read_bytes()
+    project.set(**{"evaluate.max_chunks": 20})
+    try:
+        project.repro()
+        assert "test_chunks" in project.run("dvc", "metrics", "diff", "HEAD", "--md").stdout
+        assert "evaluate.max_chunks" in project.run("dvc", "params", "diff", "HEAD", "--md").stdout
+        project.run("dvc", "plots", "diff", "HEAD")
+        page = (project.root / "dvc_plots" / "index.html").read_text()
+        for title in ("Validation loss", "Training loss", "Bits per byte", "nats a token", "training step"):
+            assert title in page, title
+    finally:
+        (project.root / "params.yaml").write_bytes(params)
+        project.repro()
+    assert "flowchart" in project.run("dvc", "dag", "--md").stdout
+
+
+# ---- experiments -----------------------------------------------------------------------------------
+
+
+def experiment_rows(project: Project) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(project.run("dvc", "exp", "show", "--csv").stdout)))
+
+
+def test_experiments_here_in_temporary_checkouts_and_in_the_queue(project: Project, tmp_path: Path) -> None:
+    """From a fresh set-up: one commit, and nothing of the first run committed yet."""
+    fresh = Project.create(tmp_path / "fresh")
+    fresh.repro()
+    runs_before = len(mlflow_runs(fresh))
+    done = fresh.run("dvc", "exp", "run", "-S", "knn=1", "-n", "here")
+    assert sorted(ran(done.stdout)) == ["evaluate", "train"]
+    done = fresh.run("dvc", "exp", "run", "--temp", "-S", "knn=3", "-n", "temporary")
+    assert "Running stage 'train'" in done.stdout and "Running stage 'embed'" not in done.stdout
+    fresh.run("dvc", "exp", "run", "-S", "knn=1,2,4", "-S", "evaluate.passages=1", "--queue")
+    fresh.run("dvc", "queue", "start")
+    deadline = time.monotonic() + 400
+    while True:
+        status = fresh.run("dvc", "queue", "status").stdout
+        if "Queued" not in status and "Running" not in status:
+            break
+        assert time.monotonic() < deadline, status
+        time.sleep(2)
+    assert status.count("Success") == 3, status + fresh.run("dvc", "queue", "logs", "--help").stdout
+    rows = experiment_rows(fresh)
+    tried = {row["knn"] for row in rows if row["Experiment"]}
+    assert tried >= {"1", "2", "3", "4"}
+    assert all(row["test_bpb_on"] for row in rows if row["Experiment"])
+    names = {run["tags"].get("dvc.experiment") for run in mlflow_runs(fresh)[runs_before:]}  # type: ignore[attr-defined]
+    assert {"here", "temporary"} <= names and len(names) >= 5  # those of the queue too, in this store
+
+
+def ran(output: str) -> list[str]:
+    from project import stages_run
+
+    return stages_run(output)
+
+
+# ---- a team ----------------------------------------------------------------------------------------
+
+GENERATE = """
+import torch
+from retro_model import RETRO, Retriever, generate
+model = RETRO.from_pretrained("models/retro")
+retriever = Retriever.open("data", encoder="tiny/encoder")
+prompt = retriever.tokenizer.encode("ba co di fu ga lem mi nor pa que ri sto tu ver wa zen")
+found = generate(model, torch.tensor([prompt]), retrieve=lambda chunks: retriever.retrieve(chunks, k=2),
+                 max_new_tokens=24, temperature=0.0, pad_id=0)
+print("generated", len(found[0]))
+"""
+
+
+def test_a_colleague_pulls_everything_and_works_on(project: Project, tmp_path: Path) -> None:
+    project.run("dvc", "remote", "add", "-d", "-f", "storage", str(tmp_path / "storage"))
+    project.commit("a place for the data")
+    project.run("dvc", "push")
+    colleague = project.clone(tmp_path / "colleague")
+    colleague.run("dvc", "pull")
+    for folder in ("data/chunks", "data/embeddings", "data/index", "data/neighbors", "models/baseline", "models/retro"):
+        assert any((colleague.root / folder).rglob("artifact.json")), folder
+    assert colleague.repro() == []
+    assert colleague.repro("--force", "--single-item", "evaluate") == ["evaluate"]
+    assert metrics(colleague, "evaluate") == metrics(project, "evaluate")
+    assert colleague.run("git", "status", "--porcelain", "metrics", "plots").stdout == ""
+    (restored, evaluated) = mlflow_runs(colleague)
+    assert restored["name"] == "restored" and evaluated["tags"]["mlflow.parentRunId"] == restored["id"]  # type: ignore[index]
+    assert "generated" in colleague.run("python", "-c", GENERATE).stdout
+    colleague.set(**{"train.steps": 8})
+    assert sorted(colleague.repro()) == sorted(LEARN)
+
+
+def test_a_stage_killed_at_any_time_leaves_nothing_half_done(project: Project, tmp_path: Path) -> None:
+    """SIGKILL while the pipeline runs, then again: the same outputs as if nothing had been."""
+    import os
+    import signal
+    import subprocess
+
+    other = project.clone(tmp_path / "killed")
+    (other.root / "dvc.lock").unlink()
+    for seconds in (5.0, 9.0, 14.0):
+        process = subprocess.Popen(
+            ["dvc", "repro"],
+            cwd=other.root,
+            env=other.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    other.repro()
+    assert locked_hashes(other, *STAGES[1:]) == locked_hashes(project, *STAGES[1:])
+    assert not list(other.root.glob("*/*.partial"))
+    shutil.rmtree(other.root)
