@@ -8,7 +8,7 @@ from stages.harness import project_root
 
 # (stage, what its line says, from the metrics in metrics/<stage>.json)
 LINES = (
-    ("tokenizer", "{vocab_size:,} tokens in the vocabulary"),
+    ("tokenizer", "{vocabulary:,} tokens in the vocabulary"),
     ("chunk", "{train_chunks:,} / {valid_chunks:,} / {test_chunks:,} chunks of train / valid / test"),
     ("embed", "{dim} numbers a chunk"),
     ("index", "recall {recall:.3f} against exact search"),

@@ -1,0 +1,139 @@
+"""RETRO once more, slowly: one token at a time, one head at a time, in float64, without a batch.
+
+Nothing here is shared with the network but its weights. Attention is written with relative positions
+only: a score is the real part of a product of complex numbers, turned by the distance.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retro_model.model import RETRO, Residual
+
+Key = tuple[Tensor, Tensor, int]  # key and value of all heads (H, F), and position
+
+
+def score(query_F: Tensor, key_F: Tensor, distance: int) -> Tensor:
+    """The attention score of two vectors that are `distance` (query minus key) apart."""
+    half = len(query_F) // 2
+    query = torch.complex(query_F[:half], query_F[half:])
+    key = torch.complex(key_F[:half], key_F[half:])
+    angle = distance * 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+    turned = query * key.conj() * torch.complex(angle.cos(), angle.sin())
+    return turned.real.sum() / math.sqrt(len(query_F))
+
+
+def attend_one(query_HF: Tensor, position: int, keys: Sequence[Key]) -> Tensor:
+    """What one token gets from all keys: (H * F,)."""
+    heads = []
+    for head, query_F in enumerate(query_HF):
+        scores = torch.stack([score(query_F, key[head], position - place) for key, _, place in keys])
+        weights = (scores - scores.max()).exp()
+        weights = weights / weights.sum()
+        heads.append(sum(weight * value[head] for weight, (_, value, _) in zip(weights, keys, strict=True)))
+    return torch.cat(heads)
+
+
+def norm(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """One vector through any of the norms."""
+    if isinstance(module, torch.nn.Identity):
+        return x
+    if isinstance(module, torch.nn.LayerNorm):
+        centered = x - x.mean()
+        return centered / (centered.square().mean() + module.eps).sqrt() * module.weight + module.bias
+    normed = x / (x.square().mean() + 1e-6).sqrt() * module.gain
+    return normed * (1 / (1 + (-module.gate * x).exp())) if hasattr(module, "gate") else normed
+
+
+def residual(layer: Residual, x: Tensor, f: object) -> Tensor:
+    """The sublayer f around x, as pre-norm or as DeepNet's post-norm."""
+    if layer.post_norm:
+        return norm(layer.norm, layer.alpha * x + f(x))
+    return layer.alpha * x + f(norm(layer.norm, x))
+
+
+def split(x: Tensor, heads: int) -> Tensor:
+    return x.reshape(heads, -1)
+
+
+def self_attention(layer: Residual, xs: list[Tensor], heads: int, sees: object) -> list[Tensor]:
+    """Self-attention over a list of tokens; `sees(i, j)` says whether token i may look at token j."""
+    inner = layer.inner
+    inputs = xs if layer.post_norm else [norm(layer.norm, x) for x in xs]
+    projected = [(inner.qkv.weight @ x).chunk(3) for x in inputs]
+    out = []
+    for i, x in enumerate(xs):
+        keys = [
+            (split(k, heads), split(v, heads), j) for j, (_, k, v) in enumerate(projected) if sees(i, j)
+        ]
+        got = inner.out.weight @ attend_one(split(projected[i][0], heads), i, keys)
+        out.append(residual(layer, x, lambda _, got=got: got))
+    return out
+
+
+def cross_attention(layer: Residual, x: Tensor, position: int, context: list[tuple[Tensor, int]], heads: int) -> Tensor:
+    """One token's look at a context of (vector, position)."""
+    inner = layer.inner
+
+    def f(y: Tensor) -> Tensor:
+        keys = []
+        for vector, place in context:
+            k, v = (inner.key_value.weight @ vector).chunk(2)
+            keys.append((split(k, heads), split(v, heads), place))
+        return inner.out.weight @ attend_one(split(inner.query.weight @ y, heads), position, keys)
+
+    return residual(layer, x, f)
+
+
+def feed_forward(layer: Residual, x: Tensor) -> Tensor:
+    inner = layer.inner
+    return residual(layer, x, lambda y: inner.out.weight @ F.gelu(inner.up.weight @ y, approximate="tanh"))
+
+
+def encode(model: RETRO, neighbor: list[int], hidden: list[Tensor]) -> list[tuple[Tensor, int]]:
+    """One neighbor, read with its chunk's hidden states: (vector, position) of each real token."""
+    encoder, heads, pad = model.encoder, model.config.heads, model.config.pad_id
+    xs = [model.embedding.weight[token] for token in neighbor]
+    if hasattr(encoder.widen, "weight"):
+        xs = [encoder.widen.weight @ x for x in xs]
+    xs = [norm(encoder.norm_in, x) for x in xs]
+    context = [(norm(encoder.norm_hidden, h), j) for j, h in enumerate(hidden)]
+    for block in encoder.blocks:
+        xs = self_attention(block.attention, xs, heads, lambda i, j: neighbor[j] != pad)
+        if block.cross_attention is not None:
+            xs = [cross_attention(block.cross_attention, x, i, context, heads) for i, x in enumerate(xs)]
+        xs = [feed_forward(block.feed_forward, x) for x in xs]
+    return [(norm(encoder.norm, x), i) for i, x in enumerate(xs) if neighbor[i] != pad]
+
+
+def logits(model: RETRO, document: list[int], neighbors: list[list[list[int]]] | None = None) -> Tensor:
+    """The logits (N, V) of one document, whose chunk u got the token lists `neighbors[u]`."""
+    config = model.config
+    m = config.chunk_size
+    xs = [norm(model.norm_in, model.embedding.weight[token]) for token in document]
+    encoded: dict[int, list[tuple[Tensor, int]]] | None = None
+    for block in model.decoder:
+        xs = self_attention(block.attention, xs, config.heads, lambda i, j: j <= i)
+        if block.cross_attention is not None and neighbors is not None:
+            if encoded is None:
+                encoded = {
+                    u: [
+                        pair
+                        for neighbor in of_chunk
+                        if any(token != config.pad_id for token in neighbor)
+                        for pair in encode(model, neighbor, xs[u * m : (u + 1) * m])
+                    ]
+                    for u, of_chunk in enumerate(neighbors)
+                }
+            for position in range(len(xs)):
+                u = (position + 1) // m - 1  # the last chunk that is complete here
+                if encoded.get(u):
+                    query = position - ((u + 1) * m - 1)  # i of the attending chunk, from 0
+                    xs[position] = cross_attention(
+                        block.cross_attention, xs[position], query + m - 1, encoded[u], config.heads
+                    )
+        xs = [feed_forward(block.feed_forward, x) for x in xs]
+    return torch.stack([model.output_weight_VD @ norm(model.norm, x) for x in xs])

@@ -1,0 +1,602 @@
+"""Evaluation against a slow reference, and what must not change its figures."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retro_model.artifacts import Artifact, ArtifactWriter
+from retro_model.dataset import NO_ROW, retrieved_tokens
+from retro_model.errors import ConfigError, DocumentError, MismatchError, TrainingError
+from retro_model.evaluation import (
+    EvaluateConfig,
+    EvaluationResult,
+    evaluate_models,
+    random_neighbors,
+    spans_with_text,
+)
+from retro_model.figures import ALPHAS, Scores, bootstrap_sums, interval, leakage_curve, metrics_of
+from retro_model.model import RETRO
+from retro_model.overlap import longest_shared_run, longest_shared_runs
+from retro_model.page import headline
+from retro_model.passages import token_texts
+from retro_model.scoring import Scorer, Span, Window, choose_spans, pack, sliding_windows
+from retro_model.tokenizer import Tokenizer, save, train
+
+CHUNK_SIZE, SEQ_LEN, STORED, KNN = 8, 32, 12, 2
+LENGTH = SEQ_LEN // CHUNK_SIZE
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "<b>one</b>",
+    "caf\u00e9",
+    "&",
+    "\U0001f600",
+    "under",
+    "my",
+    "old",
+    "roof",
+]
+
+# ---- a small world: artifacts as the stages write them, models with random weights -----------------
+
+
+@dataclass(frozen=True)
+class World:
+    """Folders as evaluate_models takes them."""
+
+    root: Path
+
+    def folder(self, name: str) -> Path:
+        return self.root / name
+
+    def chunks(self, split: str) -> Artifact:
+        return Artifact.open(self.root / "chunks" / split, "chunks")
+
+    def neighbors(self) -> Artifact:
+        return Artifact.open(self.root / "neighbors/test", "neighbors")
+
+    def model(self, name: str) -> RETRO:
+        return RETRO.from_pretrained(self.root / name)
+
+    def evaluate(self, out: Path, **changes: Any) -> EvaluationResult:
+        settings = {"sweep_knn": (0, 1, 2, 4), "max_chunks": None, "bootstrap_samples": 200, "passages": 6}
+        arguments: dict[str, Any] = {"knn": KNN, "seq_len": SEQ_LEN, "seed": 0, "batch_size": 3}
+        arguments |= {name: changes.pop(name) for name in tuple(changes) if name in arguments}
+        return evaluate_models(
+            self.root / "baseline",
+            self.root / "retro",
+            self.root / "chunks",
+            self.root / "neighbors",
+            self.root / "tokenizer",
+            EvaluateConfig(**(settings | changes)),
+            out_metrics=out / "metrics/evaluate.json",
+            out_plots=out / "plots",
+            out_report=out / "reports/evaluate.html",
+            **arguments,
+        )
+
+
+def texts(seed: int, lengths: Sequence[int]) -> list[str]:
+    random = np.random.default_rng(seed)
+    return [" ".join(random.choice(WORDS, size=length)) for length in lengths]
+
+
+def write_chunks(folder: Path, tokenizer: Tokenizer, documents: list[str], split: str, first: int) -> None:
+    """The rows of section "Decisions": [begin] + tokens + [end], cut every CHUNK_SIZE, padded at the end."""
+    rows, ids, sizes, lines = [], [], [], []
+    for number, text in enumerate(documents, start=first):
+        encoded = tokenizer.encode_batch([text])
+        stream = np.array([tokenizer.begin_id, *encoded.ids, tokenizer.end_id])
+        count = -(-(len(stream) - 1) // CHUNK_SIZE)
+        before = 0
+        for place in range(count):
+            row = stream[place * CHUNK_SIZE : (place + 1) * CHUNK_SIZE + 1]
+            rows.append(np.pad(row, (0, CHUNK_SIZE + 1 - len(row)), constant_values=tokenizer.pad_id))
+            labels = np.array([min((place + 1) * CHUNK_SIZE, len(encoded.ids))])
+            covered = int(encoded.bytes_covered(np.array([0]), labels)[0])
+            ids.append(number)
+            sizes.append(covered - before)
+            before = covered
+        source = f"{split}/<{number}>.txt"
+        entry = {"document": number, "source": source, "record": None, "first_chunk": len(rows) - count}
+        lines.append(json.dumps(entry | {"chunks": count, "tokens": len(stream) - 2, "bytes": before}))
+    with ArtifactWriter(folder / split, "chunks", rows_per_shard=50) as writer:
+        writer.append(
+            tokens=np.array(rows, dtype=np.uint16),
+            documents=np.array(ids, dtype=np.int32),
+            bytes=np.array(sizes, dtype=np.int32),
+        )
+        (folder / split / "documents.jsonl").write_text("\n".join(lines) + "\n")
+        writer.add_file("documents.jsonl")
+        facts = {"split": split, "chunk_size": CHUNK_SIZE, "tokenizer": tokenizer.fingerprint}
+        writer.facts.update(facts | tokenizer.facts() | {"documents": len(documents), "lossy_documents": 0})
+
+
+def write_neighbors(folder: Path, test: Artifact, train_chunks: Artifact) -> None:
+    random = np.random.default_rng(3)
+    ids = np.stack([random.permutation(train_chunks.rows)[:STORED] for _ in range(test.rows)])
+    distances = np.sort(random.random((test.rows, STORED), dtype=np.float32), axis=1)
+    ids[::7, 3:], distances[::7, 3:] = NO_ROW, np.inf
+    ids[5], distances[5] = NO_ROW, np.inf
+    with ArtifactWriter(folder, "neighbors") as writer:
+        writer.append(ids=ids.astype(np.int32), distances=distances)
+        writer.facts.update(
+            chunks=test.fingerprint, database=train_chunks.fingerprint, index="index", stored=STORED
+        )
+
+
+def write_model(folder: Path, tokenizer: Tokenizer, train_chunks: Artifact, retrieval: bool) -> None:
+    torch.manual_seed(int(retrieval))
+    model = RETRO(
+        num_tokens=tokenizer.vocab_size,
+        max_seq_len=SEQ_LEN,
+        enc_dim=12,
+        enc_depth=1,
+        dec_dim=16,
+        dec_depth=2,
+        dec_cross_attn_layers=(1, 2),
+        heads=2,
+        dim_head=8,
+        chunk_size=CHUNK_SIZE,
+        pad_id=tokenizer.pad_id,
+        retrieval=retrieval,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():  # as it starts, it predicts nothing: every token costs the same
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    with ArtifactWriter(folder, "model") as writer:
+        model.save_pretrained(folder)
+        writer.add_file("config.json")
+        writer.add_file("model.safetensors")
+        writer.facts.update(retrieval=retrieval, chunk_size=CHUNK_SIZE, seq_len=SEQ_LEN, index="index")
+        writer.facts.update(tokenizer=tokenizer.fingerprint, chunks=train_chunks.fingerprint)
+
+
+def change_fact(folder: Path, name: str, value: object) -> None:
+    """Writes another fact into an artifact's description, which is then one of another run."""
+    content = json.loads((folder / "artifact.json").read_text())
+    content["facts"][name] = value
+    (folder / "artifact.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """So little work is done sooner by one thread, all the more where others are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Twelve test documents of 1 to 150 words, so shorter than a chunk and longer than two windows."""
+    root = tmp_path_factory.mktemp("world")
+    lengths = (1, 3, 40, 90, 7, 25, 61, 12, 33, 5, 150, 18)
+    train_texts, test_texts = texts(1, lengths * 2), texts(2, lengths)
+    save(root / "tokenizer", *train(iter(train_texts), 300), "bpe")
+    tokenizer = Tokenizer.open(root / "tokenizer")
+    write_chunks(root / "chunks", tokenizer, train_texts, "train", 0)
+    write_chunks(root / "chunks", tokenizer, test_texts, "test", len(train_texts))
+    made = World(root)
+    write_neighbors(root / "neighbors/test", made.chunks("test"), made.chunks("train"))
+    write_model(root / "baseline", tokenizer, made.chunks("train"), retrieval=False)
+    write_model(root / "retro", tokenizer, made.chunks("train"), retrieval=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def evaluated(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluationResult, Path]:
+    out = tmp_path_factory.mktemp("evaluated")
+    return world.evaluate(out), out
+
+
+# ---- windows ---------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.integers(0, 50), st.integers(1, 60), st.integers(1, 9))
+def test_the_windows_score_each_row_once_in_the_earliest_that_holds_it(
+    first: int, size: int, length: int
+) -> None:
+    windows = sliding_windows(Span(first, first + size), length)
+    scored = [row for window in windows for row in range(window.scored, window.stop)]
+    assert scored == list(range(first, first + size))
+    stride = max(1, length // 2)
+    for number, window in enumerate(windows):
+        assert window.first == first + number * stride and window.first <= window.scored < window.stop
+        assert window.stop - window.first <= length
+        for row in range(window.scored, window.stop):
+            assert all(not earlier.first <= row < earlier.stop for earlier in windows[:number])
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=25), st.integers(1, 9))
+def test_packing_keeps_every_window_whole_and_documents_apart(sizes: list[int], length: int) -> None:
+    documents = np.repeat(np.arange(len(sizes)), sizes)
+    spans = choose_spans(documents, None, 0)
+    assert [span.stop - span.first for span in spans] == sizes
+    windows = [window for span in spans for window in sliding_windows(span, length)]
+    layout = pack(windows, length)
+    assert sorted(layout.rows[layout.scored]) == list(range(sum(sizes)))
+    assert not layout.scored[layout.rows == NO_ROW].any()
+    found = []
+    for rows, scored in zip(layout.rows, layout.scored, strict=True):
+        real = rows[rows != NO_ROW]
+        assert (rows[len(real) :] == NO_ROW).all()
+        # what the network takes for one text: rows that follow each other in one document
+        cuts = np.flatnonzero((np.diff(real) != 1) | (np.diff(documents[real]) != 0)) + 1
+        for piece, counted in zip(np.split(real, cuts), np.split(scored[: len(real)], cuts), strict=True):
+            found.append(Window(int(piece[0]), int(piece[counted][0]), int(piece[-1]) + 1))
+    assert sorted(found) == sorted(windows)
+    filled = sorted((layout.rows != NO_ROW).sum(axis=1))
+    assert len(filled) == 1 or sum(filled[:2]) > length, "no two sequences would fit into one"
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 60), st.integers(0, 3))
+def test_chosen_documents_are_whole_but_for_one(sizes: list[int], max_chunks: int, seed: int) -> None:
+    documents = np.repeat(np.arange(len(sizes)) * 3, sizes)
+    whole = choose_spans(documents, None, seed)
+    chosen = choose_spans(documents, max_chunks, seed)
+    assert sum(span.stop - span.first for span in chosen) == min(max_chunks, sum(sizes))
+    assert chosen == sorted(chosen) and {span.first for span in chosen} <= {span.first for span in whole}
+    assert len(set(chosen) - set(whole)) <= 1
+    assert chosen == choose_spans(documents, max_chunks, seed)
+
+
+# ---- losses ----------------------------------------------------------------------------------------
+
+
+def slow_losses(world: World, model: RETRO, neighbors: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+    """Every window alone, every document alone, as the definition has it: (rows, M)."""
+    chunks, database = world.chunks("test"), world.chunks("train")
+    tokens, documents = chunks["tokens"][:].astype(np.int64), chunks["documents"][:]
+    losses = np.full((chunks.rows, CHUNK_SIZE), np.nan)
+    for document in np.unique(documents):
+        rows = np.flatnonzero(documents == document)
+        for start in range(0, len(rows), LENGTH // 2):
+            window = rows[start : start + LENGTH]
+            seq = torch.from_numpy(tokens[window, :-1].reshape(1, -1))
+            retrieved = None
+            if neighbors is not None:
+                retrieved = torch.from_numpy(retrieved_tokens(database, neighbors[window]))[None]
+            with torch.no_grad():
+                logits = model(seq, retrieved)[0].log_softmax(-1)
+            labels = torch.from_numpy(tokens[window, 1:].reshape(-1, 1))
+            found = -logits.gather(1, labels).numpy().reshape(len(window), -1)
+            fresh = np.isnan(losses[window, 0])
+            losses[window[fresh]] = found[fresh]
+    return np.where(tokens[:, 1:] == chunks.facts["pad_id"], 0, losses)
+
+
+def scorer_of(world: World, **changes: Any) -> Scorer:
+    chunks = world.chunks("test")
+    spans = choose_spans(chunks["documents"][:], changes.pop("max_chunks", None), 0)
+    return Scorer(chunks, world.chunks("train"), spans, SEQ_LEN, **changes)
+
+
+def test_losses_equal_a_slow_reference_in_every_column(world: World) -> None:
+    scorer = scorer_of(world)
+    nearest = world.neighbors()["ids"][scorer.rows][:, :KNN]
+    for name, neighbors in (("baseline", None), ("retro", None), ("retro", nearest)):
+        model = world.model(name)
+        expected = slow_losses(world, model, neighbors)
+        np.testing.assert_allclose(scorer.losses(model, neighbors), expected, atol=2e-5)
+
+
+def test_bits_per_byte_are_those_of_the_text(world: World, evaluated: tuple[EvaluationResult, Path]) -> None:
+    metrics = evaluated[0].metrics
+    written = texts(2, (1, 3, 40, 90, 7, 25, 61, 12, 33, 5, 150, 18))
+    num_bytes = sum(len(text.encode()) for text in written)
+    expected = slow_losses(world, world.model("baseline"), None).sum() / math.log(2) / num_bytes
+    assert metrics["test_bpb_baseline"] == pytest.approx(expected, abs=2e-6)
+    assert metrics["test_bytes"] == num_bytes
+    # an end of document is a label: one for each document, and no byte
+    tokenizer = Tokenizer.open(world.folder("tokenizer"))
+    num_tokens = sum(len(tokenizer.encode(text)) for text in written)
+    assert metrics["test_tokens"] == num_tokens + len(written)
+    nats = expected * math.log(2) * num_bytes
+    assert metrics["test_perplexity_baseline"] == pytest.approx(
+        math.exp(nats / metrics["test_tokens"]), rel=1e-5
+    )
+
+
+def test_a_cut_of_the_documents_scores_their_rows_as_before(world: World) -> None:
+    model, whole, cut = world.model("baseline"), scorer_of(world), scorer_of(world, max_chunks=17)
+    assert len(cut.rows) == 17
+    np.testing.assert_allclose(cut.losses(model, None), whole.losses(model, None)[cut.rows], atol=2e-5)
+
+
+def test_neighbors_of_a_chunk_change_nothing_before_its_last_token(world: World) -> None:
+    scorer, model = scorer_of(world), world.model("retro")
+    nearest = world.neighbors()["ids"][scorer.rows][:, :KNN]
+    saved = scorer.losses(model, None) - scorer.losses(model, nearest)
+    first_rows = np.flatnonzero(np.diff(scorer.documents, prepend=-1))
+    assert np.abs(saved[first_rows, :-1]).max() < 1e-5 < np.abs(saved[first_rows[2], -1])
+
+
+def test_a_loss_that_is_not_finite_stops(world: World, tmp_path: Path) -> None:
+    model = world.model("baseline")
+    with torch.no_grad():
+        model.embedding.weight[:] = math.nan
+    with pytest.raises(TrainingError, match="not finite"):
+        scorer_of(world).losses(model, None)
+
+
+# ---- figures ---------------------------------------------------------------------------------------
+
+
+def test_files_are_equal_for_equal_inputs(
+    world: World, evaluated: tuple[EvaluationResult, Path], tmp_path: Path
+) -> None:
+    world.evaluate(tmp_path)
+    first = {file.relative_to(evaluated[1]): file.read_bytes() for file in evaluated[1].rglob("*.*")}
+    again = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*.*")}
+    assert first == again
+    assert sorted(map(str, first)) == [
+        "metrics/evaluate.json",
+        "plots/evaluate_columns.csv",
+        "plots/evaluate_knn.csv",
+        "plots/evaluate_leakage.csv",
+        "reports/evaluate.html",
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 100])
+def test_the_batch_size_changes_no_figure(
+    world: World, evaluated: tuple[EvaluationResult, Path], tmp_path: Path, batch_size: int
+) -> None:
+    other = world.evaluate(tmp_path, batch_size=batch_size)
+    assert other.metrics.keys() == evaluated[0].metrics.keys()
+    for name, value in evaluated[0].metrics.items():
+        assert other.metrics[name] == pytest.approx(value, abs=2e-6, rel=2e-6), name
+
+
+def test_metrics_are_flat_finite_numbers_and_agree_with_each_other(
+    evaluated: tuple[EvaluationResult, Path],
+) -> None:
+    written = json.loads((evaluated[1] / "metrics/evaluate.json").read_text())
+    assert written == evaluated[0].metrics
+    assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in written.values())
+    for one, other in (("on", "off"), ("on", "baseline"), ("random", "off")):
+        gain = written[f"test_bpb_{other}"] - written[f"test_bpb_{one}"]
+        assert written[f"gain_{one}_vs_{other}"] == pytest.approx(gain, abs=2e-6)
+        assert written[f"gain_{one}_vs_{other}_low"] <= gain <= written[f"gain_{one}_vs_{other}_high"]
+    sweep = dict(evaluated[0].curves["knn"].rows)
+    assert sweep[0] == written["test_bpb_off"] and sweep[KNN] == written["test_bpb_on"]
+    assert len({*sweep.values()}) == len(sweep)
+    for column, bpb, low, high, perplexity in evaluated[0].curves["columns"].rows:
+        assert bpb == written[f"test_bpb_{column}"] and low <= bpb <= high
+        assert perplexity == written[f"test_perplexity_{column}"]
+
+
+def test_names_of_metrics_are_not_those_of_params(evaluated: tuple[EvaluationResult, Path]) -> None:
+    assert not set(evaluated[0].metrics) & {"knn", "seed", "chunk_size", *EvaluateConfig.__dataclass_fields__}
+
+
+def test_one_document_has_figures_too(world: World, tmp_path: Path) -> None:
+    metrics = world.evaluate(tmp_path, max_chunks=1, sweep_knn=[]).metrics
+    assert metrics["test_documents"] == metrics["test_chunks"] == 1
+    assert metrics["gain_on_vs_off_low"] == metrics["gain_on_vs_off"] == metrics["gain_on_vs_off_high"]
+    assert (tmp_path / "plots/evaluate_knn.csv").read_text() == "knn,test_bpb\n"
+
+
+def test_the_bootstrap_is_paired_and_finds_the_known_error_of_a_mean() -> None:
+    random = np.random.default_rng(0)
+    loss = random.normal(10, 3, size=400)
+    sums = bootstrap_sums(np.stack([loss, loss - 1, np.ones(400)], axis=1), 4000, seed=1)
+    assert sums.shape == (4000, 3) and (sums[:, 2] == 400).all()
+    np.testing.assert_allclose(sums[:, 0] - sums[:, 1], 400)  # the same documents in both columns
+    low, high = interval(sums[:, 0] / sums[:, 2])
+    error = 1.96 * loss.std() / 20
+    assert (low, high) == pytest.approx((loss.mean() - error, loss.mean() + error), abs=0.05)
+    np.testing.assert_array_equal(
+        sums, bootstrap_sums(np.stack([loss, loss - 1, np.ones(400)], axis=1), 4000, 1)
+    )
+
+
+def test_the_control_draws_rows_of_the_database_only() -> None:
+    drawn = random_neighbors(5000, 3, 7, seed=1)
+    assert drawn.shape == (5000, 3) and drawn.min() == 0 and drawn.max() == 6
+    counts = np.bincount(drawn.ravel())
+    assert counts.min() > 0.9 * counts.mean()
+    np.testing.assert_array_equal(drawn, random_neighbors(5000, 3, 7, seed=1))
+
+
+# ---- overlap ---------------------------------------------------------------------------------------
+
+small_tokens = st.lists(st.integers(0, 3), min_size=1, max_size=12)
+
+
+def brute_force(query: list[int], neighbor: list[int]) -> int:
+    lengths = [0]
+    for start in range(len(query)):
+        for stop in range(start + 1, len(query) + 1):
+            part = query[start:stop]
+            if 0 not in part and any(part == neighbor[at : at + len(part)] for at in range(len(neighbor))):
+                lengths.append(len(part))
+    return max(lengths)
+
+
+@settings(deadline=None)
+@given(small_tokens, small_tokens)
+def test_the_longest_shared_run_is_that_of_brute_force(query: list[int], neighbor: list[int]) -> None:
+    run = longest_shared_run(np.array(query), np.array(neighbor), pad_id=0)
+    assert run.length == brute_force(query, neighbor)
+    assert query[run.query : run.query + run.length] == neighbor[run.neighbor : run.neighbor + run.length]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 4), st.sampled_from([1, 1 << 18]))
+def test_the_runs_of_many_chunks_are_those_of_each(seed: int, num: int, knn: int, cells: int) -> None:
+    random = np.random.default_rng(seed)
+    queries, neighbors = random.integers(0, 4, (num, 9)), random.integers(0, 4, (num, knn, 14))
+    expected = [
+        max(longest_shared_run(query, neighbor, 0).length for neighbor in some)
+        for query, some in zip(queries, neighbors, strict=True)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("retro_model.overlap.CELLS_AT_ONCE", cells)
+        np.testing.assert_array_equal(longest_shared_runs(queries, neighbors, 0), expected)
+
+
+def test_a_run_longer_than_a_byte_counts() -> None:
+    tokens = np.arange(1, 400)
+    assert longest_shared_runs(tokens[None], np.stack([[tokens[::-1], tokens]]), 0).tolist() == [399]
+
+
+def test_the_leakage_curve_ends_at_plain_bits_per_byte(evaluated: tuple[EvaluationResult, Path]) -> None:
+    curve, metrics = evaluated[0].curves["leakage"], evaluated[0].metrics
+    assert curve.head == ("alpha", "chunks", "baseline", "off", "on")
+    everything = tuple(metrics[f"test_bpb_{column}"] for column in ("baseline", "off", "on"))
+    assert curve.rows[-1] == (1.0, metrics["test_chunks"], *everything)
+    counts = [row[1] for row in curve.rows]
+    assert counts == sorted(counts) and counts[0] < counts[-1]
+
+
+def test_the_leakage_curve_leaves_out_what_shares_too_much(world: World) -> None:
+    scorer = scorer_of(world)
+    losses = {name: np.ones(scorer.labels.shape, np.float32) for name in ("baseline", "off", "on")}
+    runs = np.arange(len(scorer.rows)) % (CHUNK_SIZE + 1)
+    curve = leakage_curve(Scores(scorer, losses), runs, CHUNK_SIZE)
+    for alpha, count, *figures in curve.rows:
+        below = runs <= alpha * CHUNK_SIZE
+        assert count == below.sum()
+        expected = CHUNK_SIZE * count / math.log(2) / scorer.bytes[below].sum()
+        assert figures == pytest.approx([expected] * 3, abs=1e-6)
+    assert [row[0] for row in curve.rows] == list(ALPHAS)
+
+
+def test_tokens_that_gain_and_lose_are_counted(world: World) -> None:
+    scorer = scorer_of(world)
+    losses = {name: np.zeros(scorer.labels.shape, np.float32) for name in ("baseline", "off", "on", "random")}
+    (rows,) = np.nonzero(scorer.is_label.all(axis=1))
+    losses["off"][rows[0], :5] = 1
+    losses["on"][rows[1], :3] = 1
+    losses["on"][rows[2]] = 0.01  # too little to count
+    scores = Scores(scorer, losses)
+    metrics = metrics_of(scores, scores.bootstrap(10, 0))
+    num_labels = int(scorer.is_label.sum())
+    assert metrics["share_tokens_helped"] == pytest.approx(5 / num_labels, abs=1e-6)
+    assert metrics["share_tokens_hurt"] == pytest.approx(3 / num_labels, abs=1e-6)
+
+
+# ---- passages --------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 298), max_size=40))
+def test_token_texts_make_up_the_text(world: World, ids: list[int]) -> None:
+    tokenizer = Tokenizer.open(world.folder("tokenizer"))
+    assert "".join(token_texts(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_a_character_of_several_tokens_stands_at_the_last(world: World) -> None:
+    tokenizer = Tokenizer.open(world.folder("tokenizer"))
+    ids = tokenizer.encode("a\u20acb").tolist()
+    found = token_texts(tokenizer, ids)
+    assert len(ids) == 5 and found == ["a", "", "", "\u20ac", "b"]
+
+
+def test_the_page_shows_sources_and_escapes_them(evaluated: tuple[EvaluationResult, Path]) -> None:
+    page = (evaluated[1] / "reports/evaluate.html").read_text()
+    assert page.count("<article>") == 6
+    assert "test/&lt;" in page and "train/&lt;" in page and "<b>" not in page and "<script" not in page
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.01, 0.03, "retrieval saves 0.020"),
+        (-0.01, 0.05, "retrieval makes no difference that these documents can show"),
+        (-0.05, -0.01, "retrieval costs 0.030 more"),
+    ],
+)
+def test_the_headline_claims_no_more_than_the_interval(
+    evaluated: tuple[EvaluationResult, Path], low: float, high: float, words: str
+) -> None:
+    gain = {"gain_on_vs_off": (low + high) / 2, "gain_on_vs_off_low": low, "gain_on_vs_off_high": high}
+    assert words in headline({**evaluated[0].metrics, **gain})
+
+
+def test_the_page_says_what_was_left_out_and_what_is_lossy(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.root, tmp_path / "world")
+    change_fact(tmp_path / "world/chunks/test", "lossy_documents", 3)
+    fingerprint = World(tmp_path / "world").chunks("test").fingerprint
+    change_fact(tmp_path / "world/neighbors/test", "chunks", fingerprint)
+    World(tmp_path / "world").evaluate(tmp_path, max_chunks=20)
+    page = (tmp_path / "reports/evaluate.html").read_text()
+    assert "cannot spell 3 of the 12 test documents exactly" in page
+    assert f"Scored: 20 of {world.chunks('test').rows} test chunks" in page
+
+
+def test_text_without_a_byte_is_nothing_to_evaluate_on(world: World, tmp_path: Path) -> None:
+    chunks = world.chunks("test")
+    with ArtifactWriter(tmp_path / "test", "chunks") as writer:
+        columns = {name: chunks[name][:5] for name in ("tokens", "documents")}
+        writer.append(**columns, bytes=np.zeros(5, dtype=np.int32))
+    with pytest.raises(DocumentError, match="no text to evaluate on"):
+        spans_with_text(Artifact.open(tmp_path / "test", "chunks"), None, 0)
+
+
+# ---- what does not belong together -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind", "fact"),
+    [
+        ("neighbors/test", "neighbors", "chunks"),
+        ("neighbors/test", "neighbors", "database"),
+        ("neighbors/test", "neighbors", "index"),
+        ("retro", "model", "tokenizer"),
+        ("retro", "model", "chunks"),
+        ("retro", "model", "retrieval"),
+        ("baseline", "model", "retrieval"),
+        ("baseline", "model", "chunk_size"),
+        ("chunks/test", "chunks", "tokenizer"),
+        ("chunks/train", "chunks", "split"),
+    ],
+)
+def test_inputs_of_another_run_are_refused(
+    world: World, tmp_path: Path, folder: str, kind: str, fact: str
+) -> None:
+    shutil.copytree(world.root, tmp_path / "world")
+    change_fact(tmp_path / "world" / folder, fact, "another")
+    with pytest.raises(MismatchError, match="dvc repro"):
+        World(tmp_path / "world").evaluate(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"knn": 13}, "knn: found 13, expected at most 12"),
+        ({"knn": 0}, "knn: found 0"),
+        ({"sweep_knn": (0, 99)}, "evaluate.sweep_knn: found 99"),
+        ({"sweep_knn": (2, 1)}, "evaluate.sweep_knn: found"),
+        ({"seq_len": 12}, "seq_len: found 12"),
+        ({"seq_len": 64}, "seq_len"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(
+    world: World, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        world.evaluate(tmp_path, **change)
+    assert not list(tmp_path.iterdir())

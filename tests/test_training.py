@@ -1,0 +1,581 @@
+"""Training learns to use neighbors, is a function of its inputs, and survives being stopped at any moment."""
+
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from woven import Woven, write_tokenizer, write_woven
+
+import retro_model.resume
+from retro_model.artifacts import Artifact, file_digest
+from retro_model.dataset import PackedSequences
+from retro_model.errors import ConfigError, DamagedArtifactError, MismatchError, TrainingError
+from retro_model.model import RETRO, RETROConfig
+from retro_model.optimization import learning_rate, make_optimizer
+from retro_model.resume import Checkpoints
+from retro_model.trainer import Trainer
+from retro_model.training import ModelConfig, TrainConfig, TrainingResult, build_model, train_model
+
+CHUNK, SEQ_LEN, VOCABULARY = 8, 32, 40
+MODEL = ModelConfig(
+    enc_dim=8,
+    enc_depth=1,
+    dec_dim=16,
+    dec_depth=2,
+    dec_cross_attn_layers=(2,),
+    heads=2,
+    dim_head=8,
+    dec_ff_dropout=0.1,
+)
+TRAIN = TrainConfig(
+    steps=12,
+    batch_size=4,
+    accumulation=2,
+    lr=1e-2,
+    warmup=2,
+    neighbor_dropout=0.3,
+    validate_every=5,
+    validate_sequences=3,
+    number_type="float32",
+)
+
+
+Outcome = tuple[TrainingResult, dict[str, str]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # networks this small only lose by more
+
+
+@pytest.fixture(scope="session")
+def woven(tmp_path_factory: pytest.TempPathFactory) -> Woven:
+    folder = tmp_path_factory.mktemp("woven")
+    return write_woven(folder, chunk_size=CHUNK, vocab_size=VOCABULARY, num_documents=20)
+
+
+def run(woven: Woven, folder: Path, train: TrainConfig = TRAIN, **arguments: Any) -> TrainingResult:
+    options: dict[str, Any] = {"knn": 2, "seq_len": SEQ_LEN, "seed": 0, "out_folder": folder / "retro"}
+    neighbors = arguments.pop("neighbors", woven.neighbors)
+    model = arguments.pop("model", MODEL)
+    return train_model(woven.chunks, neighbors, woven.tokenizer, model, train, **{**options, **arguments})
+
+
+def make_trainer(
+    woven: Woven, train: TrainConfig = TRAIN, checkpoints: Checkpoints | None = None, seed: int = 0
+) -> Trainer:
+    chunks = {split: Artifact.open(woven.chunks / split, "chunks") for split in ("train", "valid")}
+    data = [
+        PackedSequences(
+            chunks[split], SEQ_LEN, Artifact.open(woven.neighbors / split, "neighbors"), chunks["train"], 2
+        )
+        for split in ("train", "valid")
+    ]
+    torch.manual_seed(seed)
+    model = build_model(MODEL, chunks["train"].facts, SEQ_LEN, retrieval=True)
+    return Trainer(model, *data, train, seed=seed, device=torch.device("cpu"), checkpoints=checkpoints)
+
+
+def folder_digests(folder: Path) -> dict[str, str]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(woven: Woven, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """A run that nobody stopped: its result, and the digests of models/retro."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return run(woven, folder), folder_digests(folder / "retro")
+
+
+# ---- settings --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (ModelConfig, {"dim_head": 7}, "model.dim_head: found 7, expected an even number"),
+        (ModelConfig, {"dec_depth": 4, "dec_cross_attn_layers": (2, 5)}, r"found \[2, 5\].*dec_depth = 4"),
+        (ModelConfig, {"enc_cross_attn_layers": (2,)}, r"model.enc_cross_attn_layers: found \[2\]"),
+        (ModelConfig, {"dec_cross_attn_layers": (2, 2)}, "different layers from 1"),
+        (ModelConfig, {"dec_ff_dropout": 1.0}, "model.dec_ff_dropout: found 1.0, expected >= 0.0 and < 1.0"),
+        (TrainConfig, {"batch_size": 4, "accumulation": 3}, "train.accumulation: found 3.*batch_size = 4"),
+        (TrainConfig, {"steps": 10, "warmup": 11}, "train.warmup: found 11, expected at most train.steps"),
+        (TrainConfig, {"schedule": "linear"}, "train.schedule: found 'linear', expected one of cosine"),
+    ],
+)
+def test_settings_that_cannot_work_name_the_key(kind: type, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        kind(**values)
+
+
+def test_every_setting_of_the_network_reaches_it() -> None:
+    config = ModelConfig(
+        enc_dim=24,
+        enc_depth=3,
+        enc_cross_attn_layers=(1, 3),
+        dec_dim=20,
+        dec_depth=5,
+        dec_cross_attn_layers=(2, 5),
+        heads=3,
+        dim_head=6,
+        enc_attn_dropout=0.1,
+        enc_ff_dropout=0.2,
+        dec_attn_dropout=0.3,
+        dec_ff_dropout=0.4,
+        gated_rmsnorm=True,
+        use_deepnet=True,
+        tie_embeddings=False,
+    )
+    plain = ModelConfig()
+    names = [field.name for field in dataclasses.fields(config)]
+    assert all(getattr(config, name) != getattr(plain, name) for name in names)
+    model = build_model(config, {"vocab_size": 99, "chunk_size": 8, "pad_id": 5}, 64, retrieval=True)
+    expected = RETROConfig(
+        num_tokens=99, chunk_size=8, pad_id=5, max_seq_len=64, retrieval=True, **dataclasses.asdict(config)
+    )
+    assert model.config == expected
+    baseline = build_model(config, {"vocab_size": 99, "chunk_size": 8, "pad_id": 5}, 64, retrieval=False)
+    assert baseline.config == dataclasses.replace(expected, retrieval=False)
+
+
+# ---- optimization ----------------------------------------------------------------------------------
+
+
+def test_the_rate_rises_to_its_peak_then_falls_to_its_floor() -> None:
+    settings = {"peak": 2.0, "steps": 110, "warmup": 10, "floor": 0.1}
+    rates = [learning_rate(step, schedule="cosine", **settings) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert rates[10] == 2.0 and rates[60] == pytest.approx(1.1) and rates[110] == pytest.approx(0.2)
+    assert np.all(np.diff(rates[10:]) < 0)
+    constant = [learning_rate(step, schedule="constant", **settings) for step in range(111)]
+    assert constant[:10] == rates[:10] and set(constant[10:]) == {2.0}
+
+
+def test_decay_is_on_matrices_only_and_the_order_is_the_model_s() -> None:
+    model = build_model(MODEL, {"vocab_size": 20, "chunk_size": 4, "pad_id": 0}, 8, retrieval=True)
+    groups = make_optimizer(model, lr=1e-3, weight_decay=0.2).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.0]
+    for group, wanted in zip(groups, (lambda p: p.ndim >= 2, lambda p: p.ndim < 2), strict=True):
+        expected = [parameter for parameter in model.parameters() if wanted(parameter)]
+        assert len(expected) == len(group["params"])
+        assert all(a is b for a, b in zip(expected, group["params"], strict=True))
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    params = [p for group in make_optimizer(model, 1e-3, 0.1).param_groups for p in group["params"]]
+    assert [tuple(p.shape) for p in params] == [(2, 3), (2,)]
+
+
+def test_portions_add_up_to_the_batch(woven: Woven) -> None:
+    settings = (dataclasses.replace(TRAIN, accumulation=portions, clip=0.0) for portions in (1, 4))
+    whole, parts = (make_trainer(woven, each) for each in settings)
+    for trainer in (whole, parts):
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # portions draw other dropout masks than the whole
+    for step in range(3):
+        batches, portions = whole.batches(step), parts.batches(step)
+        assert (len(batches), len(portions)) == (1, 4)
+        assert torch.cat([batch.seq for batch in portions]).equal(batches[0].seq)
+        assert len({batch.num_labels for batch in portions}) > 1, "so that portions must be weighed"
+        a, b = whole.step(batches), parts.step(portions)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_gradients_are_clipped(woven: Woven) -> None:
+    trainer = make_trainer(woven, dataclasses.replace(TRAIN, clip=1e-3))
+    norms = []
+    original = trainer.optimizer.step
+
+    def spy() -> None:
+        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        norms.append(float(torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients]))))
+        original()
+
+    trainer.optimizer.step = spy  # type: ignore[method-assign,assignment]
+    record = trainer.step(trainer.batches(0))
+    assert record["grad_norm"] > 1e-3 and norms == pytest.approx([1e-3], rel=1e-2)
+
+
+# ---- what a step sees ------------------------------------------------------------------------------
+
+
+def test_the_first_loss_is_that_of_knowing_nothing(woven: Woven) -> None:
+    trainer = make_trainer(woven)
+    assert trainer.step(trainer.batches(0))["loss"] == pytest.approx(math.log(VOCABULARY), abs=0.05)
+
+
+def test_neighbors_are_dropped_for_whole_sequences_and_by_the_step_alone(woven: Woven) -> None:
+    trainer = make_trainer(woven, dataclasses.replace(TRAIN, batch_size=10, accumulation=1))
+    dropped = []
+    for step in range(30):
+        (batch,) = trainer.batches(step)
+        kept = trainer.training.batch(batch.rows).retrieved
+        assert batch.retrieved is not None and kept is not None
+        gone = (batch.retrieved == trainer.training.pad_id).all(dim=(1, 2, 3))
+        assert batch.retrieved[~gone].equal(kept[~gone])
+        dropped += gone.tolist()
+        (again,) = trainer.batches(step)
+        assert again.retrieved is not None and again.retrieved.equal(batch.retrieved)
+    assert 0.2 < np.mean(dropped) < 0.4
+
+
+def test_steps_go_through_the_epoch_one_batch_after_the_other(woven: Woven) -> None:
+    trainer = make_trainer(woven)
+    rows = [batch.rows for step in range(3) for batch in trainer.batches(step)]
+    assert np.concatenate(rows).tolist() == trainer.training.training_rows(0, 0, 12).tolist()
+
+
+# ---- what comes out --------------------------------------------------------------------------------
+
+
+def test_the_model_folder_says_what_it_is_made_of(woven: Woven, tmp_path: Path) -> None:
+    result = run(woven, tmp_path, work_folder=tmp_path / "work")
+    folder = tmp_path / "retro"
+    artifact = Artifact.open(folder, "model")
+    train = Artifact.open(woven.chunks / "train", "chunks")
+    best = min(result.history, key=lambda row: row["valid_loss"])
+    artifact.require(
+        retrieval=True,
+        knn=2,
+        chunk_size=CHUNK,
+        seq_len=SEQ_LEN,
+        number_type="float32",
+        chunks=train.fingerprint,
+        tokenizer=train.facts["tokenizer"],
+        **best,
+    )
+    assert {row["step"] for row in result.history} == {5, 10, 12}
+    assert result.metrics["best_step"] == best["step"]
+    assert Artifact.open(folder / "tokenizer", "tokenizer").fingerprint == train.facts["tokenizer"]
+    weights = RETRO.from_pretrained(folder).state_dict()
+    assert weights.keys() == result.best_weights.keys()
+    assert all(weights[name].equal(result.best_weights[name]) for name in weights)
+    assert Artifact.open(tmp_path / "work" / "last", "model").facts["step"] == 12
+
+
+def test_the_best_weights_are_those_of_the_least_validation_loss(
+    woven: Woven, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {4: 3.0, 8: 1.0, 12: 1.0}
+    seen = {}
+
+    def scripted(trainer: Trainer, neighbors: str, suffix: str) -> dict[str, float]:
+        seen[trainer.state.step] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        return {f"valid_loss{suffix}": losses[trainer.state.step]}
+
+    monkeypatch.setattr(Trainer, "_validation_loss", scripted)
+    result = run(woven, tmp_path, dataclasses.replace(TRAIN, validate_every=4))
+    assert result.metrics["best_step"] == 8
+    saved = load_file(tmp_path / "retro" / "model.safetensors")
+    assert all(saved[name].equal(weight) for name, weight in seen[8].items())
+    assert any(not saved[name].equal(weight) for name, weight in seen[12].items())
+
+
+def test_metrics_are_flat_numbers_that_no_param_is_named_like(
+    undisturbed: Outcome,
+) -> None:
+    metrics = undisturbed[0].metrics
+    assert all(isinstance(value, int | float) and math.isfinite(value) for value in metrics.values())
+    assert {"valid_loss", "valid_loss_off", "valid_loss_shuffled", "train_loss", "best_step"} < metrics.keys()
+    assert metrics["real_token_share"] > 0.9 and metrics["tokens_seen"] > 0.9 * 12 * 4 * SEQ_LEN
+    params = [field.name for config in (ModelConfig, TrainConfig) for field in dataclasses.fields(config)]
+    assert not set(params) & metrics.keys()
+
+
+def test_the_baseline_is_the_same_decoder_without_retrieval(woven: Woven, tmp_path: Path) -> None:
+    result = run(woven, tmp_path, neighbors=None)
+    assert not Artifact.open(tmp_path / "retro", "model").facts["retrieval"]
+    assert {"valid_loss", "valid_bits_per_byte"} < result.metrics.keys()
+    assert not {"valid_loss_off", "valid_loss_shuffled"} & result.metrics.keys()
+    assert RETRO.from_pretrained(tmp_path / "retro").encoder is None
+
+
+def test_validation_averages_over_labels(woven: Woven) -> None:
+    trainer = make_trainer(woven, dataclasses.replace(TRAIN, validate_sequences=0))
+    row = trainer.validate()
+    batch = trainer.validation.batch(trainer.validation.ordered_rows())
+    with torch.no_grad():
+        loss = trainer.model(
+            batch.seq, batch.retrieved, return_loss=True, labels=batch.labels, documents=batch.documents
+        )
+    assert row["valid_loss"] == pytest.approx(float(loss), rel=1e-5)
+    bits = float(loss) * batch.num_labels / math.log(2) / int(batch.bytes.sum())
+    assert row["valid_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_equal_inputs_give_equal_bytes_whatever_the_intervals(
+    woven: Woven, tmp_path: Path, undisturbed: Outcome
+) -> None:
+    state = torch.random.get_rng_state()
+    result = run(woven, tmp_path, work_folder=tmp_path / "work", log_every=1, checkpoint_every=2)
+    assert torch.random.get_rng_state().equal(state), "the caller's random numbers are its own"
+    assert folder_digests(tmp_path / "retro") == undisturbed[1]
+    assert (result.metrics, result.history) == (undisturbed[0].metrics, undisturbed[0].history)
+
+
+def test_another_seed_gives_another_model(
+    woven: Woven, tmp_path: Path, undisturbed: Outcome
+) -> None:
+    run(woven, tmp_path, seed=1)
+    assert folder_digests(tmp_path / "retro") != undisturbed[1]
+
+
+def test_records_hold_what_a_person_watches(woven: Woven, tmp_path: Path) -> None:
+    records: dict[int, Mapping[str, float]] = {}
+    run(woven, tmp_path, log=records.__setitem__, log_every=4)
+    assert list(records) == [4, 5, 8, 10, 12]
+    always = {"loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    assert all(always <= record.keys() for record in records.values())
+    validated = [step for step, record in records.items() if "valid_loss" in record]
+    assert validated == [5, 10, 12]
+    assert {"valid_loss_off", "valid_loss_shuffled", "train_loss"} <= records[12].keys()
+
+
+# ---- stopping and going on -------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What a test stops a run with; nothing catches it."""
+
+
+def stop_at(step: int) -> Callable[[int, Mapping[str, float]], None]:
+    def log(now: int, record: Mapping[str, float]) -> None:
+        if now == step:
+            raise Killed
+
+    return log
+
+
+@pytest.mark.parametrize("step", range(1, 13))
+def test_a_killed_run_goes_on_bit_for_bit(
+    woven: Woven, tmp_path: Path, undisturbed: Outcome, step: int
+) -> None:
+    work = tmp_path / "work"
+    with pytest.raises(Killed):
+        run(woven, tmp_path, work_folder=work, log=stop_at(step), log_every=1, checkpoint_every=3)
+    steps: list[int] = []
+    result = run(
+        woven,
+        tmp_path,
+        work_folder=work,
+        log=lambda now, record: steps.append(now),
+        log_every=1,
+        checkpoint_every=3,
+    )
+    assert steps == list(range((step - 1) // 3 * 3 + 1, 13)), "from the last checkpoint on"
+    assert folder_digests(tmp_path / "retro") == undisturbed[1]
+    assert (result.metrics, result.history) == (undisturbed[0].metrics, undisturbed[0].history)
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_an_interrupt_is_obeyed_after_the_step_is_saved(
+    woven: Woven, tmp_path: Path, undisturbed: Outcome, step: int
+) -> None:
+    def interrupt(now: int, record: Mapping[str, float]) -> None:
+        if now == step:
+            signal.raise_signal(signal.SIGINT)
+
+    work = tmp_path / "work"
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(woven, tmp_path, work_folder=work, log=interrupt, log_every=1)
+    assert signal.getsignal(signal.SIGINT) is handler
+    steps: list[int] = []
+    run(woven, tmp_path, work_folder=work, log=lambda now, record: steps.append(now), log_every=1)
+    assert steps == list(range(step + 1, 13))
+    assert folder_digests(tmp_path / "retro") == undisturbed[1]
+
+
+def test_a_finished_run_is_not_trained_again(
+    woven: Woven, tmp_path: Path, undisturbed: Outcome
+) -> None:
+    run(woven, tmp_path, work_folder=tmp_path / "work")
+    steps: list[int] = []
+    run(
+        woven,
+        tmp_path / "again",
+        work_folder=tmp_path / "work",
+        log=lambda now, record: steps.append(now),
+        log_every=1,
+    )
+    assert steps == [] and folder_digests(tmp_path / "again" / "retro") == undisturbed[1]
+
+
+def test_kill_9_while_training_or_saving(
+    woven: Woven, tmp_path: Path, undisturbed: Outcome
+) -> None:
+    """Three processes in a row are killed, the second in the middle of a checkpoint."""
+    program = f"""
+import os, signal, sys
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+import retro_model.resume
+from pathlib import Path
+from test_training import MODEL, TRAIN
+from retro_model.training import train_model
+when, work = sys.argv[1], Path(sys.argv[2])
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+def log(step, record):
+    if when == f"step {{step}}":
+        die()
+if when == "saving":
+    retro_model.resume.optimizer_tensors = die
+folders = [Path(folder) for folder in {[str(woven.chunks), str(woven.neighbors), str(woven.tokenizer)]!r}]
+train_model(*folders, MODEL, TRAIN, knn=2, seq_len={SEQ_LEN}, seed=0, out_folder=work.parent / "retro",
+            work_folder=work, log=log, threads=1, log_every=1, checkpoint_every=3)
+"""
+    work = tmp_path / "work"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for when in ("step 5", "saving", "step 8"):
+        command = [sys.executable, "-c", program, when, str(work)]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        assert not (tmp_path / "retro").exists()
+    steps: list[int] = []
+    run(woven, tmp_path, work_folder=work, log=lambda now, record: steps.append(now), log_every=1)
+    assert steps[0] == 7
+    assert folder_digests(tmp_path / "retro") == undisturbed[1]
+
+
+def test_a_full_disk_leaves_the_last_whole_checkpoint(
+    woven: Woven, tmp_path: Path, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        save = retro_model.resume.write_json
+
+        def full(path: Path, value: Any) -> None:
+            if value["step"] > 6:
+                raise OSError(28, "No space left on device")
+            save(path, value)
+
+        patch.setattr(retro_model.resume, "write_json", full)
+        run(woven, tmp_path, work_folder=work, checkpoint_every=3)
+    assert not list(tmp_path.rglob("*.partial"))
+    steps: list[int] = []
+    run(woven, tmp_path, work_folder=work, log=lambda now, record: steps.append(now), log_every=1)
+    assert steps[0] == 7 and folder_digests(tmp_path / "retro") == undisturbed[1]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 1},
+        {"knn": 1},
+        {"train": dataclasses.replace(TRAIN, lr=2e-2)},
+        {"model": dataclasses.replace(MODEL, dec_ff_dropout=0.2)},
+    ],
+)
+def test_other_settings_never_pick_up_a_checkpoint(
+    woven: Woven, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    with pytest.raises(Killed):
+        run(woven, tmp_path, work_folder=tmp_path / "work", log=stop_at(7), log_every=1, checkpoint_every=3)
+    steps: list[int] = []
+    options = {"log": lambda now, record: steps.append(now), "log_every": 1, **other}
+    run(woven, tmp_path, work_folder=tmp_path / "work", **options)
+    assert steps == list(range(1, 13))
+    run(woven, tmp_path / "fresh", **other)
+    assert folder_digests(tmp_path / "retro") == folder_digests(tmp_path / "fresh" / "retro")
+
+
+def test_a_checkpoint_has_no_pickle_and_only_the_newest_stays(woven: Woven, tmp_path: Path) -> None:
+    result = run(woven, tmp_path, work_folder=tmp_path / "work", checkpoint_every=2)
+    assert folder_digests(tmp_path / "work" / "checkpoints").keys() == {
+        "checkpoint-00000012/state.json",
+        "checkpoint-00000012/weights.safetensors",
+        "checkpoint-00000012/optimizer.safetensors",
+        f"best-{int(result.metrics['best_step']):08d}.safetensors",
+    }
+
+
+def test_a_torn_checkpoint_is_refused(woven: Woven, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run(woven, tmp_path, work_folder=tmp_path / "work", log=stop_at(7), log_every=1, checkpoint_every=3)
+    (file,) = (tmp_path / "work").rglob("optimizer.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DamagedArtifactError, match=r"checkpoint-00000006 cannot be read.*delete"):
+        run(woven, tmp_path, work_folder=tmp_path / "work")
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spoiled", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_name_the_step_and_the_chunks(
+    woven: Woven, tmp_path: Path, spoiled: str
+) -> None:
+    checkpoints = Checkpoints(tmp_path, "fingerprint")
+    trainer = make_trainer(woven, checkpoints=checkpoints)
+    trainer.step(trainer.batches(0))
+    saved = trainer.save()
+    weight = trainer.model.embedding.weight
+    if spoiled == "loss":
+        weight.data.fill_(torch.nan)
+    else:
+        weight.register_hook(lambda gradient: gradient * torch.inf)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    batches = trainer.batches(1)
+    with pytest.raises(TrainingError) as caught:
+        trainer.step(batches)
+    message = str(caught.value)
+    assert message.startswith("step 2: loss ") and f"last good checkpoint: {saved}" in message
+    for batch in batches:
+        for rows in batch.rows:
+            assert f"{rows[0]}-{rows[-1]}" in message
+    after = trainer.model.state_dict()
+    assert all(tensor.equal(after[name]) or tensor.isnan().all() for name, tensor in before.items())
+
+
+def test_another_tokenizer_is_refused(woven: Woven, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "tokenizer", VOCABULARY + 1)
+    other = dataclasses.replace(woven, tokenizer=tmp_path / "tokenizer")
+    with pytest.raises(MismatchError, match="made for tokenizer"):
+        run(other, tmp_path)
+    assert not (tmp_path / "retro").exists()
+
+
+def test_more_neighbors_than_stored_are_refused_before_any_work(woven: Woven, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="knn: found 9, expected 1 to 3"):
+        run(woven, tmp_path, knn=9, work_folder=tmp_path / "work")
+    assert not (tmp_path / "work").exists() and not (tmp_path / "retro").exists()
+
+
+# ---- does it learn ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_it_learns_to_use_what_it_retrieves(tmp_path: Path) -> None:
+    """What follows a chunk stands in its neighbor: that halves the loss, shuffled neighbors give nothing."""
+    torch.set_num_threads(2)
+    woven = write_woven(tmp_path, num_documents=400)
+    result = train_model(
+        woven.chunks,
+        woven.neighbors,
+        woven.tokenizer,
+        ModelConfig(enc_dim=64, dec_dim=64, dec_depth=2, dec_cross_attn_layers=(1, 2), heads=2, dim_head=32),
+        dataclasses.replace(TRAIN, steps=300, batch_size=8, lr=4e-3, warmup=30, validate_every=300),
+        knn=2,
+        seq_len=128,
+        seed=0,
+        out_folder=tmp_path / "retro",
+    )
+    metrics = result.metrics
+    assert metrics["valid_loss"] < metrics["valid_loss_off"] / 2
+    assert metrics["valid_loss_shuffled"] > 0.98 * metrics["valid_loss_off"]
