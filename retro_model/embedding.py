@@ -147,6 +147,7 @@ class Encoder:
         model: Any,
         tokenizer: Any,
         fingerprint: str,
+        *,
         device: torch.device,
         batch_size: int,
     ) -> None:
@@ -185,7 +186,7 @@ class Encoder:
         pad_id, pad_token = loaded.pad_token_id, loaded.pad_token
         tokenizer.enable_padding(length=resolved.max_tokens, pad_id=pad_id, pad_token=pad_token)
         size = ROWS_PER_BATCH[where.type] if batch_size is None else batch_size
-        return cls(resolved, model, tokenizer, fingerprint, where, size)
+        return cls(resolved, model, tokenizer, fingerprint, device=where, batch_size=size)
 
     def facts(self) -> dict[str, Any]:
         """What an embeddings artifact records of its encoder."""
@@ -241,6 +242,10 @@ def _load(source: str) -> tuple[Any, Any, frozenset[str]]:
 
     place = find_encoder(source)
     local = Path(place).is_dir()
+    if local and not (Path(place) / "config.json").is_file():
+        raise SourceError(
+            f"embed.encoder: {source} has no config.json; name a folder with config.json, weights and tokenizer"
+        )
     try:
         with _quiet_transformers(show_downloads=not local):
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
@@ -288,9 +293,7 @@ def _first_line(error: BaseException) -> str:
 def _max_tokens(config: EmbedConfig, chunk_size: int, model: Any, tokenizer: Any) -> int:
     limit = int(min(model.config.max_position_embeddings, tokenizer.model_max_length))
     if config.max_tokens > limit:
-        raise ConfigError(
-            f"embed.max_tokens: found {config.max_tokens}, expected <= {limit} for {config.encoder}"
-        )
+        raise ConfigError(f"embed.max_tokens: found {config.max_tokens}, expected <= {limit} for {config.encoder}")
     return config.max_tokens or min(derived_max_tokens(chunk_size), limit)
 
 
@@ -379,6 +382,7 @@ def make_embeddings(
     tokenizer_folder: Path,
     config: EmbedConfig,
     out_folder: Path,
+    *,
     batch_size: int | None = None,
     device: str = "auto",
 ) -> dict[str, float]:
@@ -415,9 +419,7 @@ def make_embeddings(
     }
 
 
-def _write_embeddings(
-    folder: Path, encoder: Encoder, tokenizer: Tokenizer, chunks: Artifact, bar: Progress
-) -> int:
+def _write_embeddings(folder: Path, encoder: Encoder, tokenizer: Tokenizer, chunks: Artifact, bar: Progress) -> int:
     num_truncated = 0
     with ArtifactWriter(folder, "embeddings") as writer:
         for vectors, truncated in embed_rows(encoder, tokenizer, chunks, 0, chunks.rows):

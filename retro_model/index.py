@@ -64,9 +64,7 @@ class IndexConfig(Config, section="index"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.key != "auto" and not _KEY.fullmatch(self.key):
-            raise ConfigError(
-                f"index.key: found {self.key!r}, expected auto, Flat or IVF<lists>,Flat (IVF4096,Flat)"
-            )
+            raise ConfigError(f"index.key: found {self.key!r}, expected auto, Flat or IVF<lists>,Flat (IVF4096,Flat)")
 
 
 def choose_key(config: IndexConfig, num_rows: int) -> str:
@@ -120,7 +118,6 @@ def pair_distances(queries: FloatArray, vectors: FloatArray, places: IdArray) ->
     is -1.
     """
     faiss = import_faiss()
-
     queries, vectors = np.ascontiguousarray(queries), np.ascontiguousarray(vectors)
     places = np.ascontiguousarray(places, dtype=np.int64)
     assert queries.dtype == vectors.dtype == np.float32 and len(queries) == len(places)
@@ -153,7 +150,6 @@ def float_blocks(vectors: ShardedArray) -> Iterator[FloatArray]:
 def exact_distances(queries: FloatArray, vectors: ShardedArray, k: int) -> FloatArray:
     """The k smallest distances (n, k) of each query to all rows, in order, by brute force."""
     faiss = import_faiss()
-
     nearest = np.full((len(queries), k), np.inf, dtype=np.float32)
     for block in float_blocks(vectors):
         distances, _ = faiss.knn(queries, block, min(k, len(block)))
@@ -186,15 +182,12 @@ class Index:
         Raises what `Artifact.open` does, and DamagedArtifactError where faiss cannot read it.
         """
         faiss = import_faiss()
-
         artifact = Artifact.open(folder, "index").require(metric="l2")
         path = artifact.folder / INDEX_FILE
         try:
             index = faiss.read_index(str(path))
         except RuntimeError as error:
-            raise DamagedArtifactError(
-                f"{path} is no faiss index ({error}); run `dvc repro` (stage index)"
-            ) from error
+            raise DamagedArtifactError(f"{path} is no faiss index ({error}); run `dvc repro` (stage index)") from error
         found, expected = (index.ntotal, index.d), (artifact.facts["rows"], artifact.facts["dim"])
         if found != expected or index.metric_type != faiss.METRIC_L2:
             raise DamagedArtifactError(
@@ -215,7 +208,6 @@ class Index:
 
 def _search(index: Any, queries: FloatArray, k: int, probes: int) -> tuple[FloatArray, IdArray]:
     faiss = import_faiss()
-
     queries = np.ascontiguousarray(queries)
     if isinstance(index, faiss.IndexIVF):
         # Centroid by centroid: which lists a query visits must not depend on the rest of its batch.
@@ -230,7 +222,6 @@ def _search(index: Any, queries: FloatArray, k: int, probes: int) -> tuple[Float
 @contextlib.contextmanager
 def _no_blas() -> Iterator[None]:
     faiss = import_faiss()
-
     threshold = faiss.cvar.distance_compute_blas_threshold
     faiss.cvar.distance_compute_blas_threshold = 2**31 - 1
     try:
@@ -251,7 +242,6 @@ def make_index(embeddings_folder: Path, config: IndexConfig, out_folder: Path) -
     embedded in different ways.
     """
     faiss = import_faiss()
-
     train = Artifact.open(embeddings_folder / "train", "embeddings")
     valid = Artifact.open(embeddings_folder / "valid", "embeddings")
     valid.require(**{name: train.facts[name] for name in SHAPING_FACTS})
@@ -261,8 +251,10 @@ def make_index(embeddings_folder: Path, config: IndexConfig, out_folder: Path) -
     index = _trained_index(vectors, key, config)
     largest_norm = _add_all(index, vectors)
     queries = _sample(valid["vectors"], RECALL_QUERIES, config.seed)
-    margin = rounding_margin(queries, largest_norm)
-    probes, recall = choose_probes(index, key, vectors, queries, margin, config)
+    probes, recall = None, 1.0  # of exact search
+    if num_lists(key):
+        margin = rounding_margin(queries, largest_norm)
+        probes, recall = choose_probes(index, vectors, queries, margin, config.target_recall)
     visited = f", {probes} lists a search" if probes else ""
     print(f"index: {key} over {len(vectors):,} chunks{visited}, recall@{RECALL_AT} {recall:.3f}", flush=True)
     with whole_folder(out_folder) as folder, ArtifactWriter(folder, "index") as writer:
@@ -291,12 +283,10 @@ def make_index(embeddings_folder: Path, config: IndexConfig, out_folder: Path) -
 
 def _check_memory(config: IndexConfig, key: str, vectors: ShardedArray) -> None:
     lists = num_lists(key)
-    needed = 4 * vectors.shape[1] * (len(vectors) + lists) + (
-        8 * len(vectors) if lists else 0
-    )  # IVF stores ids
+    needed = 4 * vectors.shape[1] * (len(vectors) + lists) + (8 * len(vectors) if lists else 0)  # IVF stores ids
     if needed > config.max_memory_gb * 1e9:
         raise ConfigError(
-            f"index.max_memory_gb: found {config.max_memory_gb:g}, expected >= {needed / 1e9:.2f} "
+            f"index.max_memory_gb: found {config.max_memory_gb:g}, expected >= {needed / 1e9:.3g} "
             f"for {key} over {len(vectors):,} vectors of {vectors.shape[1]} dimensions"
         )
 
@@ -323,7 +313,6 @@ def _trained_index(vectors: ShardedArray, key: str, config: IndexConfig) -> Any:
 def _build_with_autofaiss(folder: str, key: str) -> Any:
     """autofaiss's index over the `.npy` files in `folder`, with its logging kept for the error, if any."""
     faiss = import_faiss()
-
     with _captured_logging("autofaiss") as log:
         from autofaiss import build_index
 
@@ -372,24 +361,21 @@ def _add_all(index: Any, vectors: ShardedArray) -> float:
 
 
 def choose_probes(
-    index: Any, key: str, vectors: ShardedArray, queries: FloatArray, margin: FloatArray, config: IndexConfig
-) -> tuple[int | None, float]:
-    """The fewest lists to visit that reach the target recall, and that recall; (None, 1.0) for exact search.
+    index: Any, vectors: ShardedArray, queries: FloatArray, margin: FloatArray, target_recall: float
+) -> tuple[int, float]:
+    """The fewest lists of an IVF index to visit that reach the target recall, and that recall.
 
     Recall is the share of the found that are no farther than the true RECALL_AT-th nearest, give or take
     the `margin` (n, 1) of rounding: among equally distant rows any will do.
     """
-    lists = num_lists(key)
-    if not lists:
-        return None, 1.0
     k = min(RECALL_AT, len(vectors))
     exact = exact_distances(queries, vectors, k)
 
     def recall(probes: int) -> float:
         return float((_search(index, queries, k, probes)[0] <= exact[:, -1:] + margin).mean())
 
-    low, high = 1, lists  # recall grows with the lists visited, and all of them are exact search
+    low, high = 1, index.nlist  # recall grows with the lists visited, and all of them are exact search
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if recall(middle) >= config.target_recall else (middle + 1, high)
+        low, high = (low, middle) if recall(middle) >= target_recall else (middle + 1, high)
     return low, recall(low)

@@ -111,9 +111,7 @@ class Database:
 
 
 def _no_neighbors(num_queries: int, k: int) -> tuple[IdArray, FloatArray]:
-    return np.full((num_queries, k), NONE, dtype=np.int64), np.full(
-        (num_queries, k), np.inf, dtype=np.float32
-    )
+    return np.full((num_queries, k), NONE, dtype=np.int64), np.full((num_queries, k), np.inf, dtype=np.float32)
 
 
 def _parts(rows: IntArray, size: int) -> Iterator[IntArray]:
@@ -130,6 +128,7 @@ def make_neighbors(
     chunks_folder: Path,
     config: NeighborsConfig,
     out_folder: Path,
+    *,
     queries_per_batch: int = QUERIES_PER_BATCH,
 ) -> dict[str, float]:
     """Writes the neighbors of every split's chunks in the train chunks, and returns what there is to say.

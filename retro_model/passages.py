@@ -150,11 +150,7 @@ def _document_entries(chunks: Artifact, wanted: set[int]) -> dict[int, dict[str,
     """The lines of documents.jsonl of the wanted documents, read one at a time."""
     file = chunks.folder / "documents.jsonl"
     with file.open(encoding="utf-8") as lines:
-        entries = {
-            entry["document"]: entry for line in lines if (entry := json.loads(line))["document"] in wanted
-        }
+        entries = {entry["document"]: entry for line in lines if (entry := json.loads(line))["document"] in wanted}
     if missing := wanted - entries.keys():
-        raise DamagedArtifactError(
-            f"{file}: no line for document {min(missing)}; run `dvc repro` (stage chunk)"
-        )
+        raise DamagedArtifactError(f"{file}: no line for document {min(missing)}; run `dvc repro` (stage chunk)")
     return entries

@@ -174,9 +174,7 @@ def _charts(charts: Sequence[Chart]) -> Iterator[str]:
 
 
 def _chart(chart: Chart) -> str:
-    legend = "".join(
-        f'<span><i class="key s{line.color}"></i>{safe(line.name)}</span>' for line in chart.series
-    )
+    legend = "".join(f'<span><i class="key s{line.color}"></i>{safe(line.name)}</span>' for line in chart.series)
     return (
         f"<figure><h2>{safe(chart.title)}</h2>{chart_svg(chart)}"
         f'<p class="legend">{legend}</p><figcaption>{safe(chart.caption)}</figcaption></figure>'
@@ -201,16 +199,12 @@ def chart_svg(chart: Chart) -> str:
         parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text class="end" x="{LEFT - 6}" y="{y(tick) + 4:.1f}">{tick:.{digits}f}</text>')
     for place, label in enumerate(chart.places):
-        parts.append(
-            f'<text class="middle" x="{x(place):.1f}" y="{HEIGHT - BOTTOM + 18}">{safe(label)}</text>'
-        )
+        parts.append(f'<text class="middle" x="{x(place):.1f}" y="{HEIGHT - BOTTOM + 18}">{safe(label)}</text>')
     for line in chart.series:
         points = [(x(place), y(value)) for place, value in enumerate(line.values)]
         path = "L".join(f"{across:.1f} {down:.1f}" for across, down in points)
         parts.append(f'<path class="line s{line.color}" d="M{path}"/>')
-        parts.extend(
-            f'<circle class="dot s{line.color}" cx="{a:.1f}" cy="{d:.1f}" r="3"/>' for a, d in points
-        )
+        parts.extend(f'<circle class="dot s{line.color}" cx="{a:.1f}" cy="{d:.1f}" r="3"/>' for a, d in points)
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="middle" x="{middle:.1f}" y="{HEIGHT - 6}">{safe(chart.x_label)}</text>')
     height = (TOP + HEIGHT - BOTTOM) / 2
@@ -220,12 +214,12 @@ def chart_svg(chart: Chart) -> str:
 
 
 def axis_ticks(low: float, high: float) -> list[float]:
-    """About five round numbers, evenly spaced, the first at most `low` and the last at least `high`."""
+    """Three to seven round numbers, evenly spaced, the first at most `low` and the last at least `high`."""
     rough = max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-6) / 4
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [step * number for number in range(first, max(last, first + 1) + 1)]
+    return [step * number for number in range(first, max(last, first + 2) + 1)]
 
 
 # ---- passages --------------------------------------------------------------------------------------
@@ -246,10 +240,7 @@ def _passages(passages: Sequence[Passage]) -> Iterator[str]:
 
 
 def _shade_legend() -> str:
-    marks = [
-        f'<span class="l{number}">&minus;{bits:g}</span>'
-        for number, bits in reversed([*enumerate(SHADES, 1)])
-    ]
+    marks = [f'<span class="l{number}">&minus;{bits:g}</span>' for number, bits in reversed([*enumerate(SHADES, 1)])]
     marks += [f'<span class="m{number}">+{bits:g}</span>' for number, bits in enumerate(SHADES, 1)]
     return f"cheaper {''.join(marks)} dearer, in bits from &hellip; on"
 

@@ -74,9 +74,7 @@ class Retriever:
         opened = _same_encoder(embeddings, encoder, device, batch_size)
         return cls(chunks, database, opened, tokenizer)
 
-    def retrieve(
-        self, token_chunks: IntArray, k: int, exclude_documents: IntArray | None = None
-    ) -> Retrieved:
+    def retrieve(self, token_chunks: IntArray, k: int, exclude_documents: IntArray | None = None) -> Retrieved:
         """The k nearest database chunks of each row of input ids (B, M) of the database's tokenizer.
 
         Rows may be of any width. `exclude_documents` (B,) names for each query a document whose chunks

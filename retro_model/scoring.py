@@ -167,9 +167,7 @@ class Scorer:
             if shown is not None:
                 shown.update(len(rows))
         if not np.isfinite(losses).all():
-            raise TrainingError(
-                "evaluate: a loss on held-out text is not finite; train again with a lower train.lr"
-            )
+            raise TrainingError("evaluate: a loss on held-out text is not finite; train again with a lower train.lr")
         return losses
 
     def _batch_losses(self, model: RETRO, rows: IntArray, neighbors: IntArray | None) -> FloatArray:

@@ -11,5 +11,5 @@ class RuntimeConfig(Config, section="runtime"):
     """Where and in what portions to compute."""
 
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))
-    embed_batch_size: int = setting(64, minimum=1)
+    embed_batch_size: int = setting(32, minimum=1)
     evaluate_batch_size: int = setting(8, minimum=1)

@@ -136,17 +136,13 @@ def write_vectors(
         num_rows = len(documents[split])
         tokens = (np.arange(num_rows)[:, None] % 50 + 3 + np.arange(5)).astype(np.uint16)
         with ArtifactWriter(folder / "chunks" / split, "chunks", rows_per_shard) as writer:
-            writer.append(
-                tokens=tokens, documents=documents[split].astype(np.int32), bytes=np.ones(num_rows, np.int32)
-            )
+            writer.append(tokens=tokens, documents=documents[split].astype(np.int32), bytes=np.ones(num_rows, np.int32))
             writer.facts.update(split=split, chunk_size=4, pad_id=0, begin_id=1, end_id=2, vocab_size=100)
             writer.facts.update(tokenizer="none")
         chunks = Artifact.open(folder / "chunks" / split, "chunks")
         with ArtifactWriter(folder / "embeddings" / split, "embeddings", rows_per_shard) as writer:
             writer.append(vectors=vectors[split].astype(np.float16))
-            writer.facts.update(
-                chunks=chunks.fingerprint, encoder="none", encoder_name="none", pooling="mean"
-            )
+            writer.facts.update(chunks=chunks.fingerprint, encoder="none", encoder_name="none", pooling="mean")
             writer.facts.update(normalize=False, max_tokens=8, number_type="float32", truncated_chunks=0)
             writer.facts.update(dim=vectors[split].shape[1], **facts)
     return folder

@@ -135,9 +135,7 @@ def write_neighbors(folder: Path, test: Artifact, train_chunks: Artifact) -> Non
     ids[5], distances[5] = NO_ROW, np.inf
     with ArtifactWriter(folder, "neighbors") as writer:
         writer.append(ids=ids.astype(np.int32), distances=distances)
-        writer.facts.update(
-            chunks=test.fingerprint, database=train_chunks.fingerprint, index="index", stored=STORED
-        )
+        writer.facts.update(chunks=test.fingerprint, database=train_chunks.fingerprint, index="index", stored=STORED)
 
 
 def write_model(folder: Path, tokenizer: Tokenizer, train_chunks: Artifact, retrieval: bool) -> None:
@@ -211,9 +209,7 @@ def evaluated(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[E
 
 @settings(deadline=None)
 @given(st.integers(0, 50), st.integers(1, 60), st.integers(1, 9))
-def test_the_windows_score_each_row_once_in_the_earliest_that_holds_it(
-    first: int, size: int, length: int
-) -> None:
+def test_the_windows_score_each_row_once_in_the_earliest_that_holds_it(first: int, size: int, length: int) -> None:
     windows = sliding_windows(Span(first, first + size), length)
     scored = [row for window in windows for row in range(window.scored, window.stop)]
     assert scored == list(range(first, first + size))
@@ -312,9 +308,7 @@ def test_bits_per_byte_are_those_of_the_text(world: World, evaluated: tuple[Eval
     num_tokens = sum(len(tokenizer.encode(text)) for text in written)
     assert metrics["test_tokens"] == num_tokens + len(written)
     nats = expected * math.log(2) * num_bytes
-    assert metrics["test_perplexity_baseline"] == pytest.approx(
-        math.exp(nats / metrics["test_tokens"]), rel=1e-5
-    )
+    assert metrics["test_perplexity_baseline"] == pytest.approx(math.exp(nats / metrics["test_tokens"]), rel=1e-5)
 
 
 def test_a_cut_of_the_documents_scores_their_rows_as_before(world: World) -> None:
@@ -406,9 +400,7 @@ def test_the_bootstrap_is_paired_and_finds_the_known_error_of_a_mean() -> None:
     low, high = interval(sums[:, 0] / sums[:, 2])
     error = 1.96 * loss.std() / 20
     assert (low, high) == pytest.approx((loss.mean() - error, loss.mean() + error), abs=0.05)
-    np.testing.assert_array_equal(
-        sums, bootstrap_sums(np.stack([loss, loss - 1, np.ones(400)], axis=1), 4000, 1)
-    )
+    np.testing.assert_array_equal(sums, bootstrap_sums(np.stack([loss, loss - 1, np.ones(400)], axis=1), 4000, 1))
 
 
 def test_the_control_draws_rows_of_the_database_only() -> None:
@@ -573,9 +565,7 @@ def test_text_without_a_byte_is_nothing_to_evaluate_on(world: World, tmp_path: P
         ("chunks/train", "chunks", "split"),
     ],
 )
-def test_inputs_of_another_run_are_refused(
-    world: World, tmp_path: Path, folder: str, kind: str, fact: str
-) -> None:
+def test_inputs_of_another_run_are_refused(world: World, tmp_path: Path, folder: str, kind: str, fact: str) -> None:
     shutil.copytree(world.root, tmp_path / "world")
     change_fact(tmp_path / "world" / folder, fact, "another")
     with pytest.raises(MismatchError, match="dvc repro"):

@@ -151,7 +151,7 @@ def test_ticks_are_even_and_hold_the_values(low: float, span: float) -> None:
     high = low + span
     ticks = axis_ticks(low, high)
     slack = 1e-6 * max(abs(low), abs(high), 1)
-    assert ticks[0] <= low + slack and ticks[-1] >= high - slack and 2 <= len(ticks) <= 8
+    assert ticks[0] <= low + slack and ticks[-1] >= high - slack and 3 <= len(ticks) <= 7
     steps = [after - before for before, after in zip(ticks, ticks[1:], strict=False)]
     assert min(steps) > 0 and max(steps) - min(steps) <= 1e-9 * max(map(abs, ticks))
 
