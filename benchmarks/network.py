@@ -37,25 +37,29 @@ DTYPES = {"float32": torch.float32, "bfloat16 autocast": torch.bfloat16}
 
 
 def build(name: str, theirs: str | None) -> torch.nn.Module:
+    """A fresh model of either side."""
     torch.manual_seed(0)
     if name == "ours":
         return RETRO(**CONFIG)
     if theirs not in sys.path:
         sys.path.insert(0, str(theirs))
     warnings.simplefilter("ignore")
-    from retro_pytorch import RETRO as Theirs  # noqa: PLC0415
+    from retro_pytorch import RETRO as Theirs
 
     return Theirs(**CONFIG)  # type: ignore[no-any-return]
 
 
 def batch(length: int = LENGTH, rows: int = BATCH) -> tuple[Tensor, Tensor]:
+    """Random tokens and neighbors."""
     generator = torch.Generator().manual_seed(0)
     seq = torch.randint(1, CONFIG["num_tokens"], (rows, length + 1), generator=generator)
     shape = rows, length // CONFIG["chunk_size"], NEIGHBORS, 2 * CONFIG["chunk_size"]
     return seq, torch.randint(1, CONFIG["num_tokens"], shape, generator=generator)
 
 
-def step(model: torch.nn.Module, seq: Tensor, retrieved: Tensor | None, dtype: torch.dtype, **options: Any) -> None:
+def step(
+    model: torch.nn.Module, seq: Tensor, retrieved: Tensor | None, dtype: torch.dtype, **options: Any
+) -> None:
     """Forward and backward, without the optimizer, which is the same for both."""
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
         loss = model(seq, retrieved, return_loss=True, **options)
@@ -111,6 +115,7 @@ def limits() -> dict[str, float]:
 
 
 def training(theirs: str | None, turns: int) -> None:
+    """Time training steps in both number types."""
     models = {name: build(name, theirs) for name in (["ours", "theirs"] if theirs else ["ours"])}
     ours = models["ours"]
     seq, retrieved = batch()
@@ -123,8 +128,10 @@ def training(theirs: str | None, turns: int) -> None:
             for name, model in models.items()
         }
         tasks["without neighbors"] = lambda dtype=dtype: step(ours, seq, None, dtype)  # type: ignore[misc]
-        tasks["packed documents"] = lambda dtype=dtype: step(  # type: ignore[misc]
-            ours, seq[:, :-1], retrieved, dtype, labels=labels, documents=documents
+        tasks["packed documents"] = (
+            lambda dtype=dtype: step(  # type: ignore[misc]
+                ours, seq[:, :-1], retrieved, dtype, labels=labels, documents=documents
+            )
         )
         best = in_turns(tasks, turns)
         work = {name: products(RETROConfig(**CONFIG), BATCH, LENGTH, NEIGHBORS) for name in best}
@@ -148,13 +155,14 @@ def peak_memory(name: str, theirs: str | None, dtype: torch.dtype) -> None:
 
 
 def memory(theirs: str | None, threads: int) -> None:
+    """Measure the memory of a step, each in a process of its own."""
     print(f"\npeak memory that one step adds, batch {BATCH} x 2048 tokens, k = {NEIGHBORS}")
     for dtype_name in DTYPES:
         used = {}
         for name in ["ours", "theirs"] if theirs else ["ours"]:
             command = [sys.executable, __file__, "--threads", str(threads), "--peak", name, dtype_name]
             command += ["--theirs", theirs] if theirs else []
-            used[name] = int(subprocess.run(command, check=True, capture_output=True).stdout)  # noqa: S603
+            used[name] = int(subprocess.run(command, check=True, capture_output=True).stdout)
             print(f"    {dtype_name:20} {name:8} {used[name] / 2**20:8,.0f} MiB")
         if theirs:
             print(f"    RATIO of memory, ours to theirs: {used['ours'] / used['theirs']:.2f}")
@@ -191,7 +199,9 @@ def writing(theirs: str | None) -> None:
             other(seq[:, :length], retrieved[:, : length // 64])
             seconds.append(time.perf_counter() - start)
         whole = sum(seconds) / len(seconds) * 448
-        print(f"    theirs {whole:8.2f} s  {448 / whole:8,.0f} tokens/s  (from {len(seconds)} of the 448 calls)")
+        print(
+            f"    theirs {whole:8.2f} s  {448 / whole:8,.0f} tokens/s  (from {len(seconds)} of the 448 calls)"
+        )
         print(f"    RATIO of tokens a second, ours to theirs: {whole / mine:.0f}")
     early, late = float("inf"), float("inf")
     for _ in range(3):
@@ -199,11 +209,16 @@ def writing(theirs: str | None) -> None:
         write(128, 2040, stamps)
         pace = lambda at: sorted(stamps[n] - stamps[n - 1] for n in range(at - 30, at + 30))[30]  # noqa: E731, B023
         early, late = min(early, pace(222)), min(late, pace(1998))
-    print(f"    a token at position 200: {early * 1e3:.2f} ms, at 2,000: {late * 1e3:.2f} ms, factor {late / early:.2f}")
+    print(
+        f"    a token at position 200: {early * 1e3:.2f} ms, at 2,000: {late * 1e3:.2f} ms, factor {late / early:.2f}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--theirs", help="the folder that retro-pytorch was installed into")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=3)
@@ -214,7 +229,10 @@ def main() -> None:
     if arguments.peak:
         peak_memory(arguments.peak[0], arguments.theirs, DTYPES[arguments.peak[1]])
         return
-    cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().split("\n") if "model name" in x), "?")
+    cpu = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().split("\n") if "model name" in x),
+        "?",
+    )
     print(f"{cpu}, {arguments.threads} threads, torch {torch.__version__}")
     print("network:", ", ".join(f"{key} {value}" for key, value in CONFIG.items()))
     if arguments.only in (None, "training"):

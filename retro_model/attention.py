@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from retro_model.kernels import rotate_parts, short_attention, short_attention_is_faster
@@ -53,7 +54,12 @@ def attend(
 
 
 def attend_documents(
-    query_THF: Tensor, key_THF: Tensor, value_THF: Tensor, dropout: float, *, groups: Sequence[tuple[int, int]]
+    query_THF: Tensor,
+    key_THF: Tensor,
+    value_THF: Tensor,
+    dropout: float,
+    *,
+    groups: Sequence[tuple[int, int]],
 ) -> Tensor:
     """Causal attention inside each document of a stream of tokens: (T, H, F).
 
@@ -63,10 +69,9 @@ def attend_documents(
     """
     sizes = [count * length for count, length in groups]
     outputs = []
-    for (count, _), q, k, v in zip(
-        groups, query_THF.split(sizes), key_THF.split(sizes), value_THF.split(sizes), strict=True
-    ):
-        q, k, v = (x.unflatten(0, (count, -1)) for x in (q, k, v))  # (count, length, H, F)
+    parts = zip(*(torch.split(x, sizes) for x in (query_THF, key_THF, value_THF)), strict=True)
+    for (count, _), part in zip(groups, parts, strict=True):
+        q, k, v = (x.unflatten(0, (count, -1)) for x in part)  # (count, length, H, F)
         outputs.append(attend(q, k, v, causal=True, dropout=dropout).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -85,6 +90,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(heads * dim_head, dim, bias=False)
 
     def forward(self, x_QD: Tensor, table_QF: Tensor, see: See) -> Tensor:
+        """What each token gets from those that it sees: (..., Q, D)."""
         qkv = self.qkv(x_QD).unflatten(-1, (3 * self.heads, -1))  # (..., Q, 3HF) -> (..., Q, 3H, F)
         q, k, v = rotate_parts(qkv, table_QF, 3, 2)  # each (..., Q, H, F)
         seen = see(q, k, v, self.dropout if self.training else 0.0)
@@ -107,7 +113,9 @@ class CrossAttention(nn.Module):
 
     def context(self, context_JE: Tensor, table_JF: Tensor) -> tuple[Tensor, Tensor]:
         """Keys turned to their positions, and values: each (..., J, H, F). A cache keeps these."""
-        kv = self.key_value(context_JE).unflatten(-1, (2 * self.heads, -1))  # (..., J, 2HF) -> (..., J, 2H, F)
+        kv = self.key_value(context_JE).unflatten(
+            -1, (2 * self.heads, -1)
+        )  # (..., J, 2HF) -> (..., J, 2H, F)
         k, v = rotate_parts(kv, table_JF, 2, 1)  # each (..., J, H, F)
         return k, v
 
@@ -119,7 +127,10 @@ class CrossAttention(nn.Module):
         table_QF: Tensor,
         mask_QJ: Tensor | None = None,
     ) -> Tensor:
-        (q,) = rotate_parts(self.query(x_QD).unflatten(-1, (self.heads, -1)), table_QF, 1, 1)  # (..., Q, H, F)
+        """What each token gets from a context that went through `context`: (..., Q, D)."""
+        (q,) = rotate_parts(
+            self.query(x_QD).unflatten(-1, (self.heads, -1)), table_QF, 1, 1
+        )  # (..., Q, H, F)
         dropout = self.dropout if self.training else 0.0
         attended = attend(q, key_JHF, value_JHF, mask_QJ=mask_QJ, dropout=dropout)
         out: Tensor = self.out(attended.flatten(-2))  # (..., Q, HF) -> (..., Q, D)
@@ -137,7 +148,7 @@ def attending_chunks(x_TD: Tensor, chunk_size: int) -> Tensor:
     with zeros.
     """
     shift = chunk_size - 1
-    return F.pad(x_TD[shift:], (0, 0, 0, shift)).unflatten(0, (-1, chunk_size))
+    return rearrange(F.pad(x_TD[shift:], (0, 0, 0, shift)), "(c m) d -> c m d", m=chunk_size)
 
 
 def unshift(x_CMD: Tensor, first_D: Tensor) -> Tensor:

@@ -35,11 +35,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from retro_model.artifacts import SPLITS
 from retro_model.config import Config, setting
 from retro_model.errors import ConfigError, DocumentError
 from retro_model.progress import Progress
 
-SPLITS = ("train", "valid", "test")
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 SUFFIXES = TEXT_SUFFIXES + RECORD_SUFFIXES

@@ -52,7 +52,12 @@ def _check_share(name: str, thres: float) -> None:
 
 
 def sample(
-    logits: Tensor, *, filter_fn: Filter, filter_thres: float, temperature: float, generator: torch.Generator | None
+    logits: Tensor,
+    *,
+    filter_fn: Filter,
+    filter_thres: float,
+    temperature: float,
+    generator: torch.Generator | None,
 ) -> Tensor:
     """One token for each row of logits (B, V): (B,). Temperature 0 takes the likeliest, whatever the filter."""
     if temperature == 0:
@@ -173,7 +178,9 @@ class CachedDecoder:
         )
         completes_B = ((self.length_B + 1) % chunk_size == 0) & (counts_B > 0)
         if completes_B.any():
-            self.mask_BJ = self.mask_BJ & ~completes_B[:, None]  # what was retrieved for the chunk before is over
+            self.mask_BJ = (
+                self.mask_BJ & ~completes_B[:, None]
+            )  # what was retrieved for the chunk before is over
         see = _SeeCache(place_BS)
         cross: _Cross | None = None
 
@@ -207,12 +214,14 @@ class CachedDecoder:
         found = {row: neighbors for row, neighbors in found.items() if (neighbors != config.pad_id).any()}
         if not found:
             return
+        assert model.encoder is not None
         rows = list(found)
         retrieved_AKR = torch.stack(list(found.values()))
         mask_AKR = retrieved_AKR != config.pad_id
         encoded_AJE = model.encoder(model.embedding(retrieved_AKR), mask_AKR, self.hidden_BMD[rows])
+        _, number, length = retrieved_AKR.shape
         _, table_JF = cross_positions(
-            config.chunk_size, *retrieved_AKR.shape[1:], config.dim_head, model.embedding.weight
+            config.chunk_size, number, length, config.dim_head, model.embedding.weight
         )
         self.mask_BJ = _put_rows(self.mask_BJ, rows, mask_AKR.flatten(1))
         for block, layer in zip(model.decoder, self.layers, strict=True):
@@ -264,14 +273,20 @@ class Writer:
         self.model, self.retrieve, self.eos_id = model, retrieve, eos_id
         generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
         self.choose = partial(
-            sample, filter_fn=filter_fn, filter_thres=filter_thres, temperature=temperature, generator=generator
+            sample,
+            filter_fn=filter_fn,
+            filter_thres=filter_thres,
+            temperature=temperature,
+            generator=generator,
         )
         rows, width = prompt.shape
         longest = int(self.limit_B.max())
         text_BN = F.pad(prompt.long(), (0, max(0, longest - width)), value=config.pad_id)[:, :longest]
         filled_BN = torch.arange(longest, device=prompt.device) < self.length_B[:, None]
         self.text_BN = text_BN.where(filled_BN, config.pad_id)
-        self.neighbors: list[dict[int, Tensor]] = [{} for _ in range(rows)]  # (K, R) by the number of the chunk
+        self.neighbors: list[dict[int, Tensor]] = [
+            {} for _ in range(rows)
+        ]  # (K, R) by the number of the chunk
         self.decoder = CachedDecoder(model, rows, longest)
 
     @torch.no_grad()
@@ -326,7 +341,7 @@ class Writer:
         m = self.model.config.chunk_size
         chunks_CM = torch.stack([self.text_BN[row, u * m : (u + 1) * m] for row, u in finished])
         retrieved_CKR = self.retrieve(chunks_CM)
-        if retrieved_CKR.dim() != 3 or len(retrieved_CKR) != len(finished):  # noqa: PLR2004
+        if retrieved_CKR.dim() != 3 or len(retrieved_CKR) != len(finished):
             raise ConfigError(
                 f"retrieve must return ({len(finished)}, neighbors, tokens) for {len(finished)} chunks: "
                 f"{tuple(retrieved_CKR.shape)}"
@@ -373,7 +388,7 @@ def generate(
 
 def _check_prompt(model: RETRO, prompt: Tensor, prompt_lengths: Tensor | None) -> Tensor:
     """The length of each prompt (B,), or ConfigError."""
-    if prompt.dim() != 2 or prompt.is_floating_point() or not prompt.numel():  # noqa: PLR2004
+    if prompt.dim() != 2 or prompt.is_floating_point() or not prompt.numel():
         raise ConfigError(f"prompt must be integers (batch, tokens), at least 1 x 1: {tuple(prompt.shape)}")
     rows, width = prompt.shape
     if prompt_lengths is None:

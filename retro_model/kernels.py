@@ -36,7 +36,9 @@ def _turn(x_QHF: Tensor, cos: Tensor, sin: Tensor, out_QHF: Tensor) -> None:
 
 class _RotateParts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_QHF: Tensor, table_QF: Tensor, num_parts: int, num_rotated: int) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x_QHF: Tensor, table_QF: Tensor, num_parts: int, num_rotated: int
+    ) -> tuple[Tensor, ...]:
         cos, sin = table_QF.to(x_QHF.dtype).unsqueeze(-2).chunk(2, dim=-1)
         parts = x_QHF.detach().chunk(num_parts, dim=-2)
         for part in parts[:num_rotated]:
@@ -82,7 +84,8 @@ class _RMSNorm(torch.autograd.Function):
         size_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True)
         scale_T1 = size_T1.square_().div_(x_TD.shape[-1]).add_(EPSILON).rsqrt_()
         ctx.save_for_backward(x_TD, gain_D, scale_T1)
-        return (x_TD * scale_T1).mul_(gain_D)
+        normed_TD: Tensor = (x_TD * scale_T1).mul_(gain_D)
+        return normed_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +123,7 @@ def short_attention_is_faster(q_BHQF: Tensor, k_BHJF: Tensor) -> bool:
     return (
         q_BHQF.device.type == "cpu"
         and q_BHQF.dtype == torch.bfloat16
-        and q_BHQF.dim() == 4  # noqa: PLR2004
+        and q_BHQF.dim() == 4
         and k_BHJF.shape[-2] <= SHORT
         and torch.is_grad_enabled()
         and q_BHQF.requires_grad
@@ -129,7 +132,9 @@ def short_attention_is_faster(q_BHQF: Tensor, k_BHJF: Tensor) -> bool:
 
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+    def forward(  # noqa: PLR0917
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool
+    ) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
             out = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal)
         ctx.save_for_backward(q, k, v, bias)
@@ -160,7 +165,7 @@ class _ShortAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None
 
 
-def _attention_backward(
+def _attention_backward(  # noqa: PLR0917
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, bias: Tensor | None, first_query: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of softmax(q k + bias) v; causal if the place of the first query is given."""
@@ -178,7 +183,9 @@ def _attention_backward(
     return grad_q, grad_scores.mT @ scaled, weights.mT @ grad
 
 
-def short_attention(q_BHQF: Tensor, k_BHJF: Tensor, v_BHJF: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def short_attention(
+    q_BHQF: Tensor, k_BHJF: Tensor, v_BHJF: Tensor, mask: Tensor | None, causal: bool
+) -> Tensor:
     """`F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)` with another backward pass."""
     bias = None
     if mask is not None:

@@ -25,10 +25,11 @@ Names end in their axes:
 import dataclasses
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -85,12 +86,17 @@ class RETROConfig:
         for field in dataclasses.fields(self):
             _check_field(field.name, getattr(self, field.name))
         if self.dim_head % 2:
-            raise ConfigError(f"dim_head must be a multiple of 2, because rotary positions turn pairs: {self.dim_head}")
+            raise ConfigError(
+                f"dim_head must be a multiple of 2, because rotary positions turn pairs: {self.dim_head}"
+            )
         if not self.pad_id < self.num_tokens:
             raise ConfigError(f"pad_id must be below num_tokens = {self.num_tokens}: {self.pad_id}")
         if self.gated_rmsnorm and self.norm_klass not in (None, "gated_rmsnorm"):
             raise ConfigError(f"gated_rmsnorm=True and norm_klass={self.norm_klass!r} exclude each other")
-        for name, depth in (("enc_cross_attn_layers", self.enc_depth), ("dec_cross_attn_layers", self.dec_depth)):
+        for name, depth in (
+            ("enc_cross_attn_layers", self.enc_depth),
+            ("dec_cross_attn_layers", self.dec_depth),
+        ):
             layers = getattr(self, name) or ()
             if any(not 1 <= layer <= depth for layer in layers) or len(set(layers)) < len(layers):
                 which = name[:3] + "_depth"
@@ -129,7 +135,9 @@ def _check_field(name: str, value: Any) -> None:
     elif name.endswith("scale_residual"):
         demand(value is None or (_is_number(value) and 0 < value < math.inf), "None or a positive number")
     elif name.endswith("cross_attn_layers"):
-        right = isinstance(value, tuple) and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
+        right = isinstance(value, tuple) and all(
+            isinstance(x, int) and not isinstance(x, bool) for x in value
+        )
         demand(right or (value is None and name.startswith("enc")), "a list of layer numbers")
     elif name == "norm_klass":
         right = value is None or value in NORMS or (isinstance(value, type) and issubclass(value, nn.Module))
@@ -155,6 +163,7 @@ class RMSNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(dim))
 
     def forward(self, x_D: Tensor) -> Tensor:
+        """The normalized x."""
         return rms_norm(x_D, self.gain)
 
 
@@ -166,10 +175,15 @@ class GatedRMSNorm(RMSNorm):
         self.gate = nn.Parameter(torch.ones(dim))
 
     def forward(self, x_D: Tensor) -> Tensor:
+        """The normalized and gated x."""
         return super().forward(x_D) * torch.sigmoid(self.gate * x_D)
 
 
-NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "gated_rmsnorm": GatedRMSNorm, "layernorm": nn.LayerNorm}
+NORMS: dict[str, type[nn.Module]] = {
+    "rmsnorm": RMSNorm,
+    "gated_rmsnorm": GatedRMSNorm,
+    "layernorm": nn.LayerNorm,
+}
 
 
 class FeedForward(nn.Module):
@@ -182,6 +196,7 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(4 * dim, dim, bias=False)
 
     def forward(self, x_D: Tensor) -> Tensor:
+        """What is added to x; dropout is between the two layers."""
         out: Tensor = self.out(self.dropout(F.gelu(self.up(x_D), approximate="tanh")))
         return out
 
@@ -191,14 +206,17 @@ class Residual(nn.Module):
 
     def __init__(self, inner: nn.Module, norm: nn.Module, alpha: float, post_norm: bool) -> None:
         super().__init__()
-        self.norm, self.inner, self.alpha, self.post_norm = norm, inner, alpha, post_norm
+        self.norm, self.inner = norm, cast("Any", inner)
+        self.alpha, self.post_norm = alpha, post_norm
 
     def forward(self, x_D: Tensor, *args: Any) -> Tensor:
+        """x after the sublayer; the arguments after x go to f."""
         skipped = x_D if self.alpha == 1 else self.alpha * x_D
         if self.post_norm:
             normed: Tensor = self.norm(skipped + self.inner(x_D, *args))
             return normed
-        return skipped + self.inner(self.norm(x_D), *args)
+        added: Tensor = skipped + self.inner(self.norm(x_D), *args)
+        return added
 
 
 @dataclass(frozen=True)
@@ -213,6 +231,7 @@ class Side:
         return getattr(self.config, f"{self.name}_{name}")
 
     def norm(self) -> nn.Module:
+        """A new norm of the kind and width that the side has."""
         klass = self.config.norm_klass or ("gated_rmsnorm" if self.config.gated_rmsnorm else "rmsnorm")
         return (NORMS[klass] if isinstance(klass, str) else klass)(self.dim)
 
@@ -221,6 +240,7 @@ class Side:
         return nn.Identity() if self.config.use_deepnet else self.norm()
 
     def residual(self, inner: nn.Module) -> Residual:
+        """A sublayer with its norm and its skip connection."""
         alpha, _ = self.deepnet()
         return Residual(inner, self.norm(), self.scale_residual or alpha, self.config.use_deepnet)
 
@@ -234,6 +254,7 @@ class Side:
         return (3 * m) ** (1 / 4), (12 * m) ** (-1 / 4)
 
     def self_attention(self) -> Residual:
+        """Self-attention with its residual."""
         heads, dim_head = self.config.heads, self.config.dim_head
         return self.residual(SelfAttention(self.dim, heads, dim_head, self.attn_dropout))
 
@@ -247,17 +268,28 @@ class Side:
         return self.residual(CrossAttention(self.dim, context_dim, heads, dim_head, self.attn_dropout))
 
     def feed_forward(self) -> Residual:
+        """The feed-forward layers with their residual."""
         return self.residual(FeedForward(self.dim, self.ff_dropout))
 
 
 class Block(nn.Module):
     """One layer of either side: self-attention, in some layers cross-attention, feed-forward."""
 
+    attention: "Residual"
+    cross_attention: "Residual | None"
+    feed_forward: "Residual"
+
     def __init__(self, side: Side, layer: int) -> None:
         super().__init__()
         self.attention = side.self_attention()
         self.cross_attention = side.cross_attention(layer)
         self.feed_forward = side.feed_forward()
+
+
+def block_list(side: Side) -> Sequence[Block]:
+    """All layers of one side; a ModuleList, typed by what is in it."""
+    blocks = nn.ModuleList(Block(side, layer) for layer in range(1, side.depth + 1))
+    return cast("Sequence[Block]", blocks)
 
 
 # ---- encoder ---------------------------------------------------------------------------------------
@@ -273,8 +305,10 @@ class Encoder(nn.Module):
         same = config.enc_dim == config.dec_dim
         self.widen = nn.Identity() if same else nn.Linear(config.dec_dim, config.enc_dim, bias=False)
         self.norm_in = side.norm()
-        self.norm_hidden = Side(config, "dec").final_norm()  # with post-norm, hidden states are normalized already
-        self.blocks = nn.ModuleList(Block(side, layer) for layer in range(1, config.enc_depth + 1))
+        self.norm_hidden = Side(
+            config, "dec"
+        ).final_norm()  # with post-norm, hidden states are normalized already
+        self.blocks = block_list(side)
         self.norm = side.final_norm()
 
     def forward(self, embedded_AKRD: Tensor, mask_AKR: Tensor, hidden_AMD: Tensor) -> Tensor:
@@ -291,7 +325,9 @@ class Encoder(nn.Module):
         see = partial(see_neighbors, mask_AKR=mask_AKR)
 
         hidden_AMD = self.norm_hidden(hidden_AMD)
-        widened_AKRE = self.widen(embedded_AKRD).to(dtype)  # under autocast, too, the residual stream is exact
+        widened_AKRE = self.widen(embedded_AKRD).to(
+            dtype
+        )  # under autocast, too, the residual stream is exact
         x_AJE = self.norm_in(widened_AKRE).flatten(1, 2)  # (A, K, R, E) -> (A, KR, E)
         for block in self.blocks:
             x_AJE = block.attention(x_AJE, table_JF, see)
@@ -349,7 +385,7 @@ def stream_of_documents(documents_BL: Tensor) -> Stream:
     lengths, by_length = lengths.sort(stable=True)
     index_C = place_C - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     order_C = starts[by_length].repeat_interleave(lengths) + index_C
-    sizes, counts = lengths.unique_consecutive(return_counts=True)
+    sizes, counts = torch.unique_consecutive(lengths, return_counts=True)
     return Stream(order_C, list(zip(counts.tolist(), sizes.tolist(), strict=True)), index_C)
 
 
@@ -416,7 +452,7 @@ class RETRO(nn.Module):
         side = Side(config, "dec")
         self.embedding = nn.Embedding(config.num_tokens, config.dec_dim)
         self.norm_in = side.norm()
-        self.decoder = nn.ModuleList(Block(side, layer) for layer in range(1, config.dec_depth + 1))
+        self.decoder = block_list(side)
         self.norm = side.norm()
         self.unembedding = None
         if not config.tie_embeddings:
@@ -426,6 +462,7 @@ class RETRO(nn.Module):
 
     @classmethod
     def from_config(cls, config: RETROConfig) -> "RETRO":
+        """A fresh model with the given config."""
         return cls(**vars(config))
 
     @classmethod
@@ -465,7 +502,9 @@ class RETRO(nn.Module):
         if return_loss and labels is None:
             seq, labels = seq[:, :-1], seq[:, 1:]
         elif labels is not None and not return_loss:
-            raise ConfigError("labels need return_loss=True; for the loss of each token there is token_losses")
+            raise ConfigError(
+                "labels need return_loss=True; for the loss of each token there is token_losses"
+            )
         hidden_TD, stream = self.hidden_states(seq, retrieved, documents)
         if labels is None:
             logits = F.linear(hidden_TD, self.output_weight_VD)
@@ -490,7 +529,7 @@ class RETRO(nn.Module):
         labels_T = self._to_stream(labels, stream, "labels", seq)
         labeled = (labels_T != self.config.pad_id).nonzero().squeeze(1)
         losses_T = hidden_TD.new_zeros(len(labels_T), dtype=torch.float32)
-        for some in labeled.split(ROWS_OF_LOGITS):
+        for some in torch.split(labeled, ROWS_OF_LOGITS):
             logits = F.linear(hidden_TD[some], self.output_weight_VD).float()
             losses_T = losses_T.index_copy(0, some, F.cross_entropy(logits, labels_T[some], reduction="none"))
         return self._to_rows(losses_T, stream, seq)
@@ -529,19 +568,26 @@ class RETRO(nn.Module):
     def _retrieve(self, retrieved_CKR: Tensor, hidden_TD: Tensor, stream: Stream) -> Retrieval:
         """Encode the neighbors of all chunks that have any; there is at least one."""
         config = self.config
+        assert self.encoder is not None
         mask_CKR = retrieved_CKR != config.pad_id
         active_C = mask_CKR.any(-1).any(-1)
         active_A = None if bool(active_C.all()) else active_C.nonzero().squeeze(1)
-        hidden_CMD = hidden_TD.unflatten(0, (-1, config.chunk_size))
+        hidden_CMD = rearrange(hidden_TD, "(c m) d -> c m d", m=config.chunk_size)
         if active_A is not None:
-            retrieved_CKR, mask_CKR, hidden_CMD = retrieved_CKR[active_A], mask_CKR[active_A], hidden_CMD[active_A]
+            retrieved_CKR, mask_CKR, hidden_CMD = (
+                retrieved_CKR[active_A],
+                mask_CKR[active_A],
+                hidden_CMD[active_A],
+            )
         _, num_neighbors, length = retrieved_CKR.shape
         return Retrieval(
             self.encoder(self.embedding(retrieved_CKR), mask_CKR, hidden_CMD),
             rearrange(mask_CKR, "a k r -> a 1 (k r)"),
             active_A,
             attends_retrieval(stream.index_C, active_C, config.chunk_size),
-            *cross_positions(config.chunk_size, num_neighbors, length, config.dim_head, self.embedding.weight),
+            *cross_positions(
+                config.chunk_size, num_neighbors, length, config.dim_head, self.embedding.weight
+            ),
         )
 
     # -- between rows and the stream
@@ -559,7 +605,9 @@ class RETRO(nn.Module):
     def _to_stream(self, tokens_BN: Tensor, stream: Stream, name: str, seq: Tensor) -> Tensor:
         """Rows of tokens in the stream's order, filled up with padding to whole chunks: (T,)."""
         if tokens_BN.shape != seq.shape:
-            raise ConfigError(f"{name} must have the shape of seq, {tuple(seq.shape)}: {tuple(tokens_BN.shape)}")
+            raise ConfigError(
+                f"{name} must have the shape of seq, {tuple(seq.shape)}: {tuple(tokens_BN.shape)}"
+            )
         chunk_size = self.config.chunk_size
         tail = -tokens_BN.shape[1] % chunk_size
         tokens_CM = F.pad(tokens_BN.long(), (0, tail), value=self.config.pad_id).reshape(-1, chunk_size)
@@ -577,16 +625,18 @@ class RETRO(nn.Module):
 
     def _to_rows(self, x_T: Tensor, stream: Stream, seq: Tensor) -> Tensor:
         """What the stream holds for each token (T, ...) as rows again, without their filling: (B, N, ...)."""
-        x_CM = x_T.unflatten(0, (-1, self.config.chunk_size))
+        x_CM = rearrange(x_T, "(c m) ... -> c m ...", m=self.config.chunk_size)
         if stream.order_C is not None:
             x_CM = torch.empty_like(x_CM).index_copy(0, stream.order_C, x_CM)
-        return x_CM.flatten(0, 1).unflatten(0, (len(seq), -1))[:, : seq.shape[1]]
+        return rearrange(x_CM, "(b l) m ... -> b (l m) ...", b=len(seq))[:, : seq.shape[1]]
 
     def _check(self, seq: Tensor, retrieved: Tensor | None, documents: Tensor | None) -> None:
         """Raise ConfigError unless the arguments fit the configuration and each other."""
         config = self.config
         if seq.dim() != 2 or seq.is_floating_point() or not seq.numel():
-            raise ConfigError(f"seq must be integers (batch, tokens), at least 1 x 1: {seq.dtype} {tuple(seq.shape)}")
+            raise ConfigError(
+                f"seq must be integers (batch, tokens), at least 1 x 1: {seq.dtype} {tuple(seq.shape)}"
+            )
         rows, length = seq.shape
         if length > config.max_seq_len:
             raise ConfigError(f"seq has {length} tokens; max_seq_len is {config.max_seq_len}")
@@ -596,7 +646,9 @@ class RETRO(nn.Module):
             or len(documents) != rows
             or documents.shape[1] not in (chunks, -(-length // config.chunk_size))
         ):
-            raise ConfigError(f"documents must be ({rows}, {chunks}), one number a chunk: {tuple(documents.shape)}")
+            raise ConfigError(
+                f"documents must be ({rows}, {chunks}), one number a chunk: {tuple(documents.shape)}"
+            )
         if retrieved is None:
             return
         if not config.retrieval:
@@ -632,11 +684,13 @@ def initialize(model: RETRO) -> None:
             final_gain.fill_(config.dec_dim**-0.5)
     else:
         nn.init.normal_(model.unembedding.weight, std=0.02 * config.dec_dim**-0.5)
-    for side, blocks in ((Side(config, "dec"), model.decoder), (Side(config, "enc"), getattr(model.encoder, "blocks", ()))):
-        for block in blocks:
-            initialize_block(block, side)
-    if isinstance(getattr(model.encoder, "widen", None), nn.Linear):
-        nn.init.normal_(model.encoder.widen.weight, std=config.dec_dim**-0.5)
+    for block in model.decoder:
+        initialize_block(block, Side(config, "dec"))
+    if model.encoder is not None:
+        for block in model.encoder.blocks:
+            initialize_block(block, Side(config, "enc"))
+        if isinstance(model.encoder.widen, nn.Linear):
+            nn.init.normal_(model.encoder.widen.weight, std=config.dec_dim**-0.5)
 
 
 def initialize_block(block: Block, side: Side) -> None:
@@ -652,7 +706,9 @@ def initialize_block(block: Block, side: Side) -> None:
         parts = weight.chunk({"qkv": 3, "key_value": 2}.get(name.split(".")[-2], 1))
         for number, part in enumerate(parts):
             if side.config.use_deepnet:
-                query_or_key = "query" in name or ("qkv" in name and number < 2) or ("key_value" in name and number < 1)
+                query_or_key = (
+                    "query" in name or ("qkv" in name and number < 2) or ("key_value" in name and number < 1)
+                )
                 nn.init.xavier_normal_(part, gain=1.0 if query_or_key else beta)
             else:
                 is_output = name.endswith("out.weight")

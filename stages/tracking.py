@@ -6,6 +6,7 @@ the repository's root, which `mlflow ui` opens without arguments, also for runs 
 """
 
 import fcntl
+import logging
 import os
 import subprocess
 import time
@@ -148,6 +149,7 @@ def _connect() -> tuple["MlflowClient", str]:
     import mlflow
     from mlflow.tracking import MlflowClient
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # not a line for each table of its store
     root = project_root()
     uri = f"sqlite:///{root / 'mlflow.db'}"
     (root / ".retro").mkdir(parents=True, exist_ok=True)

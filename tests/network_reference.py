@@ -66,15 +66,15 @@ def self_attention(layer: Residual, xs: list[Tensor], heads: int, sees: object) 
     projected = [(inner.qkv.weight @ x).chunk(3) for x in inputs]
     out = []
     for i, x in enumerate(xs):
-        keys = [
-            (split(k, heads), split(v, heads), j) for j, (_, k, v) in enumerate(projected) if sees(i, j)
-        ]
+        keys = [(split(k, heads), split(v, heads), j) for j, (_, k, v) in enumerate(projected) if sees(i, j)]
         got = inner.out.weight @ attend_one(split(projected[i][0], heads), i, keys)
         out.append(residual(layer, x, lambda _, got=got: got))
     return out
 
 
-def cross_attention(layer: Residual, x: Tensor, position: int, context: list[tuple[Tensor, int]], heads: int) -> Tensor:
+def cross_attention(
+    layer: Residual, x: Tensor, position: int, context: list[tuple[Tensor, int]], heads: int
+) -> Tensor:
     """One token's look at a context of (vector, position)."""
     inner = layer.inner
 

@@ -134,7 +134,9 @@ def cross_scores(monkeypatch: pytest.MonkeyPatch, chunk_size: int, num_neighbors
     return torch.einsum("qhf,jhf->hqj", query[0], key[0]).detach()
 
 
-@pytest.mark.parametrize(("chunk_size", "num_neighbors", "length"), [(4, 1, 8), (4, 3, 9), (1, 2, 2), (64, 2, 128)])
+@pytest.mark.parametrize(
+    ("chunk_size", "num_neighbors", "length"), [(4, 1, 8), (4, 3, 9), (1, 2, 2), (64, 2, 128)]
+)
 def test_cross_attention_sees_distances(
     monkeypatch: pytest.MonkeyPatch, chunk_size: int, num_neighbors: int, length: int
 ) -> None:
@@ -166,5 +168,7 @@ def test_cross_attention_distance_zero_is_plain_product(monkeypatch: pytest.Monk
 
 def zero_positions(*args: object, original: object) -> tuple[Tensor, ...]:
     tables = original(*args)  # type: ignore[operator]
-    return tuple(table[:1].expand_as(table) if place else rotary_table(torch.zeros(len(table)), 8, table.dtype)
-                 for place, table in zip((0, 1), tables, strict=True))
+    return tuple(
+        table[:1].expand_as(table) if place else rotary_table(torch.zeros(len(table)), 8, table.dtype)
+        for place, table in zip((0, 1), tables, strict=True)
+    )

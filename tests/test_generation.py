@@ -152,7 +152,9 @@ def test_a_row_stops_at_the_end_token_and_stays_stopped() -> None:
             assert 0 not in written[: len(free[0]) - 5] or 0 in free[row, 5:]
     assert ended
     # what a finished neighbor row does is nothing to the others
-    alone = [generate(model, prompt[r : r + 1], max_new_tokens=20, temperature=0, eos_id=eos)[0] for r in range(6)]
+    alone = [
+        generate(model, prompt[r : r + 1], max_new_tokens=20, temperature=0, eos_id=eos)[0] for r in range(6)
+    ]
     together = generate(model, prompt, max_new_tokens=20, temperature=0, eos_id=eos)
     for row in range(6):
         assert together[row, : len(alone[row])].tolist() == alone[row].tolist()
@@ -246,7 +248,9 @@ def test_seed() -> None:
 @pytest.mark.parametrize("filter_fn", [top_k, top_p])
 def test_only_what_the_filter_left_is_written(filter_fn: Any) -> None:
     model, prompt = make(), tokens(1, 5)
-    text = generate(model, prompt, max_new_tokens=20, seed=1, filter_fn=filter_fn, filter_thres=0.7)[0].tolist()
+    text = generate(model, prompt, max_new_tokens=20, seed=1, filter_fn=filter_fn, filter_thres=0.7)[
+        0
+    ].tolist()
     for length in range(5, 25):
         assert filter_fn(uncached(model, text[:length], None)[None], 0.7)[0, text[length]].isfinite()
 
@@ -264,7 +268,12 @@ def test_one_search_for_the_prompts_and_one_at_each_boundary() -> None:
 
     prompt = tokens(2, 2 * M + 1)
     text = generate(
-        model, prompt, prompt_lengths=torch.tensor([2 * M + 1, M]), retrieve=counting, max_new_tokens=2 * M, seed=0
+        model,
+        prompt,
+        prompt_lengths=torch.tensor([2 * M + 1, M]),
+        retrieve=counting,
+        max_new_tokens=2 * M,
+        seed=0,
     )
     rows = [
         text[0, :M], text[0, M : 2 * M], text[1, :M],  # the prompts', at once
@@ -281,7 +290,9 @@ def test_neighbors_change_what_is_written() -> None:
     prompt = tokens(1, M)
     on = generate(model, prompt, retrieve=search, max_new_tokens=4 * M, temperature=0)
     off = generate(model, prompt, max_new_tokens=4 * M, temperature=0)
-    nothing = generate(model, prompt, retrieve=lambda c: torch.zeros_like(search(c)), max_new_tokens=4 * M, temperature=0)
+    nothing = generate(
+        model, prompt, retrieve=lambda c: torch.zeros_like(search(c)), max_new_tokens=4 * M, temperature=0
+    )
     assert not torch.equal(on, off)
     assert torch.equal(nothing, off)
 
@@ -312,7 +323,9 @@ def test_a_plain_decoder_writes_too() -> None:
 def test_under_autocast() -> None:
     model = make().float()
     with torch.autocast("cpu", torch.bfloat16):
-        text = generate(model, tokens(2, 5), prompt_lengths=torch.tensor([5, 2]), retrieve=search, max_new_tokens=12)
+        text = generate(
+            model, tokens(2, 5), prompt_lengths=torch.tensor([5, 2]), retrieve=search, max_new_tokens=12
+        )
     assert text.shape == (2, 17)
 
 
@@ -329,7 +342,11 @@ def test_wrong_arguments() -> None:
         ((model, prompt), {"temperature": -0.5}, "temperature.*-0.5"),
         ((model, prompt), {"filter_thres": 1.5}, "filter_thres of top_k.*1.5"),
         ((make(retrieval=False), prompt), {"retrieve": search}, "retrieval=False"),
-        ((model, prompt), {"retrieve": lambda c: search(c)[0]}, r"retrieve must return \(2, neighbors, tokens\)"),
+        (
+            (model, prompt),
+            {"retrieve": lambda c: search(c)[0]},
+            r"retrieve must return \(2, neighbors, tokens\)",
+        ),
     ]
     for args, options, message in calls:
         with pytest.raises(ConfigError, match=message):

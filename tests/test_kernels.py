@@ -19,7 +19,9 @@ from retro_model.kernels import (
 )
 
 
-def same(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *inputs: Tensor, tolerance: float = 1e-9) -> None:
+def same(
+    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *inputs: Tensor, tolerance: float = 1e-9
+) -> None:
     """Equal results, and equal gradients of every input under a random weighting of the result."""
     results, gradients = [], []
     for function in (ours, theirs):
@@ -43,7 +45,9 @@ def test_rotate_parts(num_parts: int, num_rotated: int) -> None:
 
     def plain(x: Tensor) -> Tensor:
         parts = x.chunk(num_parts, dim=-2)
-        return torch.cat([rotate(part, table) if i < num_rotated else part for i, part in enumerate(parts)], -2)
+        return torch.cat(
+            [rotate(part, table) if i < num_rotated else part for i, part in enumerate(parts)], -2
+        )
 
     same(lambda x: torch.cat(rotate_parts(x, table, num_parts, num_rotated), -2), plain, randn(3, 5, 6, 8))
 
@@ -53,7 +57,10 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
     same(rms_norm, lambda x, gain: F.rms_norm(x, gain.shape, gain, 1e-6), randn(*shape), randn(shape[-1]))
 
 
-@pytest.mark.parametrize(("queries", "keys", "causal", "masked"), [(6, 6, True, False), (300, 300, True, False), (4, 9, False, True), (5, 3, False, False)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal", "masked"),
+    [(6, 6, True, False), (300, 300, True, False), (4, 9, False, True), (5, 3, False, False)],
+)
 def test_short_attention(queries: int, keys: int, causal: bool, masked: bool) -> None:
     mask = None
     if masked:
@@ -67,7 +74,9 @@ def test_short_attention(queries: int, keys: int, causal: bool, masked: bool) ->
 
 
 def test_short_attention_over_several_blocks_of_rows() -> None:
-    inputs = [x.transpose(1, 2) for x in (randn(5, 256, 1, 4), randn(5, 250, 1, 4), randn(5, 251, 1, 4)[:, :250])]
+    inputs = [
+        x.transpose(1, 2) for x in (randn(5, 256, 1, 4), randn(5, 250, 1, 4), randn(5, 251, 1, 4)[:, :250])
+    ]
     mask = torch.rand(5, 1, 1, 250, generator=torch.Generator().manual_seed(0)) < 0.5
     same(
         lambda q, k, v: short_attention(q, k, v, mask, False),

@@ -1,0 +1,45 @@
+"""What the README says is so; its commands run in test_pipeline.py."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.params import read_yaml
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_network_in_ten_lines_runs() -> None:
+    (program,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "backward" in block]
+    done = subprocess.run([sys.executable, "-c", program + "\nprint(loss.item())"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 9.0 < float(done.stdout) < 11.0  # ln 20,000 = 9.9
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z-]+)", README))))
+def test_the_make_targets_exist(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_the_params_that_it_names_exist() -> None:
+    params = read_yaml(ROOT / "params.yaml")
+    named = re.findall(r"`([a-z]+\.[a-z_]+)`", README) + re.findall(r"-S '?([a-z._]+)=", README)
+    named = [name for name in named if name.split(".")[0] in params]
+    assert len(named) >= 5
+    for name in named:
+        section, _, key = name.partition(".")
+        assert section in params and (not key or key in params[section]), name
+
+
+def test_the_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+def test_every_section_of_params_is_in_the_table_of_what_runs_again() -> None:
+    table = README[README.index("| you change | runs again |") :].split("\n\n")[0]
+    for name in read_yaml(ROOT / "params.yaml"):
+        assert name == "sample" or f"`{name}`" in table, name
