@@ -14,7 +14,7 @@ _PUBLIC = {
     "generate": "retro_model.generation",
 }
 
-__all__ = sorted(_PUBLIC)
+__all__ = ["RETRO", "RETROConfig", "Retriever", "generate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from retro_model.artifacts import Artifact, ArtifactWriter, whole_folder
-from retro_model.documents import SPLITS, Corpus, CorpusConfig, Document
+from retro_model.artifacts import SPLITS, Artifact, ArtifactWriter, whole_folder
+from retro_model.documents import Corpus, CorpusConfig, Document
 from retro_model.errors import DocumentError
 from retro_model.tokenizer import Encoded, Tokenizer
 

@@ -12,6 +12,7 @@ params.yaml and insists on every key, so that a file says all that was used.
 """
 
 import math
+import operator
 import types
 import typing
 from collections.abc import Mapping
@@ -106,17 +107,16 @@ def _check_range(value: Any, limits: Mapping[str, Any], key: str) -> None:
         return
     if "choices" in limits and value not in limits["choices"]:
         raise ConfigError(f"{key}: found {_show(value)}, expected one of {', '.join(map(str, limits['choices']))}")
-    allowed = []
-    for name, sign, holds in (
-        ("minimum", ">=", lambda limit: value >= limit),
-        ("above", ">", lambda limit: value > limit),
-        ("maximum", "<=", lambda limit: value <= limit),
-        ("below", "<", lambda limit: value < limit),
-    ):
-        if name in limits:
-            allowed.append((f"{sign} {limits[name]}", holds(limits[name])))
-    if not all(holds for _, holds in allowed):
-        raise ConfigError(f"{key}: found {value}, expected {' and '.join(text for text, _ in allowed)}")
+    bounds = (
+        ("minimum", ">=", operator.ge),
+        ("above", ">", operator.gt),
+        ("maximum", "<=", operator.le),
+        ("below", "<", operator.lt),
+    )
+    given = [(sign, holds, limits[name]) for name, sign, holds in bounds if name in limits]
+    if not all(holds(value, limit) for _, holds, limit in given):
+        allowed = " and ".join(f"{sign} {limit}" for sign, _, limit in given)
+        raise ConfigError(f"{key}: found {value}, expected {allowed}")
 
 
 def _name(hint: Any) -> str:

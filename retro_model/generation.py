@@ -140,6 +140,8 @@ class CachedDecoder:
     mask_BJ: Tensor = field(init=False)  # False at padding, and in all of a row without neighbors
     hidden_BMD: Tensor = field(init=False)  # the current chunk where the encoder looks at it
     layers: list[_Layer] = field(init=False)
+    table_NF: Tensor = field(init=False)  # rotary tables of all places, and of the queries to neighbors
+    query_table_MF: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         config, weight = self.model.config, self.model.embedding.weight
@@ -152,6 +154,9 @@ class CachedDecoder:
         self.length_B = torch.zeros(self.rows, dtype=torch.long, device=device)
         self.mask_BJ = torch.zeros(self.rows, 0, dtype=torch.bool, device=device)
         self.hidden_BMD = weight.new_zeros(self.rows, config.chunk_size, config.dec_dim)
+        places = torch.arange(self.max_length + config.chunk_size, device=device)
+        self.table_NF = rotary_table(places, config.dim_head, weight.dtype)
+        self.query_table_MF, _ = cross_positions(config.chunk_size, 1, 1, config.dim_head, weight)
         self.layers = [
             _Layer(*(torch.zeros(n, dtype=dtype, device=device) for n in (tokens, tokens, none, none)))
             for _ in range(config.dec_depth)
@@ -171,11 +176,8 @@ class CachedDecoder:
         """
         model, chunk_size = self.model, self.model.config.chunk_size
         place_BS = self.length_B[:, None] + torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-        query_BS = (place_BS + 1) % chunk_size + chunk_size - 1  # as in `cross_positions`
-        table_BSF, query_table_BSF = (
-            rotary_table(places, model.config.dim_head, model.embedding.weight.dtype)
-            for places in (place_BS, query_BS)
-        )
+        table_BSF = self.table_NF[place_BS]
+        query_table_BSF = self.query_table_MF[(place_BS + 1) % chunk_size]
         completes_B = ((self.length_B + 1) % chunk_size == 0) & (counts_B > 0)
         if completes_B.any():
             self.mask_BJ = (

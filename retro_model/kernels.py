@@ -34,6 +34,13 @@ def _turn(x_QHF: Tensor, cos: Tensor, sin: Tensor, out_QHF: Tensor) -> None:
     out_a.copy_(turned_a)
 
 
+class _NoGraph:
+    """What a Function's forward pass leaves for its backward pass, when there will be none."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Nothing is kept."""
+
+
 class _RotateParts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -68,6 +75,8 @@ def rotate_parts(x_QHF: Tensor, table_QF: Tensor, num_parts: int, num_rotated: i
     if torch.compiler.is_compiling():  # a compiler fuses the plain form
         parts = x_QHF.chunk(num_parts, dim=-2)
         return tuple(rotate(part, table_QF) if i < num_rotated else part for i, part in enumerate(parts))
+    if not torch.is_grad_enabled():
+        return _RotateParts.forward(_NoGraph(), x_QHF, table_QF, num_parts, num_rotated)
     rotated: tuple[Tensor, ...] = _RotateParts.apply(x_QHF, table_QF, num_parts, num_rotated)  # type: ignore[no-untyped-call]
     return rotated
 
@@ -104,6 +113,8 @@ def rms_norm(x_TD: Tensor, gain_D: Tensor) -> Tensor:
     gain_D = gain_D.to(x_TD.dtype)
     if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
         return F.rms_norm(x_TD, gain_D.shape, gain_D, EPSILON)
+    if not torch.is_grad_enabled():
+        return _RMSNorm.forward(_NoGraph(), x_TD, gain_D)
     normed: Tensor = _RMSNorm.apply(x_TD, gain_D)  # type: ignore[no-untyped-call]
     return normed
 
@@ -132,9 +143,7 @@ def short_attention_is_faster(q_BHQF: Tensor, k_BHJF: Tensor) -> bool:
 
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0917
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
             out = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal)
         ctx.save_for_backward(q, k, v, bias)
@@ -165,7 +174,7 @@ class _ShortAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None
 
 
-def _attention_backward(  # noqa: PLR0917
+def _attention_backward(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, bias: Tensor | None, first_query: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of softmax(q k + bias) v; causal if the place of the first query is given."""

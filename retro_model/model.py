@@ -197,7 +197,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_D: Tensor) -> Tensor:
         """What is added to x; dropout is between the two layers."""
-        out: Tensor = self.out(self.dropout(F.gelu(self.up(x_D), approximate="tanh")))
+        out: Tensor = self.out(self.dropout(F.gelu(self.up(x_D))))
         return out
 
 

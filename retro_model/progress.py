@@ -22,9 +22,7 @@ class Progress:
     def __init__(self, title: str, total: int | None = None, unit: str = "it", done: int = 0) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = done
-        self._bar = tqdm(
-            desc=title, total=total, unit=unit, initial=done, disable=None, leave=True, dynamic_ncols=True
-        )
+        self._bar = tqdm(desc=title, total=total, unit=unit, initial=done, disable=None, leave=True, dynamic_ncols=True)
         self._started = self._last_line = time.monotonic()
         self._first = done
 

@@ -1,4 +1,4 @@
-"""Writes metrics/evaluate.json, plots/evaluate_*.csv and reports/evaluate.html: what retrieval gave on held-out text."""
+"""Writes metrics/evaluate.json, plots/evaluate and reports/evaluate.html: what retrieval gave on held-out documents."""
 
 from pathlib import Path
 

@@ -96,11 +96,7 @@ def work_folder(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> It
 def _identity(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> dict[str, Any]:
     declared = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
     code = {name: file_digest(Path(name)) for name in declared if name.endswith(".py")}
-    data = {
-        path.as_posix(): file_digest(path)
-        for folder in inputs
-        for path in sorted(folder.rglob(DESCRIPTION))
-    }
+    data = {path.as_posix(): file_digest(path) for folder in inputs for path in sorted(folder.rglob(DESCRIPTION))}
     return {"code": code, "inputs": data, "params": {name: repr(value) for name, value in params.items()}}
 
 

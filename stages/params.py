@@ -57,9 +57,7 @@ class FlatConfig(Config):
         if not self.documents:
             raise ConfigError("documents: found an empty path, expected a folder or a file of documents")
         if self.seq_len % self.chunk_size:
-            raise ConfigError(
-                f"seq_len: found {self.seq_len}, expected a multiple of chunk_size {self.chunk_size}"
-            )
+            raise ConfigError(f"seq_len: found {self.seq_len}, expected a multiple of chunk_size {self.chunk_size}")
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:

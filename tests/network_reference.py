@@ -90,7 +90,7 @@ def cross_attention(
 
 def feed_forward(layer: Residual, x: Tensor) -> Tensor:
     inner = layer.inner
-    return residual(layer, x, lambda y: inner.out.weight @ F.gelu(inner.up.weight @ y, approximate="tanh"))
+    return residual(layer, x, lambda y: inner.out.weight @ F.gelu(inner.up.weight @ y))
 
 
 def encode(model: RETRO, neighbor: list[int], hidden: list[Tensor]) -> list[tuple[Tensor, int]]:

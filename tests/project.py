@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML  # keeps the file's comments; DVC brings it
-
 from fixtures import tiny_corpus, tiny_encoder
+from ruamel.yaml import YAML  # keeps the file's comments; DVC brings it
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,7 +67,10 @@ class Project:
         """A fresh project with tiny params, committed."""
         project = cls(root)
         listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
         )
         for name in filter(None, listed.stdout.decode().split("\0")):
             if (ROOT / name).is_file():

@@ -79,7 +79,7 @@ def test_a_pickled_array_opens_its_own_maps(tmp_path: Path) -> None:
     array.shards()
     content = pickle.dumps(array)  # as a loader's worker process receives it; never a file
     assert len(content) < 2000
-    np.testing.assert_array_equal(pickle.loads(content)[:], tokens)  # noqa: S301
+    np.testing.assert_array_equal(pickle.loads(content)[:], tokens)
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ UNTRACKED_SECTIONS = {"runtime"}  # changes no byte of an output
 def module_file(module: str) -> Path | None:
     """The file of a first-party module; None for anything else."""
     path = ROOT / module.replace(".", "/")
-    if module.split(".")[0] not in PACKAGES:
+    if module.partition(".")[0] not in PACKAGES:
         return None
     for candidate in (path.with_suffix(".py"), path / "__init__.py"):
         if candidate.is_file():
@@ -77,7 +77,7 @@ def dvc_stages() -> set[str]:
 
 def test_every_stage_module_is_a_stage_and_the_other_way_round() -> None:
     assert set(STAGES) == dvc_stages()
-    assert list(STAGES) == "sample tokenizer chunk embed index knn baseline train evaluate".split()
+    assert list(STAGES) == ["sample", "tokenizer", "chunk", "embed", "index", "knn", "baseline", "train", "evaluate"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -15,13 +15,25 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_network_in_ten_lines_runs() -> None:
     (program,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "backward" in block]
-    done = subprocess.run([sys.executable, "-c", program + "\nprint(loss.item())"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program + "\nprint(loss.item())"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert 9.0 < float(done.stdout) < 11.0  # ln 20,000 = 9.9
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z-]+)", README))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:^ {4}|`)make ([a-z-]+)", README, flags=re.MULTILINE))))
 def test_the_make_targets_exist(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_every_public_name_loads() -> None:
+    import retro_model
+
+    assert sorted(retro_model._PUBLIC) == sorted(retro_model.__all__)
+    for name in retro_model.__all__:
+        assert getattr(retro_model, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'; it has "):
+        _ = retro_model.Nothing
 
 
 def test_the_params_that_it_names_exist() -> None:

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fixtures import tiny_corpus, tiny_encoder
 from project import TINY
 from ruamel.yaml import YAML
 
-from fixtures import tiny_corpus, tiny_encoder
 from retro_model.artifacts import Artifact
 from stages.harness import run_stage
 

@@ -61,12 +61,18 @@ def test_a_run_holds_params_metrics_files_the_model_and_where_it_came_from(
     assert found.info.status == "FINISHED"
     assert found.data.params == {"knn": "2", "train.lr": "0.0003"}
     assert found.data.metrics == {"loss": 2.0, "learning_rate": 2e-4, "valid_loss": 2.5}
-    assert [(point.step, point.value) for point in client.get_metric_history(run.run_id, "loss")] == [(10, 3.0), (20, 2.0)]
+    assert [(point.step, point.value) for point in client.get_metric_history(run.run_id, "loss")] == [
+        (10, 3.0),
+        (20, 2.0),
+    ]
     tags = found.data.tags
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert tags["git.commit"] == commit and tags["dvc.experiment"] == "hazy-fig"
     assert tags["input.data/chunks/train"] == "abc" and tags[MODEL_TAG] == "fingerprint-1"
-    assert {item.path for item in client.list_artifacts(run.run_id, "best")} == {"best/artifact.json", "best/model.safetensors"}
+    assert {item.path for item in client.list_artifacts(run.run_id, "best")} == {
+        "best/artifact.json",
+        "best/model.safetensors",
+    }
     (model,) = client.search_logged_models(experiment_ids=[experiment_id])
     assert model.source_run_id == run.run_id and model.status == "READY"
     assert {metric.key: metric.value for metric in model.metrics} == {"valid_loss": 2.5}
@@ -107,7 +113,7 @@ def test_an_evaluation_is_a_child_of_the_run_of_its_model(root: Path, tmp_path: 
     with evaluation_run("fingerprint-5", {"knn": 4}, {}) as (parent, child):
         child.log_metrics({"test_bpb_on": 1.5})
     assert parent.run_id == trained.run_id != child.run_id
-    client, experiment_id = _connect()
+    client, _ = _connect()
     assert client.get_run(child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
     with evaluation_run("restored from a remote", {"knn": 4}, {}) as (parent, child):
         pass

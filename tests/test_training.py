@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -383,6 +383,15 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert (result.metrics, result.history) == (undisturbed[0].metrics, undisturbed[0].history)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also below a shell that ignores it in background jobs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("step", [4, 6])
 def test_an_interrupt_is_obeyed_after_the_step_is_saved(
     woven: Woven, tmp_path: Path, undisturbed: Outcome, step: int
