@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3 python;
 	&& { echo $$python; break; }; done)
 
 VENV := .venv
-INSTALLED := $(VENV)/installed-$(if $(GPU),gpu,cpu)
+INSTALLED := $(VENV)/installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: help repro install test test-fast check lock clean
@@ -20,19 +20,20 @@ repro: install  ## run what has changed of the pipeline, from documents to the e
 	dvc repro
 	@python -m stages.summary
 
-install: $(INSTALLED)  ## make .venv and install the locked dependencies (GPU=1: with faiss for CUDA 12)
+install: $(INSTALLED) $(if $(GPU),$(INSTALLED)-gpu)  ## make .venv, install the locked dependencies (GPU=1: faiss for CUDA 12)
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "retro needs Python 3.10, 3.11 or 3.12; name one: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	@echo "installing the locked dependencies (a little over 2 GB, 2 to 3 minutes)"
-	python -m pip install --disable-pip-version-check --progress-bar off -q -r requirements.lock
+	python -m pip install --disable-pip-version-check --progress-bar off -r requirements.lock
 	python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
-ifdef GPU
-	# faiss-cpu and faiss-gpu own the same folder, so one has to go before the other comes.
+	@touch $@
+
+# faiss-cpu and faiss-gpu own the same folder, so one has to go before the other comes.
+$(INSTALLED)-gpu: $(INSTALLED)
 	python -m pip uninstall --disable-pip-version-check -q -y faiss-cpu
-	python -m pip install --disable-pip-version-check --progress-bar off -q faiss-gpu-cu12==1.12.0 numpy==$$(sed -n 's/^numpy==//p' requirements.lock)
-endif
+	python -m pip install --disable-pip-version-check --progress-bar off faiss-gpu-cu12==1.12.0 numpy==$$(sed -n 's/^numpy==//p' requirements.lock)
 	@touch $@
 
 test: install  ## all tests that need no GPU, the fast ones first

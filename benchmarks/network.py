@@ -57,9 +57,7 @@ def batch(length: int = LENGTH, rows: int = BATCH) -> tuple[Tensor, Tensor]:
     return seq, torch.randint(1, CONFIG["num_tokens"], shape, generator=generator)
 
 
-def step(
-    model: torch.nn.Module, seq: Tensor, retrieved: Tensor | None, dtype: torch.dtype, **options: Any
-) -> None:
+def step(model: torch.nn.Module, seq: Tensor, retrieved: Tensor | None, dtype: torch.dtype, **options: Any) -> None:
     """Forward and backward, without the optimizer, which is the same for both."""
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
         loss = model(seq, retrieved, return_loss=True, **options)
@@ -199,9 +197,7 @@ def writing(theirs: str | None) -> None:
             other(seq[:, :length], retrieved[:, : length // 64])
             seconds.append(time.perf_counter() - start)
         whole = sum(seconds) / len(seconds) * 448
-        print(
-            f"    theirs {whole:8.2f} s  {448 / whole:8,.0f} tokens/s  (from {len(seconds)} of the 448 calls)"
-        )
+        print(f"    theirs {whole:8.2f} s  {448 / whole:8,.0f} tokens/s  (from {len(seconds)} of the 448 calls)")
         print(f"    RATIO of tokens a second, ours to theirs: {whole / mine:.0f}")
     early, late = float("inf"), float("inf")
     for _ in range(3):
@@ -216,9 +212,7 @@ def writing(theirs: str | None) -> None:
 
 def main() -> None:
     """Measure what the command line asks for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--theirs", help="the folder that retro-pytorch was installed into")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=3)

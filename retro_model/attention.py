@@ -113,9 +113,7 @@ class CrossAttention(nn.Module):
 
     def context(self, context_JE: Tensor, table_JF: Tensor) -> tuple[Tensor, Tensor]:
         """Keys turned to their positions, and values: each (..., J, H, F). A cache keeps these."""
-        kv = self.key_value(context_JE).unflatten(
-            -1, (2 * self.heads, -1)
-        )  # (..., J, 2HF) -> (..., J, 2H, F)
+        kv = self.key_value(context_JE).unflatten(-1, (2 * self.heads, -1))  # (..., J, 2HF) -> (..., J, 2H, F)
         k, v = rotate_parts(kv, table_JF, 2, 1)  # each (..., J, H, F)
         return k, v
 
@@ -128,9 +126,7 @@ class CrossAttention(nn.Module):
         mask_QJ: Tensor | None = None,
     ) -> Tensor:
         """What each token gets from a context that went through `context`: (..., Q, D)."""
-        (q,) = rotate_parts(
-            self.query(x_QD).unflatten(-1, (self.heads, -1)), table_QF, 1, 1
-        )  # (..., Q, H, F)
+        (q,) = rotate_parts(self.query(x_QD).unflatten(-1, (self.heads, -1)), table_QF, 1, 1)  # (..., Q, H, F)
         dropout = self.dropout if self.training else 0.0
         attended = attend(q, key_JHF, value_JHF, mask_QJ=mask_QJ, dropout=dropout)
         out: Tensor = self.out(attended.flatten(-2))  # (..., Q, HF) -> (..., Q, D)

@@ -43,17 +43,13 @@ def load_config(folder: str | os.PathLike[str]) -> RETROConfig:
     """The config of the model in `folder`."""
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
-        raise MissingArtifactError(
-            f"{path} is not there: no model was saved in this folder, or not to its end"
-        )
+        raise MissingArtifactError(f"{path} is not there: no model was saved in this folder, or not to its end")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DamagedArtifactError(f"{path} is not JSON: {error}; save the model again") from error
     if not isinstance(values, dict):
-        raise DamagedArtifactError(
-            f"{path} must hold an object with a model's config: {type(values).__name__}"
-        )
+        raise DamagedArtifactError(f"{path} must hold an object with a model's config: {type(values).__name__}")
     try:
         return RETROConfig.from_dict(values)
     except ConfigError as error:
@@ -124,9 +120,7 @@ def _check_names(found: set[str], expected: set[str], where: str) -> None:
     if missing := sorted(expected - found):
         raise MismatchError(f"{where} lacks {len(missing)} tensors of the network, the first is {missing[0]}")
     if extra := sorted(found - expected):
-        raise MismatchError(
-            f"{where} has {len(extra)} tensors that the network lacks, the first is {extra[0]}"
-        )
+        raise MismatchError(f"{where} has {len(extra)} tensors that the network lacks, the first is {extra[0]}")
 
 
 def _check_shapes(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:

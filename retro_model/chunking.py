@@ -162,15 +162,11 @@ def make_chunks(
     return _metrics(corpus, totals, chunk_size)
 
 
-def chunk_documents(
-    corpus: Corpus, tokenizer: Tokenizer, chunk_size: int, folder: Path
-) -> dict[str, Counter[str]]:
+def chunk_documents(corpus: Corpus, tokenizer: Tokenizer, chunk_size: int, folder: Path) -> dict[str, Counter[str]]:
     """Writes folder/train, folder/valid and folder/test; counts by split."""
     with ExitStack() as stack:
         writers = {
-            split: stack.enter_context(
-                _SplitWriter(folder / split, tokenizer.vocab_size, corpus.num_readable)
-            )
+            split: stack.enter_context(_SplitWriter(folder / split, tokenizer.vocab_size, corpus.num_readable))
             for split in SPLITS
         }
         for documents, encoded in _ahead(_encode(_ahead(_batches(corpus.documents())), tokenizer)):
@@ -225,9 +221,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _encode(
-    batches: Iterable[list[Document]], tokenizer: Tokenizer
-) -> Iterator[tuple[list[Document], Encoded]]:
+def _encode(batches: Iterable[list[Document]], tokenizer: Tokenizer) -> Iterator[tuple[list[Document], Encoded]]:
     for batch in batches:
         yield batch, tokenizer.encode_batch([document.text for document in batch])
 

@@ -97,9 +97,7 @@ class PackedSequences:
         self.chunk_size: int = chunks.facts["chunk_size"]
         self.pad_id: int = chunks.facts["pad_id"]
         if seq_len < self.chunk_size or seq_len % self.chunk_size:
-            raise ConfigError(
-                f"seq_len: found {seq_len}, expected a multiple of chunk_size {self.chunk_size}"
-            )
+            raise ConfigError(f"seq_len: found {seq_len}, expected a multiple of chunk_size {self.chunk_size}")
         self.seq_len = seq_len
         self.rows_per_sequence: int = seq_len // self.chunk_size
         if not self.num_rows:
@@ -116,9 +114,7 @@ class PackedSequences:
         neighbors.require(chunks=self.chunks.fingerprint, database=self.database.fingerprint)
         stored = neighbors["ids"].shape[1]
         if not 1 <= self.knn <= stored:
-            raise ConfigError(
-                f"knn: found {self.knn}, expected 1 to {stored}, which {neighbors.folder} stores"
-            )
+            raise ConfigError(f"knn: found {self.knn}, expected 1 to {stored}, which {neighbors.folder} stores")
 
     # ---- which rows make a sequence ----------------------------------------------------------------
 

@@ -80,15 +80,11 @@ class CorpusConfig(Config, section="corpus"):
         super().__post_init__()
         separator = self.documents_separator
         if separator is not None and (not separator.strip() or "\n" in separator):
-            raise ConfigError(
-                f"corpus.documents_separator: found {separator!r}, expected one line of text, or null"
-            )
+            raise ConfigError(f"corpus.documents_separator: found {separator!r}, expected one line of text, or null")
         if not self.text_field:
             raise ConfigError("corpus.text_field: found '', expected the name of a field, such as text")
         if self.valid + self.test >= 1:
-            raise ConfigError(
-                f"corpus.valid, corpus.test: found {self.valid} and {self.test}, expected a sum below 1"
-            )
+            raise ConfigError(f"corpus.valid, corpus.test: found {self.valid} and {self.test}, expected a sum below 1")
 
 
 class Document(NamedTuple):
@@ -156,9 +152,7 @@ class DocumentReport:
         if self.exact_duplicates:
             lines.append(f"dropped: {self.exact_duplicates:,} exact copies of another document")
         if self.near_duplicates:
-            lines.append(
-                f"dropped: {self.near_duplicates:,} train documents that nearly repeat held-out ones"
-            )
+            lines.append(f"dropped: {self.near_duplicates:,} train documents that nearly repeat held-out ones")
         if self.other_files:
             lines.append(f"left aside: {self.other_files:,} files of other types")
         return [*lines, *(f"  {example}" for example in self.examples), *self.notes]
@@ -257,9 +251,7 @@ class Corpus:
             self.report.examples.append(what)
         self.report.flawed[entry.flaw] += entry.times
 
-    def _assign(
-        self, digests: npt.NDArray[np.uint64], identities: npt.NDArray[np.uint64]
-    ) -> npt.NDArray[np.uint8]:
+    def _assign(self, digests: npt.NDArray[np.uint64], identities: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
         """Each document's fate: the place of its split in SPLITS, or _DUPLICATE."""
         shares = identities / 2.0**64
         bounds = [self.config.test, self.config.test + self.config.valid]
@@ -556,9 +548,7 @@ class NearDuplicates:
         self._empty = MinHash(self.NUM_PERMUTATIONS, hashfunc=int, scheme="affine32")
         self._signatures: dict[int, MinHash] = {}
         rows = _rows_per_band(threshold, self.NUM_PERMUTATIONS)
-        self._candidates = MinHashLSH(
-            num_perm=self.NUM_PERMUTATIONS, params=(self.NUM_PERMUTATIONS // rows, rows)
-        )
+        self._candidates = MinHashLSH(num_perm=self.NUM_PERMUTATIONS, params=(self.NUM_PERMUTATIONS // rows, rows))
         self._sampled: set[int] = set()
         # A text at the threshold has at least that share of its grams in the other one.
         self._enough = math.log(MISSED) / math.log(1 - threshold) if threshold < 1 else 1
@@ -596,18 +586,13 @@ def _sample(grams: npt.NDArray[np.uint32]) -> list[int]:
 
 def _rows_per_band(threshold: float, num_permutations: int) -> int:
     """The most rows a band, and so the fewest candidates, that still do not miss a text at the threshold."""
-    missed = {
-        rows: (1 - threshold**rows) ** (num_permutations // rows)
-        for rows in range(1, num_permutations // 2 + 1)
-    }
+    missed = {rows: (1 - threshold**rows) ** (num_permutations // rows) for rows in range(1, num_permutations // 2 + 1)}
     return max((rows for rows, share in missed.items() if share <= MISSED), default=1)
 
 
 # Chinese characters and kana stand without spaces: each counts as a word.
 _WORDS = re.compile(r"[\u2e80-\u9fff\uf900-\ufaff]|[^\W\u2e80-\u9fff\uf900-\ufaff]+")
-_ASCII_WORDS = bytes(
-    ord(char.lower()) if char.isalnum() or char == "_" else 32 for char in map(chr, range(128))
-)
+_ASCII_WORDS = bytes(ord(char.lower()) if char.isalnum() or char == "_" else 32 for char in map(chr, range(128)))
 
 
 def _words(text: str) -> list[bytes]:

@@ -180,9 +180,7 @@ class CachedDecoder:
         query_table_BSF = self.query_table_MF[(place_BS + 1) % chunk_size]
         completes_B = ((self.length_B + 1) % chunk_size == 0) & (counts_B > 0)
         if completes_B.any():
-            self.mask_BJ = (
-                self.mask_BJ & ~completes_B[:, None]
-            )  # what was retrieved for the chunk before is over
+            self.mask_BJ = self.mask_BJ & ~completes_B[:, None]  # what was retrieved for the chunk before is over
         see = _SeeCache(place_BS)
         cross: _Cross | None = None
 
@@ -222,9 +220,7 @@ class CachedDecoder:
         mask_AKR = retrieved_AKR != config.pad_id
         encoded_AJE = model.encoder(model.embedding(retrieved_AKR), mask_AKR, self.hidden_BMD[rows])
         _, number, length = retrieved_AKR.shape
-        _, table_JF = cross_positions(
-            config.chunk_size, number, length, config.dim_head, model.embedding.weight
-        )
+        _, table_JF = cross_positions(config.chunk_size, number, length, config.dim_head, model.embedding.weight)
         self.mask_BJ = _put_rows(self.mask_BJ, rows, mask_AKR.flatten(1))
         for block, layer in zip(model.decoder, self.layers, strict=True):
             if block.cross_attention is not None:
@@ -286,9 +282,7 @@ class Writer:
         text_BN = F.pad(prompt.long(), (0, max(0, longest - width)), value=config.pad_id)[:, :longest]
         filled_BN = torch.arange(longest, device=prompt.device) < self.length_B[:, None]
         self.text_BN = text_BN.where(filled_BN, config.pad_id)
-        self.neighbors: list[dict[int, Tensor]] = [
-            {} for _ in range(rows)
-        ]  # (K, R) by the number of the chunk
+        self.neighbors: list[dict[int, Tensor]] = [{} for _ in range(rows)]  # (K, R) by the number of the chunk
         self.decoder = CachedDecoder(model, rows, longest)
 
     @torch.no_grad()
@@ -404,9 +398,7 @@ def _check_prompt(model: RETRO, prompt: Tensor, prompt_lengths: Tensor | None) -
     return lengths_B
 
 
-def _check_options(
-    model: RETRO, retrieve: Retrieve | None, max_new_tokens: int | None, temperature: float
-) -> None:
+def _check_options(model: RETRO, retrieve: Retrieve | None, max_new_tokens: int | None, temperature: float) -> None:
     if model.training:
         raise ConfigError("the model is in training mode: call model.eval() before writing")
     if retrieve is not None and not model.config.retrieval:

@@ -43,9 +43,7 @@ class _NoGraph:
 
 class _RotateParts(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_QHF: Tensor, table_QF: Tensor, num_parts: int, num_rotated: int
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x_QHF: Tensor, table_QF: Tensor, num_parts: int, num_rotated: int) -> tuple[Tensor, ...]:
         cos, sin = table_QF.to(x_QHF.dtype).unsqueeze(-2).chunk(2, dim=-1)
         parts = x_QHF.detach().chunk(num_parts, dim=-2)
         for part in parts[:num_rotated]:
@@ -192,9 +190,7 @@ def _attention_backward(
     return grad_q, grad_scores.mT @ scaled, weights.mT @ grad
 
 
-def short_attention(
-    q_BHQF: Tensor, k_BHJF: Tensor, v_BHJF: Tensor, mask: Tensor | None, causal: bool
-) -> Tensor:
+def short_attention(q_BHQF: Tensor, k_BHJF: Tensor, v_BHJF: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """`F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)` with another backward pass."""
     bias = None
     if mask is not None:

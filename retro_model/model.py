@@ -86,9 +86,7 @@ class RETROConfig:
         for field in dataclasses.fields(self):
             _check_field(field.name, getattr(self, field.name))
         if self.dim_head % 2:
-            raise ConfigError(
-                f"dim_head must be a multiple of 2, because rotary positions turn pairs: {self.dim_head}"
-            )
+            raise ConfigError(f"dim_head must be a multiple of 2, because rotary positions turn pairs: {self.dim_head}")
         if not self.pad_id < self.num_tokens:
             raise ConfigError(f"pad_id must be below num_tokens = {self.num_tokens}: {self.pad_id}")
         if self.gated_rmsnorm and self.norm_klass not in (None, "gated_rmsnorm"):
@@ -106,9 +104,7 @@ class RETROConfig:
         """What config.json holds: every argument, none derived."""
         if not isinstance(self.norm_klass, str | None):
             raise ConfigError(f"norm_klass must be one of {sorted(NORMS)} to be saved: {self.norm_klass!r}")
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()
-        }
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RETROConfig":
@@ -135,9 +131,7 @@ def _check_field(name: str, value: Any) -> None:
     elif name.endswith("scale_residual"):
         demand(value is None or (_is_number(value) and 0 < value < math.inf), "None or a positive number")
     elif name.endswith("cross_attn_layers"):
-        right = isinstance(value, tuple) and all(
-            isinstance(x, int) and not isinstance(x, bool) for x in value
-        )
+        right = isinstance(value, tuple) and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
         demand(right or (value is None and name.startswith("enc")), "a list of layer numbers")
     elif name == "norm_klass":
         right = value is None or value in NORMS or (isinstance(value, type) and issubclass(value, nn.Module))
@@ -305,9 +299,7 @@ class Encoder(nn.Module):
         same = config.enc_dim == config.dec_dim
         self.widen = nn.Identity() if same else nn.Linear(config.dec_dim, config.enc_dim, bias=False)
         self.norm_in = side.norm()
-        self.norm_hidden = Side(
-            config, "dec"
-        ).final_norm()  # with post-norm, hidden states are normalized already
+        self.norm_hidden = Side(config, "dec").final_norm()  # with post-norm, hidden states are normalized already
         self.blocks = block_list(side)
         self.norm = side.final_norm()
 
@@ -325,9 +317,7 @@ class Encoder(nn.Module):
         see = partial(see_neighbors, mask_AKR=mask_AKR)
 
         hidden_AMD = self.norm_hidden(hidden_AMD)
-        widened_AKRE = self.widen(embedded_AKRD).to(
-            dtype
-        )  # under autocast, too, the residual stream is exact
+        widened_AKRE = self.widen(embedded_AKRD).to(dtype)  # under autocast, too, the residual stream is exact
         x_AJE = self.norm_in(widened_AKRE).flatten(1, 2)  # (A, K, R, E) -> (A, KR, E)
         for block in self.blocks:
             x_AJE = block.attention(x_AJE, table_JF, see)
@@ -345,9 +335,7 @@ def see_neighbors(
 ) -> Tensor:
     """Attention in both directions inside each neighbor, and not to its padding: (A, J, H, F)."""
     a, k, _ = mask_AKR.shape
-    q, key, value = (
-        rearrange(x, "a (k r) h f -> (a k) r h f", k=k) for x in (query_AJHF, key_AJHF, value_AJHF)
-    )
+    q, key, value = (rearrange(x, "a (k r) h f -> (a k) r h f", k=k) for x in (query_AJHF, key_AJHF, value_AJHF))
     # A neighbor that is nothing but padding must attend to something, or its softmax is 0 / 0;
     # nobody will look at the result.
     mask_AKR = mask_AKR | ~mask_AKR.any(-1, keepdim=True)
@@ -502,9 +490,7 @@ class RETRO(nn.Module):
         if return_loss and labels is None:
             seq, labels = seq[:, :-1], seq[:, 1:]
         elif labels is not None and not return_loss:
-            raise ConfigError(
-                "labels need return_loss=True; for the loss of each token there is token_losses"
-            )
+            raise ConfigError("labels need return_loss=True; for the loss of each token there is token_losses")
         hidden_TD, stream = self.hidden_states(seq, retrieved, documents)
         if labels is None:
             logits = F.linear(hidden_TD, self.output_weight_VD)
@@ -585,9 +571,7 @@ class RETRO(nn.Module):
             rearrange(mask_CKR, "a k r -> a 1 (k r)"),
             active_A,
             attends_retrieval(stream.index_C, active_C, config.chunk_size),
-            *cross_positions(
-                config.chunk_size, num_neighbors, length, config.dim_head, self.embedding.weight
-            ),
+            *cross_positions(config.chunk_size, num_neighbors, length, config.dim_head, self.embedding.weight),
         )
 
     # -- between rows and the stream
@@ -605,9 +589,7 @@ class RETRO(nn.Module):
     def _to_stream(self, tokens_BN: Tensor, stream: Stream, name: str, seq: Tensor) -> Tensor:
         """Rows of tokens in the stream's order, filled up with padding to whole chunks: (T,)."""
         if tokens_BN.shape != seq.shape:
-            raise ConfigError(
-                f"{name} must have the shape of seq, {tuple(seq.shape)}: {tuple(tokens_BN.shape)}"
-            )
+            raise ConfigError(f"{name} must have the shape of seq, {tuple(seq.shape)}: {tuple(tokens_BN.shape)}")
         chunk_size = self.config.chunk_size
         tail = -tokens_BN.shape[1] % chunk_size
         tokens_CM = F.pad(tokens_BN.long(), (0, tail), value=self.config.pad_id).reshape(-1, chunk_size)
@@ -634,9 +616,7 @@ class RETRO(nn.Module):
         """Raise ConfigError unless the arguments fit the configuration and each other."""
         config = self.config
         if seq.dim() != 2 or seq.is_floating_point() or not seq.numel():
-            raise ConfigError(
-                f"seq must be integers (batch, tokens), at least 1 x 1: {seq.dtype} {tuple(seq.shape)}"
-            )
+            raise ConfigError(f"seq must be integers (batch, tokens), at least 1 x 1: {seq.dtype} {tuple(seq.shape)}")
         rows, length = seq.shape
         if length > config.max_seq_len:
             raise ConfigError(f"seq has {length} tokens; max_seq_len is {config.max_seq_len}")
@@ -646,9 +626,7 @@ class RETRO(nn.Module):
             or len(documents) != rows
             or documents.shape[1] not in (chunks, -(-length // config.chunk_size))
         ):
-            raise ConfigError(
-                f"documents must be ({rows}, {chunks}), one number a chunk: {tuple(documents.shape)}"
-            )
+            raise ConfigError(f"documents must be ({rows}, {chunks}), one number a chunk: {tuple(documents.shape)}")
         if retrieved is None:
             return
         if not config.retrieval:
@@ -706,9 +684,7 @@ def initialize_block(block: Block, side: Side) -> None:
         parts = weight.chunk({"qkv": 3, "key_value": 2}.get(name.split(".")[-2], 1))
         for number, part in enumerate(parts):
             if side.config.use_deepnet:
-                query_or_key = (
-                    "query" in name or ("qkv" in name and number < 2) or ("key_value" in name and number < 1)
-                )
+                query_or_key = "query" in name or ("qkv" in name and number < 2) or ("key_value" in name and number < 1)
                 nn.init.xavier_normal_(part, gain=1.0 if query_or_key else beta)
             else:
                 is_output = name.endswith("out.weight")

@@ -51,9 +51,7 @@ class SampleConfig(Config, section="sample"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.packages or len(set(self.packages)) != len(self.packages):
-            raise ConfigError(
-                f"sample.packages: found {list(self.packages)}, expected one package or more, each once"
-            )
+            raise ConfigError(f"sample.packages: found {list(self.packages)}, expected one package or more, each once")
 
 
 def write_sample(folder: Path, config: SampleConfig) -> dict[str, int]:
@@ -83,9 +81,7 @@ def find_package(package: str) -> Path:
     first, *parts = package.split(".")
     found = importlib.util.find_spec(first) if first.isidentifier() else None
     if found is None or found.origin is None or not found.origin.endswith(".py"):
-        raise ConfigError(
-            f"sample.packages: {package} is not installed as Python source; install or remove it"
-        )
+        raise ConfigError(f"sample.packages: {package} is not installed as Python source; install or remove it")
     origin = Path(found.origin)
     place = (origin.parent if found.submodule_search_locations else origin).joinpath(*parts)
     if not place.exists() and not (place := place.with_name(place.name + ".py")).exists():

@@ -92,9 +92,7 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def bytes_covered(
-        self, texts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
+    def bytes_covered(self, texts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """How many UTF-8 bytes of text `texts[i]` lie before the end of its first `counts[i]` tokens.
 
         All bytes where that is all of its tokens; a token that holds a part of a character counts
@@ -129,9 +127,7 @@ def utf8_size(text: str) -> int:
 class Tokenizer:
     """Text to ids and back, from a folder that needs nothing else."""
 
-    def __init__(
-        self, backend: Backend, special: SpecialIds, name: str, folder: Path, fingerprint: str
-    ) -> None:
+    def __init__(self, backend: Backend, special: SpecialIds, name: str, folder: Path, fingerprint: str) -> None:
         self.pad_id, self.begin_id, self.end_id = special.pad, special.begin, special.end
         self.name, self.folder, self.fingerprint = name, folder, fingerprint
         self.vocab_size = num_rows(backend)

@@ -70,7 +70,6 @@ class TrainConfig(Config, section="train"):
             raise ConfigError(f"train.warmup: found {self.warmup}, expected {allowed}")
 
 
-
 @dataclass(frozen=True)
 class TrainingResult:
     """What came out, besides weights.

@@ -137,9 +137,7 @@ def train_model(
     if work_folder is not None:
         fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         checkpoints = Checkpoints(work_folder / "checkpoints", fingerprint)
-    trainer = Trainer(
-        model, training, validation, train_config, seed=seed, device=place, checkpoints=checkpoints
-    )
+    trainer = Trainer(model, training, validation, train_config, seed=seed, device=place, checkpoints=checkpoints)
     title = out_folder.name
     if trainer.state.step:
         print(f"{title}: goes on after step {trainer.state.step:,}", file=sys.stderr, flush=True)

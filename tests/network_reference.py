@@ -72,9 +72,7 @@ def self_attention(layer: Residual, xs: list[Tensor], heads: int, sees: object) 
     return out
 
 
-def cross_attention(
-    layer: Residual, x: Tensor, position: int, context: list[tuple[Tensor, int]], heads: int
-) -> Tensor:
+def cross_attention(layer: Residual, x: Tensor, position: int, context: list[tuple[Tensor, int]], heads: int) -> Tensor:
     """One token's look at a context of (vector, position)."""
     inner = layer.inner
 

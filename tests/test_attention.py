@@ -134,9 +134,7 @@ def cross_scores(monkeypatch: pytest.MonkeyPatch, chunk_size: int, num_neighbors
     return torch.einsum("qhf,jhf->hqj", query[0], key[0]).detach()
 
 
-@pytest.mark.parametrize(
-    ("chunk_size", "num_neighbors", "length"), [(4, 1, 8), (4, 3, 9), (1, 2, 2), (64, 2, 128)]
-)
+@pytest.mark.parametrize(("chunk_size", "num_neighbors", "length"), [(4, 1, 8), (4, 3, 9), (1, 2, 2), (64, 2, 128)])
 def test_cross_attention_sees_distances(
     monkeypatch: pytest.MonkeyPatch, chunk_size: int, num_neighbors: int, length: int
 ) -> None:

@@ -30,9 +30,7 @@ def folder(tmp_path: Path) -> Path:
 # ---- saving and loading ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"tie_embeddings": True}, {"retrieval": False}, {"norm_klass": "layernorm"}]
-)
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"retrieval": False}, {"norm_klass": "layernorm"}])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_round_trip(tmp_path: Path, changes: dict[str, Any], dtype: torch.dtype) -> None:
     model = make(**changes).to(dtype)

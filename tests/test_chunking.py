@@ -54,9 +54,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def made(
-    corpus: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, float]]:
+def made(corpus: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     folder = tmp_path_factory.mktemp("made") / "chunks"
     return folder, make_chunks(corpus, CONFIG, tokenizer.folder, 16, folder)
 
@@ -70,9 +68,7 @@ def table(chunks: Artifact) -> list[dict[str, object]]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()
-    }
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 # ---- rows ----------------------------------------------------------------------------------------------
@@ -85,9 +81,7 @@ def slow_rows(tokens: list[int], size: int, pad: int, begin: int, end: int) -> l
     return [row + [pad] * (size + 1 - len(row)) for row in rows]
 
 
-ANY_TEXTS = st.lists(
-    st.text(max_size=50) | st.text("ab \ud55c\U0001f600", max_size=50), min_size=1, max_size=6
-)
+ANY_TEXTS = st.lists(st.text(max_size=50) | st.text("ab \ud55c\U0001f600", max_size=50), min_size=1, max_size=6)
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "bert"])
@@ -123,9 +117,7 @@ def test_rows_give_each_document_back_and_bytes_say_which_part_is_whose(
         for place, end in enumerate(ends):
             labels = rows[: place + 1, 1:].ravel()
             if "\ufffd" not in text:
-                assert text.encode()[:end].decode(errors="ignore") == tokenizer.decode(labels).rstrip(
-                    "\ufffd"
-                )
+                assert text.encode()[:end].decode(errors="ignore") == tokenizer.decode(labels).rstrip("\ufffd")
         start += count
 
 
@@ -164,10 +156,7 @@ def test_every_kept_document_can_be_read_from_the_artifacts(
                 entry["record"],
                 tokenizer.decode(rows[mine, 1:].ravel()),
             )
-    expected = {
-        doc.number: (doc.split, doc.source, doc.record, doc.text)
-        for doc in Corpus(corpus, CONFIG).documents()
-    }
+    expected = {doc.number: (doc.split, doc.source, doc.record, doc.text) for doc in Corpus(corpus, CONFIG).documents()}
     assert found == expected
 
 
@@ -193,9 +182,7 @@ def test_facts_and_metrics_say_what_is_there(
             total = chunks.rows if name == "chunks" else sum(entry.get(name[:9], 0) for entry in entries)  # type: ignore[misc]
             assert metrics[f"{split}_{name}"] == (len(entries) if name == "documents" else total)
     assert metrics["documents_read"] == 48 + 1 + 6
-    assert (
-        metrics["dropped_empty"] == metrics["dropped_bad_record"] == metrics["dropped_exact_duplicates"] == 1
-    )
+    assert metrics["dropped_empty"] == metrics["dropped_bad_record"] == metrics["dropped_exact_duplicates"] == 1
     dropped = sum(value for name, value in metrics.items() if name.startswith("dropped_"))
     assert metrics["documents_kept"] + dropped == metrics["documents_read"]
     assert 0.5 < metrics["text_share"] <= 1
@@ -311,9 +298,7 @@ def test_every_chunk_can_be_found_in_its_document(
 def test_locate_keeps_the_order_and_refuses_what_is_not_there(made: tuple[Path, dict[str, float]]) -> None:
     chunks = opened(made[0])["train"]
     assert locate(chunks, []) == []
-    assert [place.document for place in locate(chunks, [5, 0, 5])] == chunks["documents"][
-        np.array([5, 0, 5])
-    ].tolist()
+    assert [place.document for place in locate(chunks, [5, 0, 5])] == chunks["documents"][np.array([5, 0, 5])].tolist()
     for wrong in (-1, chunks.rows):
         with pytest.raises(IndexError, match=f"of {chunks.rows}"):
             locate(chunks, [0, wrong])

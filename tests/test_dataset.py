@@ -107,9 +107,7 @@ def test_an_epoch_has_each_row_once_but_for_less_than_a_sequence(
 
 @many
 @given(st.integers(0, 60), st.lists(st.integers(1, 9), min_size=1, max_size=6))
-def test_training_rows_do_not_depend_on_how_they_are_asked_for(
-    tmp_path: Path, first: int, counts: list[int]
-) -> None:
+def test_training_rows_do_not_depend_on_how_they_are_asked_for(tmp_path: Path, first: int, counts: list[int]) -> None:
     chunks = write_chunks(fresh(tmp_path), DOCUMENTS, chunk_size=CHUNK)
     whole = PackedSequences(chunks, 2 * CHUNK).training_rows(3, first, sum(counts))
     asked = PackedSequences(chunks, 2 * CHUNK)
@@ -130,9 +128,7 @@ def test_epochs_and_seeds_differ_in_order_and_in_where_sequences_begin(chunks: A
 
 @many
 @given(lengths, st.integers(1, 6))
-def test_ordered_rows_have_each_row_once_in_order(
-    tmp_path: Path, lengths: list[int], rows_per_sequence: int
-) -> None:
+def test_ordered_rows_have_each_row_once_in_order(tmp_path: Path, lengths: list[int], rows_per_sequence: int) -> None:
     chunks = write_chunks(fresh(tmp_path), documents_of(lengths), chunk_size=CHUNK)
     rows = PackedSequences(chunks, rows_per_sequence * CHUNK).ordered_rows().reshape(-1)
     count = len(chunks["tokens"])

@@ -337,9 +337,7 @@ def test_adding_documents_moves_none(numbers: set[int], data: st.DataObject) -> 
         path = Path(folder)
         small, large = path / "small", path / "large"
         write_files(small, {"a.jsonl": lines_of(map(text_of, few)), "f.txt": "a file"})
-        write_files(
-            large, {"a.jsonl": lines_of(map(text_of, sorted(numbers))), "f.txt": "a file", "g.txt": "g"}
-        )
+        write_files(large, {"a.jsonl": lines_of(map(text_of, sorted(numbers))), "f.txt": "a file", "g.txt": "g"})
         corpora = [Corpus(each, CorpusConfig(valid=0.2, test=0.2)) for each in (small, large)]
         before, after = ({doc.text: doc.split for doc in corpus.documents()} for corpus in corpora)
         taken = sum(len(corpus.report.notes) for corpus in corpora)
@@ -397,9 +395,7 @@ def test_numbers_are_unique_over_the_splits_and_the_same_in_every_pass(tmp_path:
 # ---- duplicates ----------------------------------------------------------------------------------------
 
 
-@given(
-    st.lists(st.tuples(st.text("abcd", min_size=1, max_size=4), st.integers(0, 5)), min_size=1, max_size=20)
-)
+@given(st.lists(st.tuples(st.text("abcd", min_size=1, max_size=4), st.integers(0, 5)), min_size=1, max_size=20))
 @settings(max_examples=40, deadline=None)
 def test_of_exact_copies_one_survives_the_first_held_out_one_if_any(pairs: list[tuple[str, int]]) -> None:
     files: dict[str, str | bytes] = {f"{name}.txt": text_of(number, 5) for name, number in pairs}
@@ -491,15 +487,9 @@ def test_texts_without_words_repeat_nothing() -> None:
     assert not found.repeated_by("??? ;;;")
 
 
-@given(
-    st.lists(st.sampled_from(["a", "b", "c", "de", "\u6f22", "\ud55c\uad6d"]), max_size=40), st.integers(1, 5)
-)
+@given(st.lists(st.sampled_from(["a", "b", "c", "de", "\u6f22", "\ud55c\uad6d"]), max_size=40), st.integers(1, 5))
 def test_word_grams_are_as_many_as_the_definition_says(words: list[str], size: int) -> None:
-    runs = (
-        {tuple(words[start : start + size]) for start in range(max(1, len(words) - size + 1))}
-        if words
-        else set()
-    )
+    runs = {tuple(words[start : start + size]) for start in range(max(1, len(words) - size + 1))} if words else set()
     grams = word_grams(" ".join(words), size)
     assert len(grams) == len(runs)
     assert grams.dtype == np.uint32

@@ -46,9 +46,7 @@ def uncached(model: RETRO, text: list[int], retrieve: Any = search) -> Tensor:
 
 @pytest.mark.parametrize("deepnet", [False, True])
 @pytest.mark.parametrize("retrieve", [search, None], ids=["on", "off"])
-def test_cached_logits_equal_uncached_ones(
-    monkeypatch: pytest.MonkeyPatch, deepnet: bool, retrieve: Any
-) -> None:
+def test_cached_logits_equal_uncached_ones(monkeypatch: pytest.MonkeyPatch, deepnet: bool, retrieve: Any) -> None:
     """For rows of every length from 1 to three chunks at once, and for 2 chunks written after each."""
     model = make(use_deepnet=deepnet)
     lengths = torch.arange(1, 3 * M + 1)
@@ -152,9 +150,7 @@ def test_a_row_stops_at_the_end_token_and_stays_stopped() -> None:
             assert 0 not in written[: len(free[0]) - 5] or 0 in free[row, 5:]
     assert ended
     # what a finished neighbor row does is nothing to the others
-    alone = [
-        generate(model, prompt[r : r + 1], max_new_tokens=20, temperature=0, eos_id=eos)[0] for r in range(6)
-    ]
+    alone = [generate(model, prompt[r : r + 1], max_new_tokens=20, temperature=0, eos_id=eos)[0] for r in range(6)]
     together = generate(model, prompt, max_new_tokens=20, temperature=0, eos_id=eos)
     for row in range(6):
         assert together[row, : len(alone[row])].tolist() == alone[row].tolist()
@@ -248,9 +244,7 @@ def test_seed() -> None:
 @pytest.mark.parametrize("filter_fn", [top_k, top_p])
 def test_only_what_the_filter_left_is_written(filter_fn: Any) -> None:
     model, prompt = make(), tokens(1, 5)
-    text = generate(model, prompt, max_new_tokens=20, seed=1, filter_fn=filter_fn, filter_thres=0.7)[
-        0
-    ].tolist()
+    text = generate(model, prompt, max_new_tokens=20, seed=1, filter_fn=filter_fn, filter_thres=0.7)[0].tolist()
     for length in range(5, 25):
         assert filter_fn(uncached(model, text[:length], None)[None], 0.7)[0, text[length]].isfinite()
 
@@ -323,9 +317,7 @@ def test_a_plain_decoder_writes_too() -> None:
 def test_under_autocast() -> None:
     model = make().float()
     with torch.autocast("cpu", torch.bfloat16):
-        text = generate(
-            model, tokens(2, 5), prompt_lengths=torch.tensor([5, 2]), retrieve=search, max_new_tokens=12
-        )
+        text = generate(model, tokens(2, 5), prompt_lengths=torch.tensor([5, 2]), retrieve=search, max_new_tokens=12)
     assert text.shape == (2, 17)
 
 

@@ -19,9 +19,7 @@ from retro_model.kernels import (
 )
 
 
-def same(
-    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *inputs: Tensor, tolerance: float = 1e-9
-) -> None:
+def same(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *inputs: Tensor, tolerance: float = 1e-9) -> None:
     """Equal results, and equal gradients of every input under a random weighting of the result."""
     results, gradients = [], []
     for function in (ours, theirs):
@@ -45,9 +43,7 @@ def test_rotate_parts(num_parts: int, num_rotated: int) -> None:
 
     def plain(x: Tensor) -> Tensor:
         parts = x.chunk(num_parts, dim=-2)
-        return torch.cat(
-            [rotate(part, table) if i < num_rotated else part for i, part in enumerate(parts)], -2
-        )
+        return torch.cat([rotate(part, table) if i < num_rotated else part for i, part in enumerate(parts)], -2)
 
     same(lambda x: torch.cat(rotate_parts(x, table, num_parts, num_rotated), -2), plain, randn(3, 5, 6, 8))
 
@@ -74,9 +70,7 @@ def test_short_attention(queries: int, keys: int, causal: bool, masked: bool) ->
 
 
 def test_short_attention_over_several_blocks_of_rows() -> None:
-    inputs = [
-        x.transpose(1, 2) for x in (randn(5, 256, 1, 4), randn(5, 250, 1, 4), randn(5, 251, 1, 4)[:, :250])
-    ]
+    inputs = [x.transpose(1, 2) for x in (randn(5, 256, 1, 4), randn(5, 250, 1, 4), randn(5, 251, 1, 4)[:, :250])]
     mask = torch.rand(5, 1, 1, 250, generator=torch.Generator().manual_seed(0)) < 0.5
     same(
         lambda q, k, v: short_attention(q, k, v, mask, False),

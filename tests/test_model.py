@@ -115,9 +115,7 @@ def test_no_output_depends_on_a_later_token(length: int, deepnet: bool) -> None:
     retrieved = torch.full((1, length // M, K, R), V - 1)
     logits = model(seq, retrieved)[0]
     for position in range(length):
-        (grad,) = torch.autograd.grad(
-            logits[position].square().sum(), model.embedding.weight, retain_graph=True
-        )
+        (grad,) = torch.autograd.grad(logits[position].square().sum(), model.embedding.weight, retain_graph=True)
         size = grad[1 : length + 1].abs().sum(-1)
         assert (size[: position + 1] > 0).all()
         assert (size[position + 1 :] == 0).all()
@@ -133,9 +131,7 @@ def test_neighbors_matter_from_their_chunks_end(length: int, deepnet: bool) -> N
     retrieved = (torch.arange(chunks) + 2)[None, :, None, None].expand(1, chunks, K, R)  # chunk u holds u + 2
     logits = model(seq, retrieved)[0]
     for position in range(length):
-        (grad,) = torch.autograd.grad(
-            logits[position].square().sum(), model.embedding.weight, retain_graph=True
-        )
+        (grad,) = torch.autograd.grad(logits[position].square().sum(), model.embedding.weight, retain_graph=True)
         for u in range(chunks):
             assert (grad[u + 2].abs().sum() > 0) == (position >= (u + 1) * M - 1)
 
@@ -191,9 +187,7 @@ def test_order_and_number_of_neighbors() -> None:
         base = model(seq, retrieved)
         shuffled = model(seq, retrieved[:, :, torch.tensor([3, 0, 4, 2, 1])])
         torch.testing.assert_close(base, shuffled, atol=1e-12, rtol=0)
-        masked = torch.cat(
-            [retrieved[:, :, :2], torch.zeros_like(retrieved[:, :, :1]), retrieved[:, :, 2:]], 2
-        )
+        masked = torch.cat([retrieved[:, :, :2], torch.zeros_like(retrieved[:, :, :1]), retrieved[:, :, 2:]], 2)
         torch.testing.assert_close(base, model(seq, masked), atol=1e-12, rtol=0)
         longer = F.pad(retrieved, (0, 3))  # padding at a neighbor's end
         torch.testing.assert_close(base, model(seq, longer), atol=1e-12, rtol=0)
@@ -321,9 +315,7 @@ def test_token_losses() -> None:
     seq, labels = tokens(2, 2 * M + 1), tokens(2, 2 * M + 1, seed=5)
     labels[0, 3] = labels[1, 0] = 0
     losses = model.token_losses(seq, retrieved_for(seq), labels)
-    expected = F.cross_entropy(
-        model(seq, retrieved_for(seq)).transpose(1, 2), labels, ignore_index=0, reduction="none"
-    )
+    expected = F.cross_entropy(model(seq, retrieved_for(seq)).transpose(1, 2), labels, ignore_index=0, reduction="none")
     assert losses.dtype == torch.float32
     assert losses[0, 3] == losses[1, 0] == 0
     torch.testing.assert_close(losses, expected.float())

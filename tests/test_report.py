@@ -1,5 +1,6 @@
 """The report's page: whole, quiet, and no way through it for hostile text."""
 
+import itertools
 import os
 import re
 import shutil
@@ -152,7 +153,7 @@ def test_ticks_are_even_and_hold_the_values(low: float, span: float) -> None:
     ticks = axis_ticks(low, high)
     slack = 1e-6 * max(abs(low), abs(high), 1)
     assert ticks[0] <= low + slack and ticks[-1] >= high - slack and 3 <= len(ticks) <= 7
-    steps = [after - before for before, after in zip(ticks, ticks[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(ticks)]
     assert min(steps) > 0 and max(steps) - min(steps) <= 1e-9 * max(map(abs, ticks))
 
 

@@ -101,9 +101,7 @@ def test_a_failed_run_leaves_the_sample_that_was_there(package: Path) -> None:
     assert sorted(path.name for path in package.iterdir()) == ["sample", "site"]
 
 
-@pytest.mark.parametrize(
-    "name", ["missing_package", "sys", "sampled.nothing", "sampled.part.none", "..", "a b", ""]
-)
+@pytest.mark.parametrize("name", ["missing_package", "sys", "sampled.nothing", "sampled.part.none", "..", "a b", ""])
 def test_a_package_that_is_not_there_is_one_line(package: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"sample\.packages: ") as caught:
         find_package(name)
@@ -146,9 +144,7 @@ def d():
 
 
 def test_examples_at_a_prompt_are_left_out_with_their_heading() -> None:
-    docstring = (
-        "Prose.\n\nExamples\n--------\n>>> a\n1\n\n>>> b\n... c\n2\n\nSee this:\n>>> d\n\nNotes\n-----\nMore."
-    )
+    docstring = "Prose.\n\nExamples\n--------\n>>> a\n1\n\n>>> b\n... c\n2\n\nSee this:\n>>> d\n\nNotes\n-----\nMore."
     assert prose(docstring) == "Prose.\n\nSee this:\n\nNotes\n-----\nMore."
     assert prose("Half \ud800 a pair") == "Half ? a pair"
 

@@ -83,9 +83,7 @@ def test_text_that_spells_special_tokens_stays_text(trained: Tokenizer, text: st
     )
 )
 @settings(max_examples=60, deadline=None)
-def test_bytes_covered_are_those_that_the_first_tokens_give_back(
-    trained: Tokenizer, texts: list[str]
-) -> None:
+def test_bytes_covered_are_those_that_the_first_tokens_give_back(trained: Tokenizer, texts: list[str]) -> None:
     encoded = trained.encode_batch(texts)
     lengths = np.diff(encoded.starts)
     numbers = np.repeat(np.arange(len(texts)), lengths + 1)
@@ -138,9 +136,7 @@ def test_equal_documents_give_equal_bytes_in_every_process(corpus: Path, tmp_pat
     )
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
-        subprocess.run(
-            [sys.executable, "-c", program, corpus, folder], check=True, cwd=Path(__file__).parents[1]
-        )
+        subprocess.run([sys.executable, "-c", program, corpus, folder], check=True, cwd=Path(__file__).parents[1])
     one, two = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
     assert one == two
     assert str(tmp_path).encode() not in b"".join(one.values())
@@ -193,11 +189,7 @@ def test_bytes_covered_by_offsets_grow_to_the_whole_text(bert: Tokenizer, texts:
         counts = np.arange(len(offsets) + 1)
         found = encoded.bytes_covered(np.full(len(counts), number), counts)
         ends = [len(text[:end].encode()) for _, end in offsets[:-1]]
-        expected = (
-            [0, *np.maximum.accumulate(ends).tolist(), len(text.encode())]
-            if offsets
-            else [len(text.encode())]
-        )
+        expected = [0, *np.maximum.accumulate(ends).tolist(), len(text.encode())] if offsets else [len(text.encode())]
         assert found.tolist() == expected
 
 
@@ -247,9 +239,7 @@ def test_a_bare_tokenizer_json_gets_special_tokens(tmp_path: Path) -> None:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
-    )
+    trainer = trainers.BpeTrainer(initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
     backend.train_from_iterator([], trainer)
     tokenizer = loaded(tmp_path / "tokenizer", str(saved(tmp_path / "source", backend)))
     assert sorted([tokenizer.pad_id, tokenizer.begin_id, tokenizer.end_id]) == [256, 257, 258]

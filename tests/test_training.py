@@ -76,9 +76,7 @@ def make_trainer(
 ) -> Trainer:
     chunks = {split: Artifact.open(woven.chunks / split, "chunks") for split in ("train", "valid")}
     data = [
-        PackedSequences(
-            chunks[split], SEQ_LEN, Artifact.open(woven.neighbors / split, "neighbors"), chunks["train"], 2
-        )
+        PackedSequences(chunks[split], SEQ_LEN, Artifact.open(woven.neighbors / split, "neighbors"), chunks["train"], 2)
         for split in ("train", "valid")
     ]
     torch.manual_seed(seed)
@@ -329,9 +327,7 @@ def test_equal_inputs_give_equal_bytes_whatever_the_intervals(
     assert (result.metrics, result.history) == (undisturbed[0].metrics, undisturbed[0].history)
 
 
-def test_another_seed_gives_another_model(
-    woven: Woven, tmp_path: Path, undisturbed: Outcome
-) -> None:
+def test_another_seed_gives_another_model(woven: Woven, tmp_path: Path, undisturbed: Outcome) -> None:
     run(woven, tmp_path, seed=1)
     assert folder_digests(tmp_path / "retro") != undisturbed[1]
 
@@ -363,9 +359,7 @@ def stop_at(step: int) -> Callable[[int, Mapping[str, float]], None]:
 
 
 @pytest.mark.parametrize("step", range(1, 13))
-def test_a_killed_run_goes_on_bit_for_bit(
-    woven: Woven, tmp_path: Path, undisturbed: Outcome, step: int
-) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(woven: Woven, tmp_path: Path, undisturbed: Outcome, step: int) -> None:
     work = tmp_path / "work"
     with pytest.raises(Killed):
         run(woven, tmp_path, work_folder=work, log=stop_at(step), log_every=1, checkpoint_every=3)
@@ -411,9 +405,7 @@ def test_an_interrupt_is_obeyed_after_the_step_is_saved(
     assert folder_digests(tmp_path / "retro") == undisturbed[1]
 
 
-def test_a_finished_run_is_not_trained_again(
-    woven: Woven, tmp_path: Path, undisturbed: Outcome
-) -> None:
+def test_a_finished_run_is_not_trained_again(woven: Woven, tmp_path: Path, undisturbed: Outcome) -> None:
     run(woven, tmp_path, work_folder=tmp_path / "work")
     steps: list[int] = []
     run(
@@ -426,9 +418,7 @@ def test_a_finished_run_is_not_trained_again(
     assert steps == [] and folder_digests(tmp_path / "again" / "retro") == undisturbed[1]
 
 
-def test_kill_9_while_training_or_saving(
-    woven: Woven, tmp_path: Path, undisturbed: Outcome
-) -> None:
+def test_kill_9_while_training_or_saving(woven: Woven, tmp_path: Path, undisturbed: Outcome) -> None:
     """Three processes in a row are killed, the second in the middle of a checkpoint."""
     program = f"""
 import os, signal, sys
@@ -491,9 +481,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(
         {"model": dataclasses.replace(MODEL, dec_ff_dropout=0.2)},
     ],
 )
-def test_other_settings_never_pick_up_a_checkpoint(
-    woven: Woven, tmp_path: Path, other: dict[str, Any]
-) -> None:
+def test_other_settings_never_pick_up_a_checkpoint(woven: Woven, tmp_path: Path, other: dict[str, Any]) -> None:
     with pytest.raises(Killed):
         run(woven, tmp_path, work_folder=tmp_path / "work", log=stop_at(7), log_every=1, checkpoint_every=3)
     steps: list[int] = []
@@ -527,9 +515,7 @@ def test_a_torn_checkpoint_is_refused(woven: Woven, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoiled", ["loss", "gradient"])
-def test_numbers_that_are_not_finite_name_the_step_and_the_chunks(
-    woven: Woven, tmp_path: Path, spoiled: str
-) -> None:
+def test_numbers_that_are_not_finite_name_the_step_and_the_chunks(woven: Woven, tmp_path: Path, spoiled: str) -> None:
     checkpoints = Checkpoints(tmp_path, "fingerprint")
     trainer = make_trainer(woven, checkpoints=checkpoints)
     trainer.step(trainer.batches(0))
