@@ -43,17 +43,17 @@ class ModelConfig(Config, section="model"):
     enc_depth: int = setting(1, minimum=1)
     enc_cross_attn_layers: tuple[int, ...] | None = setting(None, minimum=1)  # None: every layer
     dec_dim: int = setting(256, minimum=1)
-    dec_depth: int = setting(4, minimum=1)
-    dec_cross_attn_layers: tuple[int, ...] = setting((2, 4), minimum=1)
+    dec_depth: int = setting(3, minimum=1)
+    dec_cross_attn_layers: tuple[int, ...] = setting((2, 3), minimum=1)
     heads: int = setting(4, minimum=1)
-    dim_head: int = setting(64, minimum=2)
+    dim_head: int = setting(32, minimum=2)
     enc_attn_dropout: float = setting(0.0, minimum=0.0, below=1.0)
     enc_ff_dropout: float = setting(0.0, minimum=0.0, below=1.0)
     dec_attn_dropout: float = setting(0.0, minimum=0.0, below=1.0)
     dec_ff_dropout: float = setting(0.0, minimum=0.0, below=1.0)
     gated_rmsnorm: bool = setting(False)
     use_deepnet: bool = setting(False)
-    tie_embeddings: bool = setting(True)
+    tie_embeddings: bool = setting(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
