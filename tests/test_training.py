@@ -134,7 +134,7 @@ def test_every_setting_of_the_network_reaches_it() -> None:
         dec_ff_dropout=0.4,
         gated_rmsnorm=True,
         use_deepnet=True,
-        tie_embeddings=False,
+        tie_embeddings=True,
     )
     plain = ModelConfig()
     names = [field.name for field in dataclasses.fields(config)]
