@@ -163,7 +163,8 @@ def _table(table: Table) -> str:
 # ---- charts ----------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 390, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 46
+RIGHT, TOP, BOTTOM = 12, 12, 46
+AXIS_TITLE, DIGIT = 24, 7  # room for the vertical axis' title, and for each character of its numbers
 
 
 def _charts(charts: Sequence[Chart]) -> Iterator[str]:
@@ -185,19 +186,21 @@ def chart_svg(chart: Chart) -> str:
     """The chart's lines and axes, colored by the page's style."""
     found = [value for line in chart.series for value in line.values]
     ticks = axis_ticks(min(found), max(found))
-    step = (WIDTH - LEFT - RIGHT) / len(chart.places)
+    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    numbers = [f"{tick:.{digits}f}" for tick in ticks]
+    left = AXIS_TITLE + DIGIT * max(map(len, numbers))
+    step = (WIDTH - left - RIGHT) / len(chart.places)
 
     def x(place: int) -> float:
-        return LEFT + step * (place + 0.5)
+        return left + step * (place + 0.5)
 
     def y(value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - ticks[0]) / (ticks[-1] - ticks[0]))
 
-    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{safe(chart.title)}">']
-    for tick in ticks:
-        parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="end" x="{LEFT - 6}" y="{y(tick) + 4:.1f}">{tick:.{digits}f}</text>')
+    for tick, number in zip(ticks, numbers, strict=True):
+        parts.append(f'<path class="grid" d="M{left} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text class="end" x="{left - 6}" y="{y(tick) + 4:.1f}">{number}</text>')
     for place, label in enumerate(chart.places):
         parts.append(f'<text class="middle" x="{x(place):.1f}" y="{HEIGHT - BOTTOM + 18}">{safe(label)}</text>')
     for line in chart.series:
@@ -205,7 +208,7 @@ def chart_svg(chart: Chart) -> str:
         path = "L".join(f"{across:.1f} {down:.1f}" for across, down in points)
         parts.append(f'<path class="line s{line.color}" d="M{path}"/>')
         parts.extend(f'<circle class="dot s{line.color}" cx="{a:.1f}" cy="{d:.1f}" r="3"/>' for a, d in points)
-    middle = (LEFT + WIDTH - RIGHT) / 2
+    middle = (left + WIDTH - RIGHT) / 2
     parts.append(f'<text class="middle" x="{middle:.1f}" y="{HEIGHT - 6}">{safe(chart.x_label)}</text>')
     height = (TOP + HEIGHT - BOTTOM) / 2
     turned = f"translate(11 {height:.1f}) rotate(-90)"

@@ -33,8 +33,9 @@ def main() -> None:
             device=resolve_device(params.runtime.device).type,
             batch_size=params.runtime.evaluate_batch_size,
         )
+        run.log_metrics(result.timings)
         for place in (run, model_run):  # the child has every evaluation, the model's own run the newest
-            place.log_metrics({**result.metrics, **result.timings})
+            place.log_metrics(result.metrics)
             place.log_folder(plots, "evaluate")
             place.log_file(report, "evaluate")
     record_timing("evaluate.scoring", **result.timings)
