@@ -565,7 +565,7 @@ def test_it_learns_to_use_what_it_retrieves(tmp_path: Path) -> None:
         woven.neighbors,
         woven.tokenizer,
         ModelConfig(enc_dim=64, dec_dim=64, dec_depth=2, dec_cross_attn_layers=(1, 2), heads=2, dim_head=32),
-        dataclasses.replace(TRAIN, steps=300, batch_size=8, lr=4e-3, warmup=30, validate_every=300),
+        dataclasses.replace(TRAIN, steps=500, batch_size=16, lr=4e-3, warmup=30, validate_every=500),
         knn=2,
         seq_len=128,
         seed=0,
