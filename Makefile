@@ -53,7 +53,7 @@ lock: install  ## resolve pyproject.toml anew into requirements.lock
 	@echo "# The versions that the tests ran with, for Python 3.10 - 3.12. Written by 'make lock'; do not edit." > requirements.lock.partial
 	# torch brings the CUDA packages that its build wants, so that the lock need not name them.
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --fork-strategy requires-python \
-		--no-emit-find-links --no-emit-index-url --no-header --no-annotate --quiet \
+		--no-header --no-annotate --quiet \
 		| grep -v -E '^(nvidia-|cuda-|triton=)' | sed 's/+cpu//' >> requirements.lock.partial
 	mv requirements.lock.partial requirements.lock
 
