@@ -216,7 +216,8 @@ class Artifact:
         """Opens the artifact in `folder`, which must be of the given kind.
 
         With `verify` every file is read once and compared with its sha256, which costs about a
-        second a gigabyte; without, sizes and shapes are still checked.
+        second a gigabyte. Without, a shard that is cut short or of another shape or type is still
+        refused when it is read; bytes that were changed or added are not noticed.
 
         Raises MissingArtifactError, DamagedArtifactError, or MismatchError for another kind or
         version.

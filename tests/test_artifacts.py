@@ -115,11 +115,9 @@ def test_every_fault_in_a_file_is_refused(tmp_path: Path, name: str, fault: obje
         Artifact.open(tmp_path / "a", "chunks")
 
 
-@pytest.mark.parametrize("fault", [truncate, extend])
-def test_a_torn_shard_is_refused_even_where_bytes_were_not_verified(tmp_path: Path, fault: object) -> None:
+def test_a_torn_shard_is_refused_even_where_bytes_were_not_verified(tmp_path: Path) -> None:
     write(tmp_path / "a")
-    with (tmp_path / "a" / "tokens-00000.npy").open("r+b") as stream:
-        stream.truncate(140)
+    os.truncate(tmp_path / "a" / "tokens-00000.npy", 140)
     array = Artifact.open(tmp_path / "a", "chunks", verify=False)["tokens"]
     with pytest.raises(DamagedArtifactError, match="tokens-00000.npy"):
         array[0]
