@@ -17,6 +17,7 @@ Equal input gives equal bytes: no clock, host name or absolute path goes in.
 """
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -36,6 +37,10 @@ from retro_model.errors import DamagedArtifactError, MismatchError, MissingArtif
 DESCRIPTION = "artifact.json"
 VERSION = 1
 ROWS_PER_SHARD = 1 << 18
+
+# Shards that are made one by one, each a unit of resuming and of distributing: small, but not too many.
+LEAST_ROWS_PER_PART = 1 << 12
+MOST_PARTS = 1 << 12
 
 # Chunks, embeddings and neighbors are three artifacts each, in folders of these names.
 SPLITS = ("train", "valid", "test")
@@ -111,6 +116,24 @@ def _digest(stream: Any) -> str:
     return digest.hexdigest()
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Makes `target` a hard link to `source`, or a copy where the file system has no such links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target)
+
+
+def rows_per_part(rows: int) -> int:
+    """How many of `rows` rows one part of the work has: a power of two, and the same for equal `rows`."""
+    size = LEAST_ROWS_PER_PART
+    while size * MOST_PARTS < rows:
+        size *= 2
+    return size
+
+
 class ArtifactWriter:
     """Writes an artifact into a new folder, shard by shard; memory holds one shard at the most.
 
@@ -154,6 +177,23 @@ class ArtifactWriter:
             start = stop
             if self._pending_rows == self.rows_per_shard:
                 self._write_shard()
+
+    def adopt(self, part: "Artifact") -> None:
+        """Adds all rows of an artifact of one shard, by hard links to its files where the disk allows it.
+
+        All but the last one adopted have `rows_per_shard` rows.
+        """
+        assert self._rows % self.rows_per_shard == 0 and not self._pending_rows, "only full shards lie before another"
+        assert part.kind == self.kind and part.rows <= self.rows_per_shard, (part.kind, part.rows)
+        number = self._rows // self.rows_per_shard
+        for name, array in part.arrays.items():
+            known = self._arrays.setdefault(name, array)
+            assert known == array, (name, known, array)
+            for path in part[name].paths:  # one, or none of no rows
+                file = _shard_name(name, number)
+                link_or_copy(path, self.folder / file)
+                self._files[file] = part.files[path.name]
+        self._rows += part.rows
 
     def add_file(self, name: str) -> None:
         """Counts a file that the caller wrote below the folder (`/` in names) as part of the artifact."""
@@ -206,9 +246,10 @@ class Artifact:
         self.facts: Mapping[str, Any] = description["facts"]
         self.rows: int = description["rows"]
         self.files: Mapping[str, str] = description["sha256"]
+        self.arrays: Mapping[str, dict[str, Any]] = description["arrays"]  # dtype and shape of a row
         self._arrays = {
             name: ShardedArray(folder, name, self.rows, description["rows_per_shard"], array)
-            for name, array in description["arrays"].items()
+            for name, array in self.arrays.items()
         }
 
     @classmethod

@@ -12,30 +12,32 @@ a label only: it never makes a chunk of its own, which would equal every other d
         artifact.json         chunk length, special ids, the tokenizer's fingerprint, counts
 """
 
+import hashlib
 import json
-import queue
-import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from retro_model.ahead import ahead
 from retro_model.artifacts import SPLITS, Artifact, ArtifactWriter, whole_folder
 from retro_model.documents import Corpus, CorpusConfig, Document
+from retro_model.engine import Engine, Part, work_or_temporary
 from retro_model.errors import DocumentError
 from retro_model.tokenizer import Encoded, Tokenizer
 
 TABLE = "documents.jsonl"
 BATCH_CHARACTERS = 1 << 21  # of text in memory at once, unless one document is longer
 BATCH_DOCUMENTS = 1 << 12
+PART_CHARACTERS = 1 << 24  # of text that one part of the work has, a few seconds of it
+PART_DOCUMENTS = 1 << 17
 ROWS_PER_SHARD = 1 << 18
-
-Item = TypeVar("Item")
 
 
 class Chunks(NamedTuple):
@@ -77,68 +79,128 @@ def _bytes_of_labels(
     return sizes
 
 
-class _SplitWriter:
-    """The chunk artifact of one split while it grows."""
+@dataclass(frozen=True)
+class ChunkJob:
+    """Turns documents into chunk rows, a batch of documents a part; see retro_model.engine.
 
-    def __init__(self, folder: Path, vocab_size: int, num_documents: int) -> None:
-        self.writer = ArtifactWriter(folder, "chunks", ROWS_PER_SHARD)
-        self.totals: Counter[str] = Counter()
-        self._token_type = np.uint16 if vocab_size <= 1 << 16 else np.int32
-        self._id_type = np.int32 if num_documents < 1 << 31 else np.int64
+    A part holds the rows of all splits in reading order, with the split of each row.
+    """
 
-    def __enter__(self) -> "_SplitWriter":
-        self.writer.__enter__()
-        self._table = (self.writer.folder / TABLE).open("w", encoding="utf-8", newline="\n")
+    tokenizer: Path
+    chunk_size: int
+    num_documents: int
+    kind: ClassVar[str] = "chunks"
+
+    def open(self) -> Tokenizer:
+        """The tokenizer."""
+        return Tokenizer.open(self.tokenizer)
+
+    def facts(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """What whoever reads the rows must know."""
+        return {"chunk_size": self.chunk_size, **tokenizer.facts(), "tokenizer": tokenizer.fingerprint}
+
+    def make(self, tokenizer: Tokenizer, folder: Path, documents: list[Document], digest: str) -> Iterator[int]:
+        """The rows of the documents that have a token, and what is to say of them."""
+        token_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+        id_type = np.int32 if self.num_documents < 1 << 31 else np.int64
+        totals = {split: Counter[str]() for split in SPLITS}
+        with ArtifactWriter(folder, self.kind) as writer, _Table(folder) as table:
+            for batch, encoded in ahead(_encode(_batches(documents, BATCH_CHARACTERS, BATCH_DOCUMENTS), tokenizer)):
+                chunks = cut(encoded, self.chunk_size, tokenizer.pad_id, tokenizer.begin_id, tokenizer.end_id)
+                places = np.array([SPLITS.index(document.split) for document in batch], np.uint8)
+                kept = np.diff(encoded.starts) > 0
+                rows = np.repeat(kept, chunks.counts)
+                writer.append(
+                    tokens=chunks.rows[rows].astype(token_type),
+                    documents=np.repeat(np.array([document.number for document in batch], id_type), chunks.counts)[
+                        rows
+                    ],
+                    bytes=chunks.bytes[rows],
+                    splits=np.repeat(places, chunks.counts)[rows],
+                )
+                for place in np.flatnonzero(kept):
+                    table.write(_entry(batch[place], encoded, chunks, place))
+                for split, total in totals.items():
+                    _count(total, encoded, chunks, kept, places == SPLITS.index(split))
+                yield len(batch)
+            table.close()
+            writer.add_file(TABLE)
+            writer.facts.update(**self.facts(tokenizer), texts=digest, totals=totals)
+
+
+class _Table:
+    """The file of documents, while it is written: a line of JSON each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / TABLE
+
+    def __enter__(self) -> "_Table":
+        self._stream = self._path.open("w", encoding="utf-8", newline="\n")
         return self
 
-    def append(
-        self, documents: Sequence[Document], encoded: Encoded, chunks: Chunks, chosen: npt.NDArray[np.bool_]
-    ) -> None:
-        """Adds the chosen documents of a batch; those without a single token are counted and left out."""
-        lengths = np.diff(encoded.starts)
-        kept = chosen & (lengths > 0)
-        self._list_documents(documents, encoded, chunks, np.flatnonzero(kept))
-        rows = np.repeat(kept, chunks.counts)
-        numbers = np.array([document.number for document in documents], self._id_type)
-        self.writer.append(
-            tokens=chunks.rows[rows].astype(self._token_type),
-            documents=np.repeat(numbers, chunks.counts)[rows],
-            bytes=chunks.bytes[rows],
-        )
-        self.totals.update(
-            documents=int(kept.sum()),
-            chunks=int(rows.sum()),
-            tokens=int(lengths[kept].sum()),
-            bytes=int(encoded.sizes[kept].sum()),
-            lossy_documents=int(encoded.lossy[kept].sum()),
-            without_tokens=int((chosen & ~kept).sum()),
-        )
+    def write(self, entry: dict[str, Any]) -> None:
+        """Adds a document."""
+        self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
-    def _list_documents(
-        self, documents: Sequence[Document], encoded: Encoded, chunks: Chunks, places: npt.NDArray[np.int64]
-    ) -> None:
-        first = self.writer.rows
-        for place in places:
-            num_chunks = int(chunks.counts[place])
-            entry = {
-                "document": documents[place].number,
-                "source": documents[place].source,
-                "record": documents[place].record,
-                "first_chunk": first,
-                "chunks": num_chunks,
-                "tokens": int(encoded.starts[place + 1] - encoded.starts[place]),
-                "bytes": int(encoded.sizes[place]),
-            }
-            self._table.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            first += num_chunks
+    def close(self) -> None:
+        """Ends the file; the table must be whole before its digest is taken."""
+        self._stream.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._table.close()
-        if error is None:
-            self.writer.add_file(TABLE)
-        self.writer.__exit__(kind, error, trace)
+        self.close()
+
+
+def _entry(document: Document, encoded: Encoded, chunks: Chunks, place: int) -> dict[str, Any]:
+    return {
+        "document": document.number,
+        "source": document.source,
+        "record": document.record,
+        "chunks": int(chunks.counts[place]),
+        "tokens": int(encoded.starts[place + 1] - encoded.starts[place]),
+        "bytes": int(encoded.sizes[place]),
+        "split": document.split,
+    }
+
+
+def _count(
+    total: Counter[str],
+    encoded: Encoded,
+    chunks: Chunks,
+    kept: npt.NDArray[np.bool_],
+    chosen: npt.NDArray[np.bool_],
+) -> None:
+    """Adds the chosen documents of a batch; those without a single token are counted and left out."""
+    counted = kept & chosen
+    total.update(
+        documents=int(counted.sum()),
+        chunks=int(chunks.counts[counted].sum()),
+        tokens=int(np.diff(encoded.starts)[counted].sum()),
+        bytes=int(encoded.sizes[counted].sum()),
+        lossy_documents=int(encoded.lossy[counted].sum()),
+        without_tokens=int((chosen & ~kept).sum()),
+    )
+
+
+class _SplitWriter:
+    """The chunk artifact of one split, gathered from the parts."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.split = split
+        self.writer = ArtifactWriter(folder, "chunks", ROWS_PER_SHARD)
+        self.table = _Table(folder)
+        self.totals: Counter[str] = Counter()
+
+    def append(self, part: Artifact, entries: list[dict[str, Any]]) -> None:
+        """Adds what a part has of this split."""
+        first = self.writer.rows
+        for entry in entries:
+            self.table.write({**entry, "first_chunk": first})
+            first += entry["chunks"]
+        rows = part["splits"][:] == SPLITS.index(self.split)
+        self.writer.append(**{name: part[name][:][rows] for name in ("tokens", "documents", "bytes")})
+        self.totals.update(part.facts["totals"][self.split])
 
 
 def make_chunks(
@@ -147,48 +209,66 @@ def make_chunks(
     tokenizer_folder: Path,
     chunk_size: int,
     folder: Path,
+    *,
+    engine: Engine | None = None,
+    work_folder: Path | None = None,
 ) -> dict[str, float]:
     """Writes the chunk artifacts of all splits below `folder` and returns the counts of what was done.
 
-    Memory is that of a few batches, however large the corpus is. Raises DocumentError where a split has
-    no document to cut.
+    Memory is that of a few batches, however large the corpus is. `engine` changes speed only; what was
+    finished before a kill is found again in `work_folder`.
+
+    Raises DocumentError where a split has no document to cut.
     """
-    tokenizer = Tokenizer.open(tokenizer_folder)
+    name = Tokenizer.open(tokenizer_folder).name
     corpus = Corpus(documents, corpus_config)
-    with whole_folder(folder) as whole:
-        totals = chunk_documents(corpus, tokenizer, chunk_size, whole)
+    job = ChunkJob(tokenizer_folder.absolute(), chunk_size, corpus.num_readable)
+    with (
+        work_or_temporary(work_folder, folder) as work,
+        whole_folder(folder) as whole,
+        (engine or Engine()).open(job) as running,
+    ):
+        totals = _gather(running.make(ahead(_parts(corpus)), work), whole, running.facts, f"{corpus.path}", name)
     for line in corpus.report.lines():
         print(line, flush=True)
     return _metrics(corpus, totals, chunk_size)
 
 
-def chunk_documents(corpus: Corpus, tokenizer: Tokenizer, chunk_size: int, folder: Path) -> dict[str, Counter[str]]:
+def _parts(corpus: Corpus) -> Iterator[Part]:
+    for number, batch in enumerate(_batches(corpus.documents(), PART_CHARACTERS, PART_DOCUMENTS)):
+        digest = hashlib.blake2b(digest_size=16)
+        for document in batch:
+            digest.update(json.dumps(document).encode())
+        yield Part(f"part-{number:06d}", (batch, digest.hexdigest()), {"texts": digest.hexdigest()})
+
+
+def _gather(
+    parts: Iterator[Artifact], folder: Path, facts: dict[str, Any], where: str, tokenizer: str
+) -> dict[str, Counter[str]]:
     """Writes folder/train, folder/valid and folder/test; counts by split."""
     with ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(_SplitWriter(folder / split, tokenizer.vocab_size, corpus.num_readable))
-            for split in SPLITS
-        }
-        for documents, encoded in _ahead(_encode(_ahead(_batches(corpus.documents())), tokenizer)):
-            chunks = cut(encoded, chunk_size, tokenizer.pad_id, tokenizer.begin_id, tokenizer.end_id)
-            splits = np.array([document.split for document in documents])
+        writers = {split: _SplitWriter(folder / split, split) for split in SPLITS}
+        for writer in writers.values():
+            stack.enter_context(writer.writer)
+            stack.enter_context(writer.table)
+        for part in parts:
+            entries: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+            with (part.folder / TABLE).open(encoding="utf-8") as table:
+                for line in table:
+                    entry = json.loads(line)
+                    entries[entry.pop("split")].append(entry)
             for split, writer in writers.items():
-                writer.append(documents, encoded, chunks, splits == split)
+                writer.append(part, entries[split])
         for split, writer in writers.items():
             if not writer.totals["chunks"]:
                 raise DocumentError(
-                    f"{corpus.path}: the tokenizer {tokenizer.name} finds no token in the documents of "
-                    f"{split}; add documents or choose another tokenizer.name"
+                    f"{where}: the tokenizer {tokenizer} finds no token in the documents of {split}; "
+                    "add documents or choose another tokenizer.name"
                 )
-            writer.writer.facts.update(
-                split=split,
-                chunk_size=chunk_size,
-                **tokenizer.facts(),
-                tokenizer=tokenizer.fingerprint,
-                documents=writer.totals["documents"],
-                bytes=writer.totals["bytes"],
-                lossy_documents=writer.totals["lossy_documents"],
-            )
+            writer.table.close()
+            writer.writer.add_file(TABLE)
+            counts = {name: writer.totals[name] for name in ("documents", "bytes", "lossy_documents")}
+            writer.writer.facts.update(split=split, **facts, **counts)
     return {split: writer.totals for split, writer in writers.items()}
 
 
@@ -208,11 +288,13 @@ def _metrics(corpus: Corpus, totals: dict[str, Counter[str]], chunk_size: int) -
     return figures
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _batches(
+    documents: Iterable[Document], most_characters: int, most_documents: int = BATCH_DOCUMENTS
+) -> Iterator[list[Document]]:
     batch: list[Document] = []
     characters = 0
     for document in documents:
-        if batch and (characters + len(document.text) > BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS):
+        if batch and (characters + len(document.text) > most_characters or len(batch) == most_documents):
             yield batch
             batch, characters = [], 0
         batch.append(document)
@@ -224,47 +306,6 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def _encode(batches: Iterable[list[Document]], tokenizer: Tokenizer) -> Iterator[tuple[list[Document], Encoded]]:
     for batch in batches:
         yield batch, tokenizer.encode_batch([document.text for document in batch])
-
-
-def _ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The same items, the next one made in a thread while this one is used.
-
-    Reading, checking and cutting are Python, encoding is not: side by side they use the cores that it leaves.
-    """
-    handover: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=1)
-    stop = threading.Event()
-    finished = object()
-
-    def put(item: Any, error: BaseException | None = None) -> None:
-        while not stop.is_set():
-            try:
-                return handover.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
-
-    def make() -> None:
-        try:
-            for item in items:
-                put(item)
-                if stop.is_set():
-                    return
-            put(finished)
-        except BaseException as error:  # raised again where the items are used
-            put(finished, error)
-
-    thread = threading.Thread(target=make, name="documents", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = handover.get()
-            if error is not None:
-                raise error
-            if item is finished:
-                return
-            yield item
-    finally:
-        stop.set()
-        thread.join()
 
 
 class Place(NamedTuple):

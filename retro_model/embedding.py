@@ -17,28 +17,26 @@ import importlib
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from retro_model.artifacts import SPLITS, Artifact, ArtifactWriter, whole_folder
+from retro_model.ahead import ahead
+from retro_model.artifacts import SPLITS, Artifact, ArtifactWriter, rows_per_part, whole_folder
 from retro_model.chunking import chunk_text
 from retro_model.config import Config, setting
 from retro_model.devices import resolve_device, resolve_number_type
+from retro_model.engine import Engine, row_parts, work_or_temporary
 from retro_model.errors import ConfigError, SourceError
 from retro_model.progress import Progress
 from retro_model.tokenizer import Tokenizer
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 NUMBER_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -345,7 +343,7 @@ def embed_rows(
     def prepare(first: int) -> Tokenized:
         return encoder.tokenize(chunk_text(tokenizer, tokens[first : min(first + size, stop)][:, :-1]))
 
-    for tokenized in _one_ahead(prepare, range(start, stop, size)):
+    for tokenized in ahead(map(prepare, range(start, stop, size))):
         yield stored_vectors(encoder.vectors(tokenized), encoder), tokenized.num_truncated
 
 
@@ -364,17 +362,49 @@ def stored_vectors(vectors: npt.NDArray[np.float32], encoder: Encoder) -> npt.ND
     return halves
 
 
-def _one_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yields function(item) for each item, at work on the next one while the caller uses this one."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = None
-        for item in items:
-            following = pool.submit(function, item)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
+class _Opened(NamedTuple):
+    encoder: Encoder
+    tokenizer: Tokenizer
+    splits: dict[str, Artifact]
+
+
+@dataclass(frozen=True)
+class EmbedJob:
+    """Embeds ranges of chunks; see retro_model.engine."""
+
+    chunks: Path
+    tokenizer: Path
+    config: EmbedConfig
+    device: str
+    batch_size: int | None
+    kind: ClassVar[str] = "embeddings"
+
+    def open(self) -> _Opened:
+        """Encoder, tokenizer and chunks."""
+        tokenizer = Tokenizer.open(self.tokenizer)
+        splits = {
+            split: Artifact.open(self.chunks / split, "chunks", verify=False).require(tokenizer=tokenizer.fingerprint)
+            for split in SPLITS
+        }
+        encoder = Encoder.open(self.config, splits["train"].facts["chunk_size"], self.device, self.batch_size)
+        return _Opened(encoder, tokenizer, splits)
+
+    def facts(self, opened: _Opened) -> dict[str, Any]:
+        """What makes a vector, and the kind of device that made it: another one rounds differently."""
+        return {**opened.encoder.facts(), "device": opened.encoder.device.type}
+
+    def make(self, opened: _Opened, folder: Path, split: str, start: int, stop: int) -> Iterator[int]:
+        """The vectors of chunks `start` to `stop` of a split."""
+        encoder, tokenizer, splits = opened
+        num_truncated = 0
+        with ArtifactWriter(folder, self.kind, max(stop - start, 1)) as writer:
+            for vectors, truncated in embed_rows(encoder, tokenizer, splits[split], start, stop):
+                writer.append(vectors=vectors)
+                num_truncated += truncated
+                yield len(vectors)
+            if start == stop:  # a split without chunks still has an array, of no rows
+                writer.append(vectors=np.empty((0, encoder.dim), dtype=np.float16))
+            writer.facts.update(chunks=splits[split].fingerprint, **self.facts(opened), truncated_chunks=num_truncated)
 
 
 def make_embeddings(
@@ -385,48 +415,45 @@ def make_embeddings(
     *,
     batch_size: int | None = None,
     device: str = "auto",
+    engine: Engine | None = None,
+    work_folder: Path | None = None,
 ) -> dict[str, float]:
     """Writes the embeddings of every split's chunks below `out_folder` and returns what there is to say.
 
-    `batch_size` is in chunks (None: chosen by the device) and, like `device`, changes speed only.
+    `batch_size` is in chunks (None: chosen by the device) and, like `engine`, changes speed only. What was
+    finished before a kill is found again in `work_folder`.
 
     Raises MismatchError where the chunks are not of this tokenizer; SourceError and ConfigError as
     `Encoder.open` does.
     """
-    tokenizer = Tokenizer.open(tokenizer_folder)
-    splits = {
-        split: Artifact.open(chunks_folder / split, "chunks").require(tokenizer=tokenizer.fingerprint)
-        for split in SPLITS
-    }
-    encoder = Encoder.open(config, splits["train"].facts["chunk_size"], device, batch_size)
-    max_tokens = encoder.config.max_tokens
-    print(
-        f"embed: {encoder.name}, {encoder.dim} dimensions, on {encoder.device.type} "
-        f"in {encoder.config.number_type}, {max_tokens} tokens a chunk, {encoder.batch_size} chunks a batch",
-        flush=True,
-    )
-    total = sum(chunks.rows for chunks in splits.values())
-    num_truncated = 0
-    with whole_folder(out_folder) as folder, Progress("embed", total, "chunk") as bar:
+    splits = {split: Artifact.open(chunks_folder / split, "chunks") for split in SPLITS}
+    job = EmbedJob(chunks_folder.absolute(), tokenizer_folder.absolute(), config, device, batch_size)
+    total, num_truncated = sum(chunks.rows for chunks in splits.values()), 0
+    with (
+        work_or_temporary(work_folder, out_folder) as work,
+        whole_folder(out_folder) as folder,
+        (engine or Engine(device=device)).open(job) as running,
+        Progress("embed", total, "chunk") as bar,
+    ):
+        facts = running.facts
+        print(
+            f"embed: {facts['encoder_name']}, {facts['dim']} dimensions, on {facts['device']} in "
+            f"{facts['number_type']}, {facts['max_tokens']} tokens a chunk",
+            flush=True,
+        )
         for split, chunks in splits.items():
-            num_truncated += _write_embeddings(folder / split, encoder, tokenizer, chunks, bar)
+            with ArtifactWriter(folder / split, "embeddings", rows_per_part(chunks.rows)) as writer:
+                truncated = 0
+                parts = row_parts(split, chunks.rows, chunks=chunks.fingerprint)
+                for part in running.make(parts, work, bar):
+                    writer.adopt(part)
+                    truncated += part.facts["truncated_chunks"]
+                writer.facts.update(chunks=chunks.fingerprint, **facts, truncated_chunks=truncated)
+                num_truncated += truncated
     return {
         "vectors": total,
-        "dim": encoder.dim,
-        "padded_length": max_tokens,
+        "dim": facts["dim"],
+        "padded_length": facts["max_tokens"],
         "truncated_chunks": num_truncated,
         "truncated_share": num_truncated / max(total, 1),
     }
-
-
-def _write_embeddings(folder: Path, encoder: Encoder, tokenizer: Tokenizer, chunks: Artifact, bar: Progress) -> int:
-    num_truncated = 0
-    with ArtifactWriter(folder, "embeddings") as writer:
-        for vectors, truncated in embed_rows(encoder, tokenizer, chunks, 0, chunks.rows):
-            writer.append(vectors=vectors)
-            num_truncated += truncated
-            bar.update(len(vectors))
-        if not chunks.rows:  # a split without chunks still has an array, of no rows
-            writer.append(vectors=np.empty((0, encoder.dim), dtype=np.float16))
-        writer.facts.update(chunks=chunks.fingerprint, **encoder.facts(), truncated_chunks=num_truncated)
-    return num_truncated

@@ -9,13 +9,14 @@ visited, until there are enough or the whole database has been seen: -1 means th
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from retro_model.artifacts import SPLITS, Artifact, ArtifactWriter, ShardedArray, whole_folder
+from retro_model.artifacts import SPLITS, Artifact, ArtifactWriter, ShardedArray, rows_per_part, whole_folder
 from retro_model.config import Config, setting
+from retro_model.engine import Engine, row_parts, work_or_temporary
 from retro_model.index import SHAPING_FACTS, FloatArray, IdArray, Index, pair_distances, rounding_margin
 from retro_model.progress import Progress
 
@@ -122,6 +123,62 @@ def _parts(rows: IntArray, size: int) -> Iterator[IntArray]:
 # ---- the artifact --------------------------------------------------------------------------------------
 
 
+class _Opened(NamedTuple):
+    database: Database
+    chunks: dict[str, Artifact]
+    embeddings: dict[str, Artifact]
+
+
+@dataclass(frozen=True)
+class KnnJob:
+    """Searches for ranges of chunks; see retro_model.engine."""
+
+    embeddings: Path
+    index: Path
+    chunks: Path
+    config: NeighborsConfig
+    queries_per_batch: int
+    kind: ClassVar[str] = "neighbors"
+
+    def open(self) -> _Opened:
+        """The database, and what the queries are."""
+        chunks = {split: Artifact.open(self.chunks / split, "chunks", verify=False) for split in SPLITS}
+        embeddings = {split: Artifact.open(self.embeddings / split, "embeddings", verify=False) for split in SPLITS}
+        return _Opened(Database.open(embeddings["train"], Index.open(self.index), chunks["train"]), chunks, embeddings)
+
+    def facts(self, opened: _Opened) -> dict[str, Any]:
+        """What was searched, and how many are kept."""
+        database, chunks, _ = opened
+        return {
+            "database": chunks["train"].fingerprint,
+            "index": database.index.artifact.fingerprint,
+            "stored": self.config.stored,
+        }
+
+    def make(self, opened: _Opened, folder: Path, split: str, start: int, stop: int) -> Iterator[int]:
+        """The neighbors of chunks `start` to `stop` of a split."""
+        database, chunks, embeddings = opened
+        id_type = _id_type(database.index.rows)
+        with ArtifactWriter(folder, self.kind, max(stop - start, 1)) as writer:
+            for rows in _slices(start, stop, self.queries_per_batch):
+                queries = embeddings[split]["vectors"][rows].astype(np.float32)
+                documents = chunks[split]["documents"][rows]
+                ids, distances = database.nearest(queries, documents, self.config.stored)
+                writer.append(ids=ids.astype(id_type), distances=distances)
+                yield len(ids)
+            writer.facts.update(**self.facts(opened), **_of_split(chunks[split], embeddings[split]))
+
+
+def _of_split(chunks: Artifact, embeddings: Artifact) -> dict[str, Any]:
+    return {"chunks": chunks.fingerprint, "embeddings": embeddings.fingerprint}
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Slices of `size` rows; one of none where there are none, so that the array is written all the same."""
+    for first in range(start, max(stop, start + 1), size):
+        yield slice(first, min(first + size, stop))
+
+
 def make_neighbors(
     embeddings_folder: Path,
     index_folder: Path,
@@ -130,8 +187,13 @@ def make_neighbors(
     out_folder: Path,
     *,
     queries_per_batch: int = QUERIES_PER_BATCH,
+    engine: Engine | None = None,
+    work_folder: Path | None = None,
 ) -> dict[str, float]:
     """Writes the neighbors of every split's chunks in the train chunks, and returns what there is to say.
+
+    `queries_per_batch` and `engine` change speed only. What was finished before a kill is found again in
+    `work_folder`.
 
     Raises MismatchError where chunks, embeddings and index were not made from one another.
     """
@@ -140,33 +202,30 @@ def make_neighbors(
     shaping = {name: embeddings["train"].facts[name] for name in SHAPING_FACTS}
     for split in SPLITS:
         embeddings[split].require(chunks=chunks[split].fingerprint, **shaping)
-    database = Database.open(embeddings["train"], Index.open(index_folder), chunks["train"])
-    counts = {split: _Counts(chunks["train"]["tokens"]) for split in SPLITS}
+    job = KnnJob(
+        embeddings_folder.absolute(), index_folder.absolute(), chunks_folder.absolute(), config, queries_per_batch
+    )
     total = sum(artifact.rows for artifact in chunks.values())
-    with whole_folder(out_folder) as folder, Progress("knn", total, "chunk") as bar:
+    metrics: dict[str, float] = {}
+    with (
+        work_or_temporary(work_folder, out_folder) as work,
+        whole_folder(out_folder) as folder,
+        (engine or Engine()).open(job) as running,
+        Progress("knn", total, "chunk") as bar,
+    ):
         for split in SPLITS:
-            with ArtifactWriter(folder / split, "neighbors") as writer:
-                writer.facts.update(
-                    chunks=chunks[split].fingerprint,
-                    database=chunks["train"].fingerprint,
-                    index=database.index.artifact.fingerprint,
-                    embeddings=embeddings[split].fingerprint,
-                    stored=config.stored,
-                )
-                for rows in _slices(chunks[split].rows, queries_per_batch):
-                    queries = embeddings[split]["vectors"][rows].astype(np.float32)
-                    documents = chunks[split]["documents"][rows]
-                    ids, distances = database.nearest(queries, documents, config.stored)
-                    writer.append(ids=ids.astype(_id_type(database.index.rows)), distances=distances)
-                    counts[split].add(ids, distances, chunks[split]["tokens"][rows])
-                    bar.update(len(ids))
-    return {f"{split}_{name}": value for split in SPLITS for name, value in counts[split].summary().items()}
-
-
-def _slices(num_rows: int, size: int) -> Iterator[slice]:
-    """Slices of `size` rows; one of none where there are none, so that the array is written all the same."""
-    for start in range(0, max(num_rows, 1), size):
-        yield slice(start, start + size)
+            facts, rows = _of_split(chunks[split], embeddings[split]), chunks[split].rows
+            counts = _Counts(chunks["train"]["tokens"])
+            with ArtifactWriter(folder / split, "neighbors", rows_per_part(rows)) as writer:
+                start = 0
+                for part in running.make(row_parts(split, rows, **facts), work, bar):
+                    writer.adopt(part)
+                    tokens = chunks[split]["tokens"][start : start + part.rows]
+                    counts.add(part["ids"][:].astype(np.int64), part["distances"][:], tokens)
+                    start += part.rows
+                writer.facts.update(**running.facts, **facts)
+            metrics |= {f"{split}_{name}": value for name, value in counts.summary().items()}
+    return metrics
 
 
 def _id_type(num_rows: int) -> type[np.signedinteger[Any]]:

@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retro_model.ahead import ahead
 from retro_model.config import Config, setting
 from retro_model.dataset import NO_ROW, Batch, IntArray, PackedSequences
 from retro_model.devices import resolve_number_type
@@ -227,7 +227,7 @@ class Trainer:
         clock = _Clock(self.state)
         bar = Progress(title, self.config.steps, unit="step", done=self.state.step)
         with torch.random.fork_rng(), _StopSignals(self.checkpoints is not None) as stop, bar:
-            for batches in _ahead(self.batches, self.state.step, self.config.steps):
+            for batches in ahead(map(self.batches, range(self.state.step, self.config.steps))):
                 record = self.step(batches)
                 validates = self._done or self.state.step % self.config.validate_every == 0
                 if validates:
@@ -265,17 +265,6 @@ def _spread(rows: IntArray, count: int) -> IntArray:
     if count == 0 or count >= len(rows):
         return rows
     return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
-
-
-def _ahead(make: Callable[[int], list[Batch]], first: int, stop: int) -> Iterator[list[Batch]]:
-    """Yields make(first), ..., make(stop - 1); a thread makes the next while the last is in use."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
-        coming = pool.submit(make, first) if first < stop else None
-        for number in range(first, stop):
-            assert coming is not None
-            batches = coming.result()
-            coming = pool.submit(make, number + 1) if number + 1 < stop else None
-            yield batches
 
 
 def _row_range(rows: IntArray) -> str:

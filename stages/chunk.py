@@ -4,16 +4,25 @@ from pathlib import Path
 
 from retro_model.artifacts import write_json
 from retro_model.chunking import make_chunks
-from stages.harness import run_stage
+from stages.harness import run_stage, work_folder
 from stages.params import read_params
 
 
 def main() -> None:
     """Documents and tokenizer in, chunks and their counts out."""
-    params = read_params("documents", "corpus", "chunk_size")
-    metrics = make_chunks(
-        Path(params.documents), params.corpus, Path("data/tokenizer"), params.chunk_size, Path("data/chunks")
-    )
+    params = read_params("documents", "corpus", "chunk_size", "runtime")
+    tokenizer = Path("data/tokenizer")
+    tracked = {"documents": params.documents, "corpus": params.corpus, "chunk_size": params.chunk_size}
+    with work_folder("chunk", [tokenizer], tracked) as work:
+        metrics = make_chunks(
+            Path(params.documents),
+            params.corpus,
+            tokenizer,
+            params.chunk_size,
+            Path("data/chunks"),
+            engine=params.runtime.make_engine(),
+            work_folder=work,
+        )
     write_json(Path("metrics/chunk.json"), metrics)
 
 

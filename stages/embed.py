@@ -4,21 +4,25 @@ from pathlib import Path
 
 from retro_model.artifacts import write_json
 from retro_model.embedding import make_embeddings
-from stages.harness import run_stage
+from stages.harness import run_stage, work_folder
 from stages.params import read_params
 
 
 def main() -> None:
     """Chunks in, vectors out."""
     params = read_params("embed", "runtime")
-    metrics = make_embeddings(
-        Path("data/chunks"),
-        Path("data/tokenizer"),
-        params.embed,
-        Path("data/embeddings"),
-        batch_size=params.runtime.embed_batch_size,
-        device=params.runtime.device,
-    )
+    chunks, tokenizer = Path("data/chunks"), Path("data/tokenizer")
+    with work_folder("embed", [chunks, tokenizer], {"embed": params.embed}) as work:
+        metrics = make_embeddings(
+            chunks,
+            tokenizer,
+            params.embed,
+            Path("data/embeddings"),
+            batch_size=params.runtime.embed_batch_size or None,
+            device=params.runtime.device,
+            engine=params.runtime.make_engine(),
+            work_folder=work,
+        )
     write_json(Path("metrics/embed.json"), metrics)
 
 

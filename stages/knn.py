@@ -4,16 +4,24 @@ from pathlib import Path
 
 from retro_model.artifacts import write_json
 from retro_model.neighbors import make_neighbors
-from stages.harness import run_stage
+from stages.harness import run_stage, work_folder
 from stages.params import read_params
 
 
 def main() -> None:
     """Index, vectors and document ids in, neighbors out."""
-    params = read_params("neighbors")
-    metrics = make_neighbors(
-        Path("data/embeddings"), Path("data/index"), Path("data/chunks"), params.neighbors, Path("data/neighbors")
-    )
+    params = read_params("neighbors", "runtime")
+    embeddings, index, chunks = Path("data/embeddings"), Path("data/index"), Path("data/chunks")
+    with work_folder("knn", [embeddings, index, chunks], {"neighbors": params.neighbors}) as work:
+        metrics = make_neighbors(
+            embeddings,
+            index,
+            chunks,
+            params.neighbors,
+            Path("data/neighbors"),
+            engine=params.runtime.make_engine(),
+            work_folder=work,
+        )
     write_json(Path("metrics/knn.json"), metrics)
 
 

@@ -3,13 +3,18 @@ dvc.yaml does not track them: edit them freely, nothing runs again."""
 
 from dataclasses import dataclass
 
-from retro_model.config import Config, setting
+from retro_model.config import setting
+from retro_model.engine import Engine, EngineConfig
 
 
 @dataclass(frozen=True)
-class RuntimeConfig(Config, section="runtime"):
+class RuntimeConfig(EngineConfig, section="runtime"):
     """Where and in what portions to compute."""
 
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))
-    embed_batch_size: int = setting(32, minimum=1)
+    embed_batch_size: int = setting(0, minimum=0)
     evaluate_batch_size: int = setting(8, minimum=1)
+
+    def make_engine(self) -> Engine:
+        """Who makes the parts of the stages chunk, embed, index and knn."""
+        return Engine(self, self.device)

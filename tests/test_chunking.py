@@ -2,8 +2,6 @@
 
 import json
 import random
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +196,8 @@ def test_equal_inputs_give_equal_bytes_whatever_the_batches(
 ) -> None:
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
     monkeypatch.setattr(module, "BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(module, "PART_CHARACTERS", 5000)
+    monkeypatch.setattr(module, "PART_DOCUMENTS", 5)
     metrics = make_chunks(corpus, CONFIG, tokenizer.folder, 16, tmp_path / "chunks")
     assert metrics == made[1]
     assert files_of(tmp_path / "chunks") == files_of(made[0])
@@ -208,11 +208,13 @@ def test_equal_inputs_give_equal_bytes_whatever_the_batches(
 def test_ids_beyond_two_bytes_are_stored_in_four(
     tokenizer: Tokenizer, tmp_path: Path, vocab_size: int, expected: type
 ) -> None:
-    encoded = tokenizer.encode_batch(["text"])
+    tokenizer = Tokenizer.open(tokenizer.folder)
+    tokenizer.vocab_size = vocab_size
+    (tmp_path / "part").mkdir()
     documents = [Document(2**31 - 1, "a", None, "train", "text")]
-    with module._SplitWriter(tmp_path / "train", vocab_size, 2**31) as writer:
-        writer.append(documents, encoded, cut(encoded, 8, 0, 1, 2), np.array([True]))
-    chunks = Artifact.open(tmp_path / "train", "chunks")
+    job = module.ChunkJob(tokenizer.folder, 8, num_documents=2**31)
+    assert list(job.make(tokenizer, tmp_path / "part", documents, "digest")) == [1]
+    chunks = Artifact.open(tmp_path / "part", "chunks")
     assert (chunks["tokens"].dtype, chunks["documents"].dtype) == (expected, np.int64)
     assert chunks["documents"][0] == 2**31 - 1
 
@@ -314,45 +316,8 @@ def test_chunk_text_is_the_text_of_the_inputs_alone(tokenizer: Tokenizer) -> Non
     assert "\U0001f600" in "".join(found)
 
 
-# ---- the thread that reads ahead -----------------------------------------------------------------------
-
-
-def test_reading_ahead_changes_nothing_and_hands_errors_on() -> None:
-    assert list(module._ahead(range(1000))) == list(range(1000))
-
-    def broken() -> Iterator[int]:
-        yield 1
-        raise DocumentError("torn")
-
-    seen = []
-    with pytest.raises(DocumentError, match="torn"):
-        for item in module._ahead(broken()):
-            seen.append(item)
-    assert seen == [1]
-
-
-def test_reading_ahead_ends_with_its_reader() -> None:
-    threads = threading.active_count()
-    reader = module._ahead(iter(int, 1))  # endless
-    next(reader)
-    reader.close()  # type: ignore[attr-defined]
-    assert threading.active_count() == threads
-
-
-def test_no_more_than_one_batch_waits() -> None:
-    made_so_far = []
-
-    def items() -> Iterator[int]:
-        for number in range(100):
-            made_so_far.append(number)
-            yield number
-
-    for number in module._ahead(items()):
-        assert len(made_so_far) <= number + 4
-
-
 def test_batches_hold_little_text_at_once() -> None:
     documents = [Document(number, "a", None, "train", "x" * (1 << 19)) for number in range(20)]
-    batches = list(module._batches(iter(documents)))
+    batches = list(module._batches(iter(documents), 1 << 21, 100))
     assert [document for batch in batches for document in batch] == documents
     assert max(len(batch) for batch in batches) == 4

@@ -1,0 +1,208 @@
+"""Whoever makes the parts, the parts are the same, and a finished one is never made twice."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from retro_model.artifacts import Artifact, ArtifactWriter
+from retro_model.engine import Engine, EngineConfig, Part, make_part, row_parts, work_or_temporary
+from retro_model.errors import ConfigError, RetroError
+
+TESTS = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class SquareJob:
+    """Squares a range of numbers; writes down which process did it."""
+
+    diary: Path
+    offset: int = 0
+    seconds: float = 0.0
+    broken: str = ""  # what happens in the part that begins at 20
+    kind: ClassVar[str] = "embeddings"
+
+    def open(self) -> int:
+        if self.broken == "open":
+            raise RetroError("the settings are off")
+        with (self.diary / f"opened-{os.getpid()}").open("a") as stream:
+            stream.write("x")
+        return self.offset
+
+    def facts(self, opened: int) -> dict[str, Any]:
+        return {"offset": opened}
+
+    def make(self, opened: int, folder: Path, start: int, stop: int) -> Iterator[int]:
+        with (self.diary / f"made-{start}").open("a") as stream:
+            stream.write("x")
+        if start == 20 and self.broken == "user":
+            raise ConfigError("numbers: found 20, expected another")
+        if start == 20 and self.broken == "bug":
+            raise KeyError("a bug")
+        if start == 20 and self.broken == "death":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self.seconds)
+        with ArtifactWriter(folder, self.kind, 10) as writer:
+            writer.append(squares=np.arange(start, stop, dtype=np.int64) ** 2 + opened)
+            yield stop - start
+            writer.facts.update(self.facts(opened))
+
+
+PARTS = [Part(f"p-{start:02d}", (start, start + 10), {}) for start in range(0, 50, 10)]
+LOCAL = EngineConfig()
+ENGINES = [LOCAL, EngineConfig(workers=2)]
+
+
+def run(job: SquareJob, work: Path, config: EngineConfig = LOCAL, parts: list[Part] = PARTS) -> list[int]:
+    with Engine(config, "cpu").open(job) as running:
+        assert running.facts == {"offset": job.offset}
+        made = [part["squares"][:] for part in running.make(parts, work)]
+    return [int(x) for x in np.concatenate(made)]
+
+
+def times_made(diary: Path) -> list[int]:
+    return [len(path.read_text()) for path in sorted(diary.glob("made-*"))]
+
+
+@pytest.fixture
+def diary(tmp_path: Path) -> Path:
+    (tmp_path / "diary").mkdir()
+    return tmp_path / "diary"
+
+
+@pytest.mark.parametrize("config", ENGINES, ids=["here", "pool"])
+def test_parts_come_in_order_and_are_made_once(config: EngineConfig, diary: Path, tmp_path: Path) -> None:
+    expected = [x * x for x in range(50)]
+    assert run(SquareJob(diary), tmp_path / "work", config) == expected
+    assert run(SquareJob(diary), tmp_path / "work", config) == expected
+    assert times_made(diary) == [1] * 5
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == [part.name for part in PARTS]
+
+
+def test_a_pool_works_in_other_processes_and_opens_the_job_once_in_each(diary: Path, tmp_path: Path) -> None:
+    run(SquareJob(diary, seconds=0.3), tmp_path / "work", EngineConfig(workers=2))
+    opened = list(diary.glob("opened-*"))
+    assert len(opened) == 2 and diary / f"opened-{os.getpid()}" not in opened
+    assert all(path.read_text() == "x" for path in opened)
+
+
+def test_a_part_of_another_job_or_damaged_is_made_again(
+    diary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "work"
+    run(SquareJob(diary), work)
+    shard = work / "p-10" / "squares-00000.npy"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
+    assert run(SquareJob(diary), work) == [x * x for x in range(50)]
+    assert times_made(diary) == [1, 2, 1, 1, 1]
+    assert "p-10: made again" in capsys.readouterr().out
+    assert run(SquareJob(diary, offset=1), work) == [x * x + 1 for x in range(50)]
+    assert times_made(diary) == [2, 3, 2, 2, 2]
+
+
+def test_a_part_made_with_other_facts_than_asked_for_is_made_again(diary: Path, tmp_path: Path) -> None:
+    parts = [part._replace(facts={"offset": 0}) for part in PARTS]
+    run(SquareJob(diary), tmp_path / "work", parts=parts)
+    run(SquareJob(diary), tmp_path / "work", parts=parts)
+    assert times_made(diary) == [1] * 5
+
+
+@pytest.mark.parametrize("config", ENGINES, ids=["here", "pool"])
+def test_a_users_fault_in_a_part_is_told_as_it_is_and_costs_no_finished_part(
+    config: EngineConfig, diary: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="^numbers: found 20, expected another$"):
+        run(SquareJob(diary, broken="user"), tmp_path / "work", config)
+    with pytest.raises(KeyError, match="a bug"):
+        run(SquareJob(diary, broken="bug"), tmp_path / "work", config)
+    with pytest.raises(RetroError, match="the settings are off"):
+        run(SquareJob(diary, broken="open"), tmp_path / "work", config)
+    assert run(SquareJob(diary), tmp_path / "work", config) == [x * x for x in range(50)]
+    assert times_made(diary)[:2] == [1, 1]
+    assert not list((tmp_path / "work").glob("*.partial"))
+
+
+def test_a_worker_that_dies_is_an_error_that_says_how_to_go_on(diary: Path, tmp_path: Path) -> None:
+    with pytest.raises(RetroError, match=r"a worker process died .* run again"):
+        run(SquareJob(diary, broken="death"), tmp_path / "work", EngineConfig(workers=2))
+    assert run(SquareJob(diary), tmp_path / "work") == [x * x for x in range(50)]
+    assert times_made(diary)[0] == 1
+
+
+def test_what_a_kill_left_is_cleared_and_the_rest_goes_on(diary: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    program = f"""
+        import sys
+        sys.path.insert(0, {str(TESTS)!r})
+        from pathlib import Path
+        from test_engine import SquareJob, run
+        run(SquareJob(Path({str(diary)!r}), seconds=0.2), Path({str(work)!r}))
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], cwd=TESTS.parent)
+    deadline = time.monotonic() + 60
+    while not (work / PARTS[1].name).exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (work / "p-99.abc.partial").mkdir(exist_ok=True)
+    assert run(SquareJob(diary), work) == [x * x for x in range(50)]
+    assert times_made(diary)[:2] == [1, 1] and max(times_made(diary)) == 2
+    assert not list(work.glob("*.partial"))
+
+
+def test_two_processes_may_make_one_part_at_a_time(diary: Path, tmp_path: Path) -> None:
+    job = SquareJob(diary)
+    first = make_part(job, 0, tmp_path / "p-00", (0, 10))
+    next(first)
+    assert sum(make_part(job, 0, tmp_path / "p-00", (0, 10))) == 10
+    assert list(first) == []  # finds the part there, and drops its own
+    assert Artifact.open(tmp_path / "p-00", "embeddings").rows == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["diary", "p-00"]
+
+
+def test_no_more_parts_are_taken_than_workers_have_hands_for(diary: Path, tmp_path: Path) -> None:
+    taken = []
+
+    def parts() -> Iterator[Part]:
+        for part in PARTS:
+            taken.append(part.name)
+            yield part
+
+    with Engine(EngineConfig(), "cpu").open(SquareJob(diary)) as running:
+        for number, _ in enumerate(running.make(parts(), tmp_path / "work")):
+            assert len(taken) == number + 1
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4096, 4097, 20_000, 4096 * 4096 + 1, 30_000_000_000])
+def test_ranges_cover_all_rows_once(rows: int) -> None:
+    parts = list(row_parts("train", rows, chunks="abc"))
+    assert parts[0].arguments[1] == 0 and parts[-1].arguments[2] == rows
+    assert all(a.arguments[2] == b.arguments[1] for a, b in itertools.pairwise(parts))
+    sizes = [part.arguments[2] - part.arguments[1] for part in parts]
+    assert len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0] and len(parts) <= 4096
+    assert len({part.name for part in parts}) == len(parts) and parts[0].facts == {"chunks": "abc"}
+
+
+def test_without_a_folder_for_work_nothing_is_left(tmp_path: Path) -> None:
+    with work_or_temporary(None, tmp_path / "out") as work:
+        assert work.parent == tmp_path
+    assert not list(tmp_path.iterdir())
+    with work_or_temporary(tmp_path / "work", tmp_path / "out") as work:
+        assert work == tmp_path / "work"
+
+
+def test_ray_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, diary: Path, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"runtime.engine: ray needs Ray; run `pip install ray`"):
+        run(SquareJob(diary), tmp_path / "work", EngineConfig(engine="ray"))

@@ -1,0 +1,73 @@
+"""A Ray cluster of two nodes on this machine makes the same parts, also when a worker is killed in the middle."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_engine import PARTS, SquareJob, run, times_made
+
+from retro_model.engine import Engine, EngineConfig
+from retro_model.errors import ConfigError
+
+pytestmark = [pytest.mark.slow]
+ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+RAY = EngineConfig(engine="ray")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)]))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        nodes.add_node(num_cpus=1)
+        patch.setenv("RAY_ADDRESS", nodes.address)
+        ray.init(nodes.address, logging_level="ERROR", log_to_driver=False)
+        yield nodes
+        ray.shutdown()
+        nodes.shutdown()
+
+
+@pytest.fixture
+def diary(tmp_path: Path) -> Path:
+    (tmp_path / "diary").mkdir()
+    return tmp_path / "diary"
+
+
+def test_two_nodes_share_the_parts(cluster: Any, diary: Path, tmp_path: Path) -> None:
+    assert len([node for node in ray.nodes() if node["Alive"]]) == 2
+    assert run(SquareJob(diary, seconds=0.5), tmp_path / "work", RAY) == [x * x for x in range(50)]
+    assert times_made(diary) == [1] * 5
+    assert len(list(diary.glob("opened-*"))) >= 2
+
+
+def test_a_killed_worker_costs_its_part_only(cluster: Any, diary: Path, tmp_path: Path) -> None:
+    job = SquareJob(diary, seconds=1.0)
+    with Engine(RAY).open(job) as running:
+        killed = None
+        values: list[int] = []
+        for part in running.make(PARTS, tmp_path / "work"):
+            values += [int(x) for x in part["squares"][:]]
+            if killed is None:
+                time.sleep(0.3)
+                killed = max(diary.glob("opened-*"), key=lambda path: path.stat().st_mtime).name.partition("-")[2]
+                os.kill(int(killed), signal.SIGKILL)
+    assert values == [x * x for x in range(50)]
+    assert sum(times_made(diary)) == 6, "the part that the killed worker had in hands was made again, and no other"
+    assert len(list((tmp_path / "work").glob("p-??"))) == 5
+
+
+def test_a_users_fault_on_a_node_is_told_as_it_is(cluster: Any, diary: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="^numbers: found 20, expected another$"):
+        run(SquareJob(diary, broken="user"), tmp_path / "work", RAY)
+
+
+def test_more_than_the_cluster_has_is_refused(cluster: Any, diary: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"runtime.ray_cpus 64 and runtime.ray_gpus 0 are more than the cluster has"):
+        run(SquareJob(diary), tmp_path / "work", EngineConfig(engine="ray", ray_cpus=64))
