@@ -442,9 +442,9 @@ def make_embeddings(
             flush=True,
         )
         for split, chunks in splits.items():
-            with ArtifactWriter(folder / split, "embeddings", rows_per_part(chunks.rows)) as writer:
-                truncated = 0
-                parts = row_parts(split, chunks.rows, chunks=chunks.fingerprint)
+            size, truncated = rows_per_part(chunks.rows), 0
+            with ArtifactWriter(folder / split, "embeddings", size) as writer:
+                parts = row_parts(split, chunks.rows, size, chunks=chunks.fingerprint)
                 for part in running.make(parts, work, bar):
                     writer.adopt(part)
                     truncated += part.facts["truncated_chunks"]

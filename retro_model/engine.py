@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from retro_model.artifacts import DESCRIPTION, Artifact, rows_per_part
+from retro_model.artifacts import DESCRIPTION, Artifact
 from retro_model.config import Config, setting
 from retro_model.errors import ConfigError, DamagedArtifactError, MismatchError, RetroError
 from retro_model.progress import Progress
@@ -48,12 +48,11 @@ class Part(NamedTuple):
     facts: dict[str, Any]
 
 
-def row_parts(split: str, rows: int, **facts: Any) -> Iterator[Part]:
-    """Ranges of equally many rows of a split, the last one shorter; one of none where there are no rows.
+def row_parts(split: str, rows: int, size: int, **facts: Any) -> Iterator[Part]:
+    """Ranges of `size` rows of a split, the last one shorter; one of none where there are no rows.
 
     A job gets (split, start, stop).
     """
-    size = rows_per_part(rows)
     for number, start in enumerate(range(0, max(rows, 1), size)):
         yield Part(f"{split}-{number:05d}", (split, start, min(start + size, rows)), facts)
 
@@ -242,7 +241,8 @@ class _Pool:
             return facts
 
     def submit(self, folder: Path, arguments: tuple[Any, ...]) -> _Pending:
-        return self._wait(self._executor.submit(_make_in_worker, folder, arguments))
+        with _pool_errors():
+            return self._wait(self._executor.submit(_make_in_worker, folder, arguments))
 
     @staticmethod
     def _wait(future: "Future[int]") -> Iterator[int]:

@@ -16,13 +16,14 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from retro_model.artifacts import Artifact, ArtifactWriter, ShardedArray, whole_folder
 from retro_model.config import Config, setting
+from retro_model.engine import Engine, Part, row_parts, work_or_temporary
 from retro_model.errors import ArtifactError, ConfigError, DamagedArtifactError
 from retro_model.progress import Progress
 
@@ -38,6 +39,7 @@ RECALL_AT = 10  # neighbors a query that recall is measured by
 RECALL_QUERIES = 1000
 MIN_POINTS_PER_LIST = 39  # below, faiss calls a k-means clustering unreliable
 ROWS_PER_BLOCK = 65_536  # added to an index, or compared by brute force, at once
+ROWS_PER_ADDED_PART = 1 << 18  # of a large index, in one part of the work: many lists' worth of rows
 
 # What shapes a vector: the same in all embeddings that are compared with each other.
 SHAPING_FACTS = ("encoder", "pooling", "normalize", "max_tokens", "number_type", "dim")
@@ -233,10 +235,84 @@ def _no_blas() -> Iterator[None]:
 # ---- building ------------------------------------------------------------------------------------------
 
 
-def make_index(embeddings_folder: Path, config: IndexConfig, out_folder: Path) -> dict[str, float]:
+@dataclass(frozen=True)
+class TrainJob:
+    """Trains an empty index; see retro_model.engine."""
+
+    embeddings: Path
+    key: str
+    config: IndexConfig
+    kind: ClassVar[str] = "index"
+
+    def open(self) -> Artifact:
+        """The train vectors."""
+        return Artifact.open(self.embeddings, "embeddings", verify=False)
+
+    def facts(self, train: Artifact) -> dict[str, Any]:
+        """What it was trained on, and for."""
+        config = self.config
+        trained = {"key": self.key, "seed": config.seed, "train_points_per_list": config.train_points_per_list}
+        return {"embeddings": train.fingerprint, **trained}
+
+    def make(self, train: Artifact, folder: Path) -> Iterator[int]:
+        """The index without a vector in it."""
+        with ArtifactWriter(folder, self.kind) as writer:
+            index = _trained_index(train["vectors"], self.key, self.config)
+            import_faiss().write_index(index, str(folder / INDEX_FILE))
+            writer.add_file(INDEX_FILE)
+            writer.facts.update(self.facts(train))
+            yield 0
+
+
+class _Trained(NamedTuple):
+    train: Artifact
+    trained: Artifact
+
+
+@dataclass(frozen=True)
+class AddJob:
+    """Adds ranges of vectors to copies of a trained index; see retro_model.engine."""
+
+    embeddings: Path
+    trained: Path
+    kind: ClassVar[str] = "index"
+
+    def open(self) -> _Trained:
+        """The train vectors and the trained index."""
+        train = Artifact.open(self.embeddings, "embeddings", verify=False)
+        return _Trained(train, Artifact.open(self.trained, "index", verify=False))
+
+    def facts(self, opened: _Trained) -> dict[str, Any]:
+        """What was added to what."""
+        return {"embeddings": opened.train.fingerprint, "trained": opened.trained.fingerprint}
+
+    def make(self, opened: _Trained, folder: Path, split: str, start: int, stop: int) -> Iterator[int]:
+        """An index of rows `start` to `stop`, under their own numbers."""
+        faiss = import_faiss()
+        index, largest = faiss.read_index(str(opened.trained.folder / INDEX_FILE)), 0.0
+        with ArtifactWriter(folder, self.kind) as writer:
+            for first in range(start, stop, ROWS_PER_BLOCK):
+                block = opened.train["vectors"][first : min(first + ROWS_PER_BLOCK, stop)].astype(np.float32)
+                index.add_with_ids(block, np.arange(first, first + len(block)))
+                largest = max(largest, largest_square(block))
+                yield len(block)
+            faiss.write_index(index, str(folder / INDEX_FILE))
+            writer.add_file(INDEX_FILE)
+            writer.facts.update(**self.facts(opened), largest_norm=largest)
+
+
+def make_index(
+    embeddings_folder: Path,
+    config: IndexConfig,
+    out_folder: Path,
+    *,
+    engine: Engine | None = None,
+    work_folder: Path | None = None,
+) -> dict[str, float]:
     """Writes the index over the train embeddings to `out_folder` and returns what there is to say.
 
-    Recall is measured with the valid embeddings as queries, which are not in the index.
+    Recall is measured with the valid embeddings as queries, which are not in the index. `engine` changes
+    speed only; what was finished before a kill is found again in `work_folder`.
 
     Raises ConfigError where key, memory or recall cannot be had, MismatchError where the splits were
     embedded in different ways.
@@ -248,30 +324,30 @@ def make_index(embeddings_folder: Path, config: IndexConfig, out_folder: Path) -
     vectors = train["vectors"]
     key = choose_key(config, len(vectors))
     _check_memory(config, key, vectors)
-    index = _trained_index(vectors, key, config)
-    largest_norm = _add_all(index, vectors)
-    queries = _sample(valid["vectors"], RECALL_QUERIES, config.seed)
-    probes, recall = None, 1.0  # of exact search
-    if num_lists(key):
-        margin = rounding_margin(queries, largest_norm)
-        probes, recall = choose_probes(index, vectors, queries, margin, config.target_recall)
-    visited = f", {probes} lists a search" if probes else ""
-    print(f"index: {key} over {len(vectors):,} chunks{visited}, recall@{RECALL_AT} {recall:.3f}", flush=True)
-    with whole_folder(out_folder) as folder, ArtifactWriter(folder, "index") as writer:
-        faiss.write_index(index, str(folder / INDEX_FILE))
-        writer.add_file(INDEX_FILE)
-        num_bytes = (folder / INDEX_FILE).stat().st_size
-        writer.facts.update(
-            embeddings=train.fingerprint,
-            chunks=train.facts["chunks"],
-            key=key,
-            metric="l2",
-            rows=len(vectors),
-            dim=vectors.shape[1],
-            nprobe=probes,
-            recall=recall,
-            largest_norm=largest_norm,
-        )
+    with work_or_temporary(work_folder, out_folder) as work, whole_folder(out_folder) as folder:
+        index, largest_norm = _filled_index(train, key, config, engine or Engine(), work)
+        queries = _sample(valid["vectors"], RECALL_QUERIES, config.seed)
+        probes, recall = None, 1.0  # of exact search
+        if num_lists(key):
+            margin = rounding_margin(queries, largest_norm)
+            probes, recall = choose_probes(index, vectors, queries, margin, config.target_recall)
+        visited = f", {probes} lists a search" if probes else ""
+        print(f"index: {key} over {len(vectors):,} chunks{visited}, recall@{RECALL_AT} {recall:.3f}", flush=True)
+        with ArtifactWriter(folder, "index") as writer:
+            faiss.write_index(index, str(folder / INDEX_FILE))
+            writer.add_file(INDEX_FILE)
+            num_bytes = (folder / INDEX_FILE).stat().st_size
+            writer.facts.update(
+                embeddings=train.fingerprint,
+                chunks=train.facts["chunks"],
+                key=key,
+                metric="l2",
+                rows=len(vectors),
+                dim=vectors.shape[1],
+                nprobe=probes,
+                recall=recall,
+                largest_norm=largest_norm,
+            )
     return {
         "recall": recall,
         "lists": num_lists(key),
@@ -279,6 +355,35 @@ def make_index(embeddings_folder: Path, config: IndexConfig, out_folder: Path) -
         "rows": len(vectors),
         "bytes_per_vector": num_bytes / len(vectors),
     }
+
+
+def _filled_index(train: Artifact, key: str, config: IndexConfig, engine: Engine, work: Path) -> tuple[Any, float]:
+    """The index with all rows, in their order, and the largest squared norm.
+
+    Vectors are added part by part, and the parts put together in order; to an exact index, which has
+    nothing to compute, at once.
+    """
+    faiss, vectors = import_faiss(), train["vectors"]
+    with engine.open(TrainJob(train.folder.absolute(), key, config)) as running:
+        (trained,) = running.make([Part("trained", (), {})], work)
+    index, largest = faiss.read_index(str(trained.folder / INDEX_FILE)), 0.0
+    with Progress("index", len(vectors), "chunk") as bar:
+        if not num_lists(key):
+            for block in float_blocks(vectors):
+                index.add(block)
+                largest = max(largest, largest_square(block))
+                bar.update(len(block))
+            return index, largest
+        with engine.open(AddJob(train.folder.absolute(), trained.folder)) as running:
+            for part in running.make(row_parts("added", len(vectors), ROWS_PER_ADDED_PART), work, bar):
+                index.merge_from(faiss.read_index(str(part.folder / INDEX_FILE)), 0)
+                largest = max(largest, part.facts["largest_norm"])
+    return index, largest
+
+
+def largest_square(block: FloatArray) -> float:
+    """The largest squared norm of any row."""
+    return float(np.einsum("nd,nd->n", block, block).max())
 
 
 def _check_memory(config: IndexConfig, key: str, vectors: ShardedArray) -> None:
@@ -347,17 +452,6 @@ def _captured_logging(name: str) -> Iterator[io.StringIO]:
             yield text
     finally:
         root.handlers, root.level, logger.handlers, logger.propagate = before
-
-
-def _add_all(index: Any, vectors: ShardedArray) -> float:
-    """Adds all rows in order and returns the largest squared norm."""
-    largest = 0.0
-    with Progress("index", len(vectors), "chunk") as bar:
-        for block in float_blocks(vectors):
-            index.add(block)
-            largest = max(largest, float(np.einsum("nd,nd->n", block, block).max()))
-            bar.update(len(block))
-    return largest
 
 
 def choose_probes(

@@ -215,10 +215,10 @@ def make_neighbors(
     ):
         for split in SPLITS:
             facts, rows = _of_split(chunks[split], embeddings[split]), chunks[split].rows
-            counts = _Counts(chunks["train"]["tokens"])
-            with ArtifactWriter(folder / split, "neighbors", rows_per_part(rows)) as writer:
+            counts, size = _Counts(chunks["train"]["tokens"]), rows_per_part(rows)
+            with ArtifactWriter(folder / split, "neighbors", size) as writer:
                 start = 0
-                for part in running.make(row_parts(split, rows, **facts), work, bar):
+                for part in running.make(row_parts(split, rows, size, **facts), work, bar):
                     writer.adopt(part)
                     tokens = chunks[split]["tokens"][start : start + part.rows]
                     counts.add(part["ids"][:].astype(np.int64), part["distances"][:], tokens)

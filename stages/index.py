@@ -4,14 +4,18 @@ from pathlib import Path
 
 from retro_model.artifacts import write_json
 from retro_model.index import make_index
-from stages.harness import run_stage
+from stages.harness import run_stage, work_folder
 from stages.params import read_params
 
 
 def main() -> None:
     """Vectors in, index and its recall out."""
-    params = read_params("index")
-    metrics = make_index(Path("data/embeddings"), params.index, Path("data/index"))
+    params = read_params("index", "runtime")
+    embeddings = Path("data/embeddings")
+    with work_folder("index", [embeddings], {"index": params.index}) as work:
+        metrics = make_index(
+            embeddings, params.index, Path("data/index"), engine=params.runtime.make_engine(), work_folder=work
+        )
     write_json(Path("metrics/index.json"), metrics)
 
 

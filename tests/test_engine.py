@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from retro_model.artifacts import Artifact, ArtifactWriter
+from retro_model.artifacts import Artifact, ArtifactWriter, rows_per_part
 from retro_model.engine import Engine, EngineConfig, Part, make_part, row_parts, work_or_temporary
 from retro_model.errors import ConfigError, RetroError
 
@@ -186,7 +186,7 @@ def test_no_more_parts_are_taken_than_workers_have_hands_for(diary: Path, tmp_pa
 
 @pytest.mark.parametrize("rows", [0, 1, 4096, 4097, 20_000, 4096 * 4096 + 1, 30_000_000_000])
 def test_ranges_cover_all_rows_once(rows: int) -> None:
-    parts = list(row_parts("train", rows, chunks="abc"))
+    parts = list(row_parts("train", rows, rows_per_part(rows), chunks="abc"))
     assert parts[0].arguments[1] == 0 and parts[-1].arguments[2] == rows
     assert all(a.arguments[2] == b.arguments[1] for a, b in itertools.pairwise(parts))
     sizes = [part.arguments[2] - part.arguments[1] for part in parts]
