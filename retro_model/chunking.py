@@ -90,6 +90,7 @@ class ChunkJob:
     chunk_size: int
     num_documents: int
     kind: ClassVar[str] = "chunks"
+    uses_gpus: ClassVar[bool] = False
 
     def open(self) -> Tokenizer:
         """The tokenizer."""

@@ -172,7 +172,9 @@ class Corpus:
         self.path = Path(path)
         self.config = config
         self.report = DocumentReport()
-        self._files, self.report.other_files = find_files(self.path)
+        files, self.report.other_files = find_files(self.path)
+        whole = self.path.is_dir()
+        self._files = [(file, file.relative_to(self.path).as_posix() if whole else file.name) for file in files]
         digests, identities = self._scan()
         self._fates = self._assign(digests, identities)
         self._near_duplicates_known = not config.near_duplicates
@@ -211,8 +213,7 @@ class Corpus:
 
     def _entries(self, title: str) -> Iterator[Entry]:
         with Progress(title, None, "document") as shown:
-            for file in self._files:
-                source = file.relative_to(self.path).as_posix() if self.path.is_dir() else file.name
+            for file, source in self._files:
                 for entry in read_entries(file, source, self.config):
                     yield entry
                     shown.update(entry.times)
@@ -290,7 +291,7 @@ class Corpus:
             f"{f' (dropped: {dropped}{example})' if dropped else ''}, expected at least 3: "
             "train, valid and test need one each"
         )
-        if usable and any(file.suffix.lower() in TEXT_SUFFIXES for file in self._files):
+        if usable and any(file.suffix.lower() in TEXT_SUFFIXES for file, _ in self._files):
             separator = self.config.documents_separator
             message += (
                 "; if a file holds several, set corpus.documents_separator to the line between them"
@@ -563,11 +564,11 @@ class NearDuplicates:
 
     def repeated_by(self, text: str) -> bool:
         """Whether `text` is at least as similar to one of the added texts as the threshold."""
-        grams = word_grams(text, self.GRAM)
+        grams = _grams(text, self.GRAM)
         sample = _sample(grams)
         if not len(grams) or (len(sample) >= self._enough and self._sampled.isdisjoint(sample)):
             return False  # most texts end here, at a fraction of a signature's cost
-        signature = self._signature(grams)
+        signature = self._signature(np.unique(grams))
         candidates = self._candidates.query(signature)
         return any(signature.jaccard(self._signatures[number]) >= self.threshold for number in candidates)
 
@@ -578,10 +579,9 @@ class NearDuplicates:
         return signature
 
 
-def _sample(grams: npt.NDArray[np.uint32]) -> list[int]:
+def _sample(grams: npt.NDArray[np.uint32]) -> set[int]:
     """The same sixteenth of all grams in every text."""
-    sample: list[int] = grams[grams % 16 == 0].tolist()
-    return sample
+    return set(grams[grams % 16 == 0].tolist())
 
 
 def _rows_per_band(threshold: float, num_permutations: int) -> int:
@@ -603,6 +603,10 @@ def _words(text: str) -> list[bytes]:
 
 def word_grams(text: str, size: int) -> npt.NDArray[np.uint32]:
     """Sorted 32-bit hashes of the distinct runs of `size` words; a shorter text is one run."""
+    return np.unique(_grams(text, size))
+
+
+def _grams(text: str, size: int) -> npt.NDArray[np.uint32]:
     words = _words(text)
     if not words:
         return np.empty(0, np.uint32)
@@ -612,4 +616,4 @@ def word_grams(text: str, size: int) -> npt.NDArray[np.uint32]:
     for place in range(size):
         # Added before it is multiplied, so that the last word too reaches the upper half.
         grams = (grams + hashes[place : place + len(grams)]) * np.uint64(0x9E3779B97F4A7C15)
-    return np.unique((grams >> np.uint64(32)).astype(np.uint32))
+    return (grams >> np.uint64(32)).astype(np.uint32)

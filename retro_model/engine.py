@@ -27,7 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from retro_model.artifacts import DESCRIPTION, Artifact
 from retro_model.config import Config, setting
@@ -71,12 +71,11 @@ def work_or_temporary(work: Path | None, out: Path) -> Iterator[Path]:
 class Job(Protocol[Opened]):
     """What is to be done. It travels to other processes and machines, so it holds settings and full paths.
 
-    `kind` is the kind of artifact that a part is.
+    `kind` is the kind of artifact that a part is; `uses_gpus` says whether it gains by a process for each GPU.
     """
 
-    @property
-    def kind(self) -> str:
-        """One of the kinds that retro_model.artifacts knows."""
+    kind: ClassVar[str]
+    uses_gpus: ClassVar[bool]
 
     def open(self) -> Opened:
         """Loads what all parts need. Called once in each process."""
@@ -117,7 +116,7 @@ class Engine:
             with _ray_cluster(self.config, job) as workers:
                 yield Running(job, workers)
             return
-        num_gpus = _num_gpus(self.device)
+        num_gpus = _num_gpus(self.device) if job.uses_gpus else 0
         num_workers = self.config.workers or max(num_gpus, 1)
         if num_workers == 1:
             yield Running(job, _Here(job))

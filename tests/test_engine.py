@@ -31,6 +31,7 @@ class SquareJob:
     seconds: float = 0.0
     broken: str = ""  # what happens in the part that begins at 20
     kind: ClassVar[str] = "embeddings"
+    uses_gpus: ClassVar[bool] = False
 
     def open(self) -> int:
         if self.broken == "open":

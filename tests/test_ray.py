@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_interrupted
 from test_engine import PARTS, SquareJob, run, times_made
 
+from retro_model import artifacts, chunking, index
 from retro_model.engine import Engine, EngineConfig
 from retro_model.errors import ConfigError
 
@@ -71,3 +73,22 @@ def test_a_users_fault_on_a_node_is_told_as_it_is(cluster: Any, diary: Path, tmp
 def test_more_than_the_cluster_has_is_refused(cluster: Any, diary: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"runtime.ray_cpus 64 and runtime.ray_gpus 0 are more than the cluster has"):
         run(SquareJob(diary), tmp_path / "work", EngineConfig(engine="ray", ray_cpus=64))
+
+
+# ---- the stages --------------------------------------------------------------------------------------------
+
+
+data = test_interrupted.data  # what a quiet run of this process writes
+
+
+@pytest.mark.parametrize("stage", test_interrupted.STAGES)
+def test_a_cluster_writes_the_bytes_of_one_process(
+    stage: str, cluster: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "LEAST_ROWS_PER_PART", 256)
+    monkeypatch.setattr(chunking, "PART_CHARACTERS", 10_000)
+    monkeypatch.setattr(index, "ROWS_PER_ADDED_PART", 256)
+    test_interrupted.make(stage, data, tmp_path / "out", tmp_path / "work", RAY)
+    expected = test_interrupted.files_of(data / test_interrupted.OUT[stage])
+    assert test_interrupted.files_of(tmp_path / "out") == expected
+    assert len(test_interrupted.finished(tmp_path / "work")) > 3
