@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from retro_model import engine
 from retro_model.artifacts import Artifact, ArtifactWriter, rows_per_part
 from retro_model.engine import Engine, EngineConfig, Part, make_part, row_parts, work_or_temporary
 from retro_model.errors import ConfigError, RetroError
@@ -95,6 +96,32 @@ def test_a_pool_works_in_other_processes_and_opens_the_job_once_in_each(diary: P
     opened = list(diary.glob("opened-*"))
     assert len(opened) == 2 and diary / f"opened-{os.getpid()}" not in opened
     assert all(path.read_text() == "x" for path in opened)
+
+
+@dataclass(frozen=True)
+class GpuJob(SquareJob):
+    """Writes down which GPUs its process sees."""
+
+    uses_gpus: ClassVar[bool] = True
+
+    def open(self) -> int:
+        (self.diary / f"gpus-{os.environ.get('CUDA_VISIBLE_DEVICES')}").touch()
+        return super().open()
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, {"gpus-0", "gpus-1"}), ("3,5", {"gpus-3", "gpus-5"})])
+def test_each_process_sees_one_gpu(
+    visible: str | None, expected: set[str], diary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_num_gpus", lambda device: 2)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert run(GpuJob(diary, seconds=0.5), tmp_path / "work") == [x * x for x in range(50)]
+    assert {path.name for path in diary.glob("gpus-*")} == expected
+    run(SquareJob(diary), tmp_path / "other")  # a job that gains nothing by GPUs stays here
+    assert diary / f"opened-{os.getpid()}" in diary.iterdir()
 
 
 def test_a_part_of_another_job_or_damaged_is_made_again(
