@@ -30,13 +30,24 @@ import stages  # noqa: F401, E402  the settings that every stage runs with
 
 import numpy as np  # noqa: E402
 
-from retro_model.artifacts import Artifact, ArtifactWriter  # noqa: E402
+from retro_model.artifacts import Artifact, ArtifactWriter, rows_per_part  # noqa: E402
 from retro_model.chunking import BATCH_CHARACTERS, BATCH_DOCUMENTS, _batches, make_chunks  # noqa: E402
 from retro_model.documents import Corpus, CorpusConfig  # noqa: E402
 from retro_model.tokenizer import Tokenizer, TokenizerConfig, make_tokenizer  # noqa: E402
 
 CORPUS = CorpusConfig(valid=0.02, test=0.02)
-PACKAGES = ("python", "sklearn", "numpy", "pandas", "torch", "transformers", "matplotlib", "scipy", "sqlalchemy", "mlflow")
+PACKAGES = (
+    "python",
+    "sklearn",
+    "numpy",
+    "pandas",
+    "torch",
+    "transformers",
+    "matplotlib",
+    "scipy",
+    "sqlalchemy",
+    "mlflow",
+)
 CURVE = (10_000, 100_000, 1_000_000)
 DIM = 384
 
@@ -153,7 +164,9 @@ def embed(folder: Path, turns: int, rows: int) -> None:
     for name, seconds in took.items():
         print(f"    {name:34} {seconds:7.2f} s  {rows / seconds:7.1f} chunks/s")
     best = min(seconds for name, seconds in took.items() if name in tasks and name.startswith("forward"))
-    print(f"    RATIO of the stage to the best forward pass: {best / took[chr(116) + 'he stage' + chr(39) + 's way']:.2f}")
+    print(
+        f"    RATIO of the stage to the best forward pass: {best / took[chr(116) + 'he stage' + chr(39) + 's way']:.2f}"
+    )
 
 
 # ---- the curve -------------------------------------------------------------------------------------------
@@ -194,36 +207,27 @@ def made_up_text(folder: Path, num_chunks: int) -> None:
 
 def made_up_vectors(folder: Path, num_chunks: int) -> None:
     """Chunks and unit vectors around `num_chunks / 50` centers, near enough that neighbors are of one cluster."""
-    from retro_model.artifacts import rows_per_part
-
     centers = np.random.default_rng(1).standard_normal((max(num_chunks // 50, 20), DIM)).astype(np.float32)
     for split, rows in (("train", num_chunks), ("valid", 1500), ("test", 1500)):
         generator = np.random.default_rng(len(split))
-        with (
-            ArtifactWriter(folder / "chunks" / split, "chunks") as chunks,
-            ArtifactWriter(folder / "embeddings" / split, "embeddings", rows_per_part(rows)) as vectors,
-        ):
+        with ArtifactWriter(folder / "chunks" / split, "chunks") as chunks:
             for start in range(0, rows, 1 << 14):
                 count = min(1 << 14, rows - start)
-                chosen = centers[generator.integers(0, len(centers), count)]
-                block = chosen + 0.7 * generator.standard_normal((count, DIM)).astype(np.float32)
-                block /= np.linalg.norm(block, axis=1, keepdims=True)
-                vectors.append(vectors=block.astype(np.float16))
                 tokens = generator.integers(3, 4096, (count, 65)).astype(np.uint16)
                 documents = ((start + np.arange(count)) // 20).astype(np.int32)
                 chunks.append(tokens=tokens, documents=documents, bytes=np.full(count, 256, np.int32))
-            chunks.facts.update(split=split, chunk_size=64, pad_id=0, begin_id=1, end_id=2, vocab_size=4096, tokenizer="-")
-    for split in ("train", "valid", "test"):
-        fingerprint = Artifact.open(folder / "chunks" / split, "chunks").fingerprint
-        description = folder / "embeddings" / split / "artifact.json"
-        facts = {
-            "chunks": fingerprint, "encoder": "-", "encoder_name": "-", "pooling": "mean", "normalize": True,
-            "max_tokens": 96, "number_type": "float32", "device": "cpu", "dim": DIM, "truncated_chunks": 0,
-        }  # fmt: skip
-        import json
-
-        content = json.loads(description.read_text())
-        description.write_text(json.dumps({**content, "facts": facts}, indent=2) + "\n")
+            chunks.facts.update(
+                split=split, chunk_size=64, pad_id=0, begin_id=1, end_id=2, vocab_size=4096, tokenizer="-"
+            )
+        with ArtifactWriter(folder / "embeddings" / split, "embeddings", rows_per_part(rows)) as vectors:
+            for start in range(0, rows, 1 << 14):
+                chosen = centers[generator.integers(0, len(centers), min(1 << 14, rows - start))]
+                block = chosen + 0.7 * generator.standard_normal(chosen.shape).astype(np.float32)
+                block /= np.linalg.norm(block, axis=1, keepdims=True)
+                vectors.append(vectors=block.astype(np.float16))
+            vectors.facts.update(chunks=Artifact.open(folder / "chunks" / split, "chunks").fingerprint)
+            vectors.facts.update(encoder="-", encoder_name="-", pooling="mean", normalize=True, max_tokens=96)
+            vectors.facts.update(number_type="float32", device="cpu", dim=DIM, truncated_chunks=0)
 
 
 def stage(name: str, folder: Path) -> None:

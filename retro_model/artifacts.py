@@ -35,7 +35,7 @@ import numpy.typing as npt
 from retro_model.errors import DamagedArtifactError, MismatchError, MissingArtifactError
 
 DESCRIPTION = "artifact.json"
-VERSION = 1
+VERSION = 2
 ROWS_PER_SHARD = 1 << 18
 
 # Shards that are made one by one, each a unit of resuming and of distributing: small, but not too many.
@@ -91,7 +91,11 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Writes `value` as readable JSON, keys in the order given; no NaN, no infinity."""
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(path, _json(value))
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
@@ -132,6 +136,16 @@ def rows_per_part(rows: int) -> int:
     while size * MOST_PARTS < rows:
         size *= 2
     return size
+
+
+def write_description(folder: Path, description: Mapping[str, Any]) -> None:
+    """Writes the file that makes a folder an artifact; its last line is a digest of all before."""
+    write_whole(folder / DESCRIPTION, _described(description).decode())
+
+
+def _described(description: Mapping[str, Any]) -> bytes:
+    digest = hashlib.sha256(_json(description).encode()).hexdigest()
+    return _json({**description, "digest": digest}).encode()
 
 
 class ArtifactWriter:
@@ -218,8 +232,8 @@ class ArtifactWriter:
             return  # without its description the folder is no artifact
         if self._pending_rows:
             self._write_shard()
-        write_json(
-            self.folder / DESCRIPTION,
+        write_description(
+            self.folder,
             {
                 "format": f"retro/{self.kind}",
                 "version": VERSION,
@@ -283,6 +297,8 @@ class Artifact:
             raise MismatchError(
                 f"{folder}: format version {found_version}, expected {VERSION}; run `dvc repro` to write it anew"
             )
+        if content != _described({name: value for name, value in description.items() if name != "digest"}):
+            raise _damaged(file, "does not have the bytes that were written (its digest differs)")
         try:
             artifact = cls(folder, kind, description, hashlib.sha256(content).hexdigest())
         except (KeyError, TypeError, AttributeError) as error:
@@ -386,3 +402,79 @@ def _damaged(path: Path, what: str) -> DamagedArtifactError:
 def _short(fact: object) -> str:
     text = str(fact)
     return text if len(text) <= 40 else text[:12] + "..."
+
+
+# ---- raw files: arrays without a header, as the library functions of retro_model.retrieval keep them ----
+
+
+def open_raw(
+    path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike = np.int32, *, longer: bool = False
+) -> npt.NDArray[Any]:
+    """The array in `path`, as a read-only memory map of `shape`; the file never changes.
+
+    With `longer` it may hold more rows, which are left alone: others preallocate.
+
+    Raises MissingArtifactError where there is no file, MismatchError where it has another size.
+    """
+    assert shape[0] > 0, shape
+    if not path.is_file():
+        raise MissingArtifactError(f"{path}: no such file; make it with the functions of retro_model.retrieval")
+    width = int(np.prod(shape[1:], dtype=np.int64))
+    size, row_size = path.stat().st_size, width * np.dtype(dtype).itemsize
+    if size < shape[0] * row_size or (size > shape[0] * row_size and not longer):
+        raise MismatchError(
+            f"{path}: found {size / row_size:.10g} rows of {width} {np.dtype(dtype).name} ({size} bytes), expected "
+            f"{shape[0]}{' or more' if longer else ''} ({shape[0] * row_size} bytes); give the counts that it was "
+            "made with, or make it again"
+        )
+    return np.memmap(path, dtype=dtype, mode="r", shape=shape)
+
+
+@contextmanager
+def whole_files(*paths: Path) -> Iterator[list[Path]]:
+    """Yields a new path beside each of `paths`, whose files take their places if the block succeeds.
+
+    They do so together: after a kill there are all old files, all new ones, or some are absent. What was
+    recorded of the old ones (`write_record`) goes with them. If the block fails, nothing has changed.
+    """
+    partials = [path.with_name(path.name + ".partial") for path in paths]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partials
+        for path in paths:
+            _record_path(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        for partial, path in zip(partials, paths, strict=True):
+            os.replace(partial, path)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+
+
+def write_record(path: Path, made_from: Mapping[str, Any], **facts: Any) -> str:
+    """Records beside the finished file `path` what it was made from; returns the sha256 of its bytes."""
+    digest = file_digest(path)
+    write_json(_record_path(path), {"version": VERSION, "made_from": made_from, "facts": facts, "sha256": digest})
+    return digest
+
+
+def read_record(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of `path` (`facts`, `sha256`) if the file is whole and was made from just this, else None.
+
+    None is also the answer for a file or record that is absent, unfinished or damaged: whoever asks then
+    makes it again.
+    """
+    try:
+        record = json.loads(_record_path(path).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    # As JSON has it: a tuple was written as a list.
+    expected = {"version": VERSION, "made_from": json.loads(json.dumps(made_from))}
+    if not isinstance(record, dict) or {name: record.get(name) for name in expected} != expected:
+        return None
+    return record if path.is_file() and record.get("sha256") == file_digest(path) else None
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")

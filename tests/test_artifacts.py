@@ -1,5 +1,6 @@
 """Artifacts are whole or absent, give back what was written, and refuse everything else."""
 
+import errno
 import json
 import os
 import pickle
@@ -10,7 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retro_model.artifacts import DESCRIPTION, Artifact, ArtifactWriter, file_digest, whole_folder, write_json
+from retro_model.artifacts import (
+    DESCRIPTION,
+    Artifact,
+    ArtifactWriter,
+    file_digest,
+    rows_per_part,
+    whole_folder,
+    write_json,
+)
 from retro_model.errors import DamagedArtifactError, MismatchError, MissingArtifactError
 
 
@@ -185,3 +194,89 @@ def test_json_never_holds_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "metrics.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_change_of_any_file_is_an_error_and_never_an_array(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("changed") / "a"
+    write(folder, rows_per_shard=data.draw(st.integers(3, 30)))
+    path = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    content = path.read_bytes()
+    place = data.draw(st.integers(0, len(content) - 1))
+    flipped = content[place] ^ (1 << data.draw(st.integers(0, 7)))
+    changed = data.draw(
+        st.sampled_from(
+            [
+                content[:place],
+                content + content[:1],
+                content[:place] + bytes([flipped]) + content[place + 1 :],
+            ]
+        )
+    )
+    path.write_bytes(changed)
+    with pytest.raises((DamagedArtifactError, MismatchError)):
+        Artifact.open(folder, "chunks")
+
+
+def parts_of(folder: Path, tokens: np.ndarray, size: int) -> list[Artifact]:
+    parts = []
+    for start in range(0, max(len(tokens), 1), size):
+        with ArtifactWriter(folder / f"part-{start}", "chunks", size) as writer:
+            writer.append(tokens=tokens[start : start + size], documents=tokens[start : start + size, 0])
+        parts.append(Artifact.open(folder / f"part-{start}", "chunks"))
+    return parts
+
+
+@pytest.mark.parametrize("rows", [0, 1, 10, 25, 30])
+@pytest.mark.parametrize("linked", [True, False])
+def test_adopted_parts_are_the_bytes_of_appended_rows(
+    rows: int, linked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = np.arange(rows * 3, dtype=np.uint16).reshape(rows, 3)
+    if not linked:
+
+        def refuse(source: object, target: object) -> None:
+            raise OSError(errno.EXDEV, "another file system")
+
+        monkeypatch.setattr(os, "link", refuse)
+    with ArtifactWriter(tmp_path / "appended", "chunks", 10) as writer:
+        writer.append(tokens=tokens, documents=tokens[:, 0])
+    with ArtifactWriter(tmp_path / "adopted", "chunks", 10) as writer:
+        for part in parts_of(tmp_path, tokens, 10):
+            writer.adopt(part)
+            assert writer.rows <= rows
+    files = {path.name: path.read_bytes() for path in (tmp_path / "adopted").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "appended").iterdir()}
+    np.testing.assert_array_equal(Artifact.open(tmp_path / "adopted", "chunks")["tokens"][:], tokens)
+    shard = tmp_path / "adopted" / "tokens-00000.npy"
+    assert not rows or shard.stat().st_nlink == (2 if linked else 1)
+
+
+def test_a_part_that_does_not_fit_is_a_mistake_in_the_program(tmp_path: Path) -> None:
+    short, following = parts_of(tmp_path, np.arange(30, dtype=np.uint16).reshape(10, 3)[:8], 5)
+    with ArtifactWriter(tmp_path / "a", "chunks", 5) as writer:
+        writer.adopt(following)
+        with pytest.raises(AssertionError, match="only full shards"):
+            writer.adopt(short)
+    with ArtifactWriter(tmp_path / "b", "chunks", 2) as writer, pytest.raises(AssertionError):
+        writer.adopt(short)
+
+
+def test_a_disk_that_fails_while_linking_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: object, target: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (part,) = parts_of(tmp_path, np.zeros((3, 3), np.uint16), 5)
+    writer = ArtifactWriter(tmp_path / "a", "chunks", 5)
+    with pytest.raises(OSError, match="No space left"):
+        writer.adopt(part)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 1 << 12, 1 << 24, (1 << 24) + 1, 28_000_000_000])
+def test_parts_are_neither_tiny_nor_too_many(rows: int) -> None:
+    size = rows_per_part(rows)
+    assert size >= 1 << 12 and rows <= size * (1 << 12) and (size == 1 << 12 or rows > size * (1 << 11))

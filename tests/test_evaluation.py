@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_model.artifacts import Artifact, ArtifactWriter
+from retro_model.artifacts import Artifact, ArtifactWriter, write_description
 from retro_model.dataset import NO_ROW, retrieved_tokens
 from retro_model.errors import ConfigError, DocumentError, MismatchError, TrainingError
 from retro_model.evaluation import (
@@ -169,7 +169,8 @@ def change_fact(folder: Path, name: str, value: object) -> None:
     """Writes another fact into an artifact's description, which is then one of another run."""
     content = json.loads((folder / "artifact.json").read_text())
     content["facts"][name] = value
-    (folder / "artifact.json").write_text(json.dumps(content))
+    del content["digest"]
+    write_description(folder, content)
 
 
 @pytest.fixture(scope="module", autouse=True)
