@@ -26,10 +26,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import stages  # noqa: F401, E402  the settings that every stage runs with
 
 import numpy as np  # noqa: E402
 
+import stages  # noqa: F401, E402  sets what every stage runs with
 from retro_model.artifacts import Artifact, ArtifactWriter, rows_per_part  # noqa: E402
 from retro_model.chunking import BATCH_CHARACTERS, BATCH_DOCUMENTS, _batches, make_chunks  # noqa: E402
 from retro_model.documents import Corpus, CorpusConfig  # noqa: E402
@@ -180,6 +180,7 @@ class PrivateMemory(threading.Thread):
         self.peak = 0
 
     def run(self) -> None:
+        """Looks fifty times a second, for as long as the process lives."""
         while True:
             status = Path("/proc/self/status").read_text()
             self.peak = max(self.peak, int(status.partition("RssAnon:")[2].split()[0]) * 1024)
@@ -298,7 +299,8 @@ def main() -> None:
     if arguments.what == "stage":
         stage(arguments.name, arguments.folder)
         return
-    cpu = next((line.split(":")[1] for line in Path("/proc/cpuinfo").open() if "model name" in line), " ?")
+    processor = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1] for line in processor if "model name" in line), " ?")
     print(f"{cpu.strip()}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)

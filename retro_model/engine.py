@@ -92,7 +92,7 @@ class EngineConfig(Config, section="runtime"):
     """Who makes the parts.
 
     `workers` of the local engine are processes; 0 is one for each GPU, or one where there is none: a
-    process keeps all cores busy. A Ray task takes `ray_cpus` and `ray_gpus` of its node.
+    process keeps all cores busy. A Ray task takes `ray_cpus` of its node, and `ray_gpus` if it embeds.
     """
 
     engine: str = setting("local", choices=("local", "ray"))
@@ -341,13 +341,14 @@ class _Ray:
 
     def __init__(self, ray: Any, config: EngineConfig, job: Job[Any]) -> None:
         self._ray = ray
-        options = {"num_cpus": config.ray_cpus, "num_gpus": config.ray_gpus, "max_retries": 5}
+        num_gpus = config.ray_gpus if job.uses_gpus else 0.0
+        options = {"num_cpus": config.ray_cpus, "num_gpus": num_gpus, "max_retries": 5}
         self._facts = ray.remote(**options)(_facts_on_cluster)
         self._make = ray.remote(**options)(_make_on_cluster)
         self._key, self._job = uuid.uuid4().hex, ray.put(job)
         places = int(ray.cluster_resources().get("CPU", 1) // config.ray_cpus)
-        if config.ray_gpus:
-            places = min(places, int(ray.cluster_resources().get("GPU", 0) / config.ray_gpus))
+        if num_gpus:
+            places = min(places, int(ray.cluster_resources().get("GPU", 0) / num_gpus))
         if not places:
             raise ConfigError(
                 f"runtime.ray_cpus {config.ray_cpus} and runtime.ray_gpus {config.ray_gpus:g} are more than the "
