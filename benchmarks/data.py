@@ -31,7 +31,7 @@ import numpy as np  # noqa: E402
 
 import stages  # noqa: F401, E402  sets what every stage runs with
 from retro_model.artifacts import Artifact, ArtifactWriter, rows_per_part  # noqa: E402
-from retro_model.chunking import BATCH_CHARACTERS, BATCH_DOCUMENTS, _batches, make_chunks  # noqa: E402
+from retro_model.chunking import batches, make_chunks  # noqa: E402
 from retro_model.documents import Corpus, CorpusConfig  # noqa: E402
 from retro_model.tokenizer import Tokenizer, TokenizerConfig, make_tokenizer  # noqa: E402
 
@@ -105,7 +105,7 @@ def chunk(folder: Path, turns: int) -> None:
     tokenizer = Tokenizer.open(folder / "tokenizer")
     texts = [
         [document.text for document in batch]
-        for batch in _batches(Corpus(documents, CORPUS).documents(), BATCH_CHARACTERS, BATCH_DOCUMENTS)
+        for batch in batches(Corpus(documents, CORPUS).documents())
     ]
     num_bytes = sum(len(text.encode()) for batch in texts for text in batch)
 

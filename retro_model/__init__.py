@@ -10,11 +10,12 @@ from typing import Any
 _PUBLIC = {
     "RETRO": "retro_model.model",
     "RETROConfig": "retro_model.model",
+    "RETRODataset": "retro_model.memmaps",
     "Retriever": "retro_model.retriever",
     "generate": "retro_model.generation",
 }
 
-__all__ = ["RETRO", "RETROConfig", "Retriever", "generate"]
+__all__ = ["RETRO", "RETROConfig", "RETRODataset", "Retriever", "generate"]
 
 
 def __getattr__(name: str) -> Any:

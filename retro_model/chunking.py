@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,17 @@ BATCH_DOCUMENTS = 1 << 12
 PART_CHARACTERS = 1 << 24  # of text that one part of the work has, a few seconds of it
 PART_DOCUMENTS = 1 << 17
 ROWS_PER_SHARD = 1 << 18
+
+
+class HasText(Protocol):
+    """A document, or anything else with a text."""
+
+    @property
+    def text(self) -> str:
+        """The text."""
+
+
+Text = TypeVar("Text", bound=HasText)
 
 
 class Chunks(NamedTuple):
@@ -106,7 +117,7 @@ class ChunkJob:
         id_type = np.int32 if self.num_documents < 1 << 31 else np.int64
         totals = {split: Counter[str]() for split in SPLITS}
         with ArtifactWriter(folder, self.kind) as writer, _Table(folder) as table:
-            for batch, encoded in ahead(_encode(_batches(documents, BATCH_CHARACTERS, BATCH_DOCUMENTS), tokenizer)):
+            for batch, encoded in ahead(_encode(batches(documents, BATCH_CHARACTERS, BATCH_DOCUMENTS), tokenizer)):
                 chunks = cut(encoded, self.chunk_size, tokenizer.pad_id, tokenizer.begin_id, tokenizer.end_id)
                 places = np.array([SPLITS.index(document.split) for document in batch], np.uint8)
                 kept = np.diff(encoded.starts) > 0
@@ -236,7 +247,7 @@ def make_chunks(
 
 
 def _parts(corpus: Corpus) -> Iterator[Part]:
-    for number, batch in enumerate(_batches(corpus.documents(), PART_CHARACTERS, PART_DOCUMENTS)):
+    for number, batch in enumerate(batches(corpus.documents(), PART_CHARACTERS, PART_DOCUMENTS)):
         digest = hashlib.blake2b(digest_size=16)
         for document in batch:
             digest.update(json.dumps(document).encode())
@@ -289,17 +300,18 @@ def _metrics(corpus: Corpus, totals: dict[str, Counter[str]], chunk_size: int) -
     return figures
 
 
-def _batches(
-    documents: Iterable[Document], most_characters: int, most_documents: int = BATCH_DOCUMENTS
-) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def batches(
+    texts: Iterable[Text], most_characters: int = BATCH_CHARACTERS, most_texts: int = BATCH_DOCUMENTS
+) -> Iterator[list[Text]]:
+    """The documents in order, some at a time: as many as have that many characters, one at least."""
+    batch: list[Text] = []
     characters = 0
-    for document in documents:
-        if batch and (characters + len(document.text) > most_characters or len(batch) == most_documents):
+    for item in texts:
+        if batch and (characters + len(item.text) > most_characters or len(batch) == most_texts):
             yield batch
             batch, characters = [], 0
-        batch.append(document)
-        characters += len(document.text)
+        batch.append(item)
+        characters += len(item.text)
     if batch:
         yield batch
 
@@ -354,6 +366,7 @@ def chunk_text(tokenizer: Tokenizer, rows: npt.NDArray[np.integer[Any]]) -> list
     """The texts of chunks' input tokens, rows (n, M): what is embedded, for stored and for new text alike.
 
     Special ids are left out, and so are the halves of characters that a byte-level tokenizer leaves at
-    the edges of a chunk.
+    the edges of a chunk, and the mark of a word piece that goes on with a word of the chunk before.
     """
-    return [text.strip("\ufffd") for text in tokenizer.decode_batch(rows.tolist())]
+    texts = tokenizer.decode_batch(rows.tolist())
+    return [text.removeprefix(tokenizer.continuing).strip("\ufffd") for text in texts]

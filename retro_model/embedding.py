@@ -119,16 +119,17 @@ class Tokenized:
         return len(self.ids)
 
 
-def pool(states_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
+def pool(states_BTD: Tensor, mask_BT: Tensor, pooling: str, has_cls_B: Tensor | None = None) -> Tensor:
     """One float32 vector (B, D) a text: the [CLS] state, or the mean over the real tokens without [CLS].
 
     [SEP] is a real token: it was attended to like any other, leaving it out would mean finding it by
-    id or by place, and so a text without a single word piece still has a mean.
+    id or by place, and so a text without a single word piece still has a mean. `has_cls_B` says which
+    texts begin with [CLS]; without it all do.
     """
     if pooling == "cls":
         return states_BTD[:, 0].float()
     weights_BT = mask_BT.float()
-    weights_BT[:, 0] = 0
+    weights_BT[:, 0] = 0 if has_cls_B is None else weights_BT[:, 0].masked_fill(has_cls_B, 0)
     return (states_BTD.float() * weights_BT[..., None]).sum(1) / weights_BT.sum(1, keepdim=True)
 
 
@@ -225,12 +226,34 @@ class Encoder:
         ids_BT = torch.from_numpy(ids[filled]).to(self.device)
         lengths_B = torch.from_numpy(lengths[filled]).to(self.device)
         mask_BT = (torch.arange(ids_BT.shape[1], device=self.device) < lengths_B[:, None]).long()
-        states_BTD = self._model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
-        vectors_BD = pool(states_BTD, mask_BT, self.config.pooling)
+        vectors_BD = pool(self._states(ids_BT, mask_BT), mask_BT, self.config.pooling)
         if self.config.normalize:
             vectors_BD = torch.nn.functional.normalize(vectors_BD, dim=-1)
         vectors: npt.NDArray[np.float32] = vectors_BD[:num_rows].cpu().numpy()
         return vectors
+
+    @torch.no_grad()
+    def pooled(self, ids_BT: Tensor, mask_BT: Tensor, has_cls_B: Tensor, pooling: str) -> Tensor:
+        """The float32 vectors (B, dim), not normalized, of token ids of any width; `mask_BT` says which are real.
+
+        Raises ConfigError for more tokens than the encoder can read, and for ids that it does not have.
+        """
+        limit, vocab_size = self._model.config.max_position_embeddings, self._model.config.vocab_size
+        if ids_BT.shape[1] > limit:
+            raise ConfigError(f"{self.name}: found {ids_BT.shape[1]} tokens a text, expected <= {limit}")
+        if ids_BT.numel() and not 0 <= ids_BT.min() <= ids_BT.max() < vocab_size:
+            found = f"{int(ids_BT.min())} to {int(ids_BT.max())}"
+            raise ConfigError(f"{self.name}: found token ids {found}, expected 0 to {vocab_size - 1}")
+        vectors = torch.empty((len(ids_BT), self.dim), dtype=torch.float32)
+        for start in range(0, len(ids_BT), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            ids, mask, has_cls = (tensor[part].to(self.device) for tensor in (ids_BT, mask_BT, has_cls_B))
+            vectors[part] = pool(self._states(ids, mask.long()), mask, pooling, has_cls).cpu()
+        return vectors
+
+    def _states(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        states_BTD: Tensor = self._model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+        return states_BTD
 
 
 def _load(source: str) -> tuple[Any, Any, frozenset[str]]:
@@ -378,6 +401,7 @@ class EmbedJob:
     device: str
     batch_size: int | None
     kind: ClassVar[str] = "embeddings"
+    uses_gpus: ClassVar[bool] = True
 
     def open(self) -> _Opened:
         """Encoder, tokenizer and chunks."""

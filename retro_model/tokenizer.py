@@ -132,7 +132,9 @@ class Tokenizer:
         self.name, self.folder, self.fingerprint = name, folder, fingerprint
         self.vocab_size = num_rows(backend)
         backend.encode_special_tokens = True  # text that spells a special token stays text
+        self.continuing = ""  # what the text of a row that begins within a word begins with
         if isinstance(backend.decoder, WordPieceDecoder):
+            self.continuing = backend.decoder.prefix
             # Its clean-up would turn "do not" into "don't": nicer here and there, and another text.
             backend.decoder = WordPieceDecoder(cleanup=False)
         self._backend = backend

@@ -316,8 +316,16 @@ def test_chunk_text_is_the_text_of_the_inputs_alone(tokenizer: Tokenizer) -> Non
     assert "\U0001f600" in "".join(found)
 
 
+def test_a_chunk_that_begins_within_a_word_has_no_mark_of_it(bert: Tokenizer) -> None:
+    ids = bert.encode("bacodi fu ## di")
+    assert bert.decode(ids[1:]).startswith("##"), "the encoder would read two number signs"
+    found = chunk_text(bert, np.stack([ids[1:], ids[:-1]]))
+    assert found[0] == bert.decode(ids[1:])[2:] and not found[0].startswith("#")
+    assert found[1].startswith("bacodi fu # #"), "number signs of the text stay"
+
+
 def test_batches_hold_little_text_at_once() -> None:
     documents = [Document(number, "a", None, "train", "x" * (1 << 19)) for number in range(20)]
-    batches = list(module._batches(iter(documents), 1 << 21, 100))
+    batches = list(module.batches(iter(documents), 1 << 21, 100))
     assert [document for batch in batches for document in batch] == documents
     assert max(len(batch) for batch in batches) == 4

@@ -17,9 +17,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_model import documents as module
-from retro_model.documents import SPLITS, Corpus, CorpusConfig, NearDuplicates, find_files, word_grams
+from retro_model import near_duplicates, reading
+from retro_model.documents import SPLITS, Corpus, CorpusConfig
 from retro_model.errors import ConfigError, DocumentError
+from retro_model.near_duplicates import NearDuplicates, word_grams
+from retro_model.reading import find_files
 
 WORDS = [f"word{number}" for number in range(400)]
 
@@ -132,7 +134,7 @@ def test_separated_documents_are_what_stands_between_the_separator_lines(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "all.txt"
         file.write_bytes(content.encode())
-        entries = list(module.read_entries(file, "all.txt", CorpusConfig(documents_separator="---")))
+        entries = list(reading.read_entries(file, "all.txt", "text", "---"))
     assert [entry.text for entry in entries if not entry.flaw] == wanted
 
 
@@ -146,9 +148,9 @@ def test_the_record_of_a_separated_document_is_the_line_at_which_it_starts(tmp_p
 @given(st.lists(st.binary(max_size=8).map(lambda block: block.replace(b"\x00", b"\n"))))
 def test_lines_do_not_depend_on_where_blocks_are_cut(blocks: list[bytes]) -> None:
     whole = b"".join(blocks)
-    assert b"".join(module._lines(blocks)) == whole
-    assert list(module._lines(blocks)) == list(module._lines([whole]))
-    assert all(line.find(b"\n") in (-1, len(line) - 1) for line in module._lines(blocks))
+    assert b"".join(reading._lines(blocks)) == whole
+    assert list(reading._lines(blocks)) == list(reading._lines([whole]))
+    assert all(line.find(b"\n") in (-1, len(line) - 1) for line in reading._lines(blocks))
 
 
 def test_zstandard_frames_one_after_the_other_are_one_file(tmp_path: Path) -> None:
@@ -497,9 +499,9 @@ def test_word_grams_are_as_many_as_the_definition_says(words: list[str], size: i
 
 @given(st.text(st.characters(max_codepoint=127), max_size=60))
 def test_the_quick_way_to_words_finds_the_same_ones(text: str) -> None:
-    slow = [word.encode() for word in module._WORDS.findall(text.lower())]
-    assert module._words(text) == slow
-    assert module._words(text + " \u00e9") == [*slow, "\u00e9".encode()]
+    slow = [word.encode() for word in near_duplicates._WORDS.findall(text.lower())]
+    assert near_duplicates._words(text) == slow
+    assert near_duplicates._words(text + " \u00e9") == [*slow, "\u00e9".encode()]
 
 
 # ---- memory --------------------------------------------------------------------------------------------

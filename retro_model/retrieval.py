@@ -1,0 +1,540 @@
+"""From a folder of text to neighbors, as functions over raw memory maps: for scripts that know no stages.
+
+    counts = text_folder_to_chunks_(folder="text", chunks_memmap_path="train.chunks.dat", ...)
+    path, index = chunks_to_precalculated_knn_(num_chunks=counts["chunks"], num_nearest_neighbors=2, ...)
+    dataset = RETRODataset(num_chunks=counts["chunks"], ...)                # see retro_model.memmaps
+
+What is on disk, all of it without a header:
+
+    train.chunks.dat              int32 (chunks, M + 1): M tokens, and the first one of the document's next
+                                  chunk; padding at its end
+    train.seq.dat                 int32 (sequences,): the row at which each training sequence starts
+    train.doc_ids.dat             int32 (chunks,): the document of each row, from 0
+    train.chunks.embeddings.dat   float32 (chunks, dim)
+    train.chunks.knn.index        what faiss.read_index reads
+    train.chunks.knn.dat          int32 (chunks, K): rows, nearest first, -1 for none
+
+Beside each of the last three lies a NAME.json, written last, with the digests and settings that the file
+was made from: it is used again as long as all of them are the same.
+
+Chunker, embedder, index and search are those of the pipeline; which tokenizer and encoder, retro_model.bert
+says. Vectors are compared as they are, not scaled to unit length, by their L2 distance (section 2.2 of the
+paper).
+"""
+
+import contextlib
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from retro_model.ahead import ahead
+from retro_model.artifacts import open_raw, read_record, whole_files, write_record
+from retro_model.bert import (
+    DEFAULT_DIM,
+    AnyPath,
+    ChunkEmbedder,
+    FloatArray,
+    IntArray,
+    bert_embed,
+    open_tokenizer,
+    tokenize,
+)
+from retro_model.chunking import batches, cut
+from retro_model.documents import CorpusConfig
+from retro_model.embedding import Tokenized
+from retro_model.errors import ConfigError, DocumentError, SourceError
+from retro_model.index import (
+    RECALL_AT,
+    RECALL_QUERIES,
+    Index,
+    IndexConfig,
+    _check_memory,
+    _sample,
+    _trained_index,
+    choose_key,
+    choose_probes,
+    float_blocks,
+    import_faiss,
+    largest_square,
+    num_lists,
+    rounding_margin,
+)
+from retro_model.index_arguments import IndexSettings, index_settings
+from retro_model.memmaps import check_counts, check_seq_len
+from retro_model.neighbors import NONE, QUERIES_PER_BATCH, Database
+from retro_model.progress import Progress
+from retro_model.reading import FLAWS, Entry, read_entries
+
+__all__ = [
+    "SearchableChunks",
+    "bert_embed",
+    "beside",
+    "chunks_to_index_and_embed",
+    "chunks_to_precalculated_knn_",
+    "text_folder_to_chunks_",
+    "tokenize",
+]
+
+TEXT_FIELD = "text"  # of records
+ROWS_PER_PORTION = 256  # read, tokenized and written at once
+
+
+# ---- text to chunks ------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """The documents of a folder, in the order of their paths; counts what is no document."""
+
+    def __init__(self, folder: Path, glob: str, separator: str | None) -> None:
+        if not folder.is_dir():
+            raise DocumentError(f"{folder}: no such folder; name the one with the text files")
+        self.folder, self._separator = folder, separator
+        self.files = sorted((file for file in folder.glob(glob) if file.is_file()), key=Path.as_posix)
+        self.left_out: Counter[str] = Counter()
+        self.example = ""
+        if not self.files:
+            raise DocumentError(f"{folder}: no file matches {glob!r}; give another glob, such as '**/*.md'")
+
+    def batches(self) -> Iterator[list[str]]:
+        """Texts of documents, some at a time."""
+        for batch in batches(self._entries()):
+            yield [entry.text for entry in batch]
+
+    def _entries(self) -> Iterator[Entry]:
+        for file in self.files:
+            source = file.relative_to(self.folder).as_posix()
+            for entry in read_entries(file, source, TEXT_FIELD, self._separator):
+                if not entry.flaw:
+                    yield entry
+                    continue
+                self.left_out[entry.flaw] += entry.times
+                self.example = self.example or f"{entry.place}{f' ({entry.detail})' if entry.detail else ''}"
+
+    def report(self) -> str:
+        """What was left out, and the first of it."""
+        counts = ", ".join(f"{count:,} {FLAWS[flaw]}" for flaw, count in sorted(self.left_out.items()))
+        return f"{counts}; first: {self.example}" if self.example else counts
+
+
+def text_folder_to_chunks_(
+    *,
+    folder: AnyPath,
+    chunks_memmap_path: AnyPath,
+    seqs_memmap_path: AnyPath,
+    doc_ids_memmap_path: AnyPath,
+    chunk_size: int = 64,
+    seq_len: int = 2048,
+    glob: str = "**/*.txt",
+    max_chunks: int = 1_000_000,
+    max_seqs: int = 100_000,
+    documents_separator: str | None = None,
+    encoder: AnyPath | None = None,
+) -> dict[str, int]:
+    """Writes the three files of a folder's text and returns how many `chunks`, `docs` and `seqs` they hold.
+
+    Files that match `glob` are documents, in the order of their paths; with `documents_separator` what
+    stands between such lines is, and in .jsonl and .parquet files each record (field `text`). A document is
+    [CLS] text [SEP], cut into rows of `chunk_size` tokens, of which the last is filled up with padding;
+    the last column is the first token of the document's next row, padding at its end. Where the text
+    fills its last row, [SEP] is left out: no row holds nothing else. A sequence starts at every
+    `seq_len // chunk_size`-th row of a document. Empty and unreadable documents are left out and counted.
+
+    The files hold what was found and no more, and appear together when all is written.
+
+    Raises ConfigError where `max_chunks` or `max_seqs` is too small, with the numbers; DocumentError where
+    there is no text; SourceError where the tokenizer cannot be loaded.
+    """
+    check_counts(chunk_size=chunk_size, seq_len=seq_len, max_chunks=max_chunks, max_seqs=max_seqs)
+    check_seq_len(seq_len, chunk_size)
+    paths = [Path(path).absolute() for path in (chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path)]
+    if len(set(paths)) < len(paths):
+        raise ConfigError(f"memmap paths: found {', '.join(map(str, paths))}, expected three different files")
+    reader = _Reader(Path(folder), glob, CorpusConfig(documents_separator=documents_separator).documents_separator)
+    tokenizer = open_tokenizer(encoder)
+    totals: Counter[str] = Counter(chunks=0, docs=0, seqs=0)
+    lossy = without_tokens = 0
+    with whole_files(*paths) as partials:
+        with contextlib.ExitStack() as stack:
+            chunks_file, seqs_file, ids_file = (stack.enter_context(path.open("wb")) for path in partials)
+            for encoded in ahead(tokenizer.encode_batch(batch) for batch in reader.batches()):
+                chunks = cut(encoded, chunk_size, tokenizer.pad_id, tokenizer.begin_id, tokenizer.end_id)
+                chunks.rows[np.cumsum(chunks.counts) - 1, -1] = tokenizer.pad_id
+                kept = np.diff(encoded.starts) > 0
+                counts = chunks.counts[kept]
+                starts = _sequence_starts(counts, seq_len // chunk_size) + totals["chunks"]
+                ids = np.repeat(np.arange(len(counts)) + totals["docs"], counts)
+                totals.update(chunks=int(counts.sum()), docs=len(counts), seqs=len(starts))
+                lossy += int(encoded.lossy[kept].sum())
+                without_tokens += int((~kept).sum())
+                if totals["chunks"] <= max_chunks and totals["seqs"] <= max_seqs:  # else it counts on, for the error
+                    chunks_file.write(chunks.rows[np.repeat(kept, chunks.counts)].tobytes())
+                    seqs_file.write(starts.astype(np.int32).tobytes())
+                    ids_file.write(ids.astype(np.int32).tobytes())
+        if without_tokens:
+            reader.left_out["empty"] += without_tokens
+        _check_totals(totals, reader, max_chunks, max_seqs)
+    _tell(totals, reader, lossy, documents_separator)
+    return dict(totals)
+
+
+def _sequence_starts(counts: IntArray, rows_per_sequence: int) -> npt.NDArray[np.int64]:
+    """The first row of each sequence, for documents of `counts` rows that lie one after the other."""
+    sequences = -(-counts // rows_per_sequence)
+    firsts = np.cumsum(counts) - counts
+    places = np.arange(sequences.sum()) - np.repeat(np.cumsum(sequences) - sequences, sequences)
+    starts: npt.NDArray[np.int64] = np.repeat(firsts, sequences) + places * rows_per_sequence
+    return starts
+
+
+def _check_totals(totals: Mapping[str, int], reader: _Reader, max_chunks: int, max_seqs: int) -> None:
+    if not totals["docs"]:
+        raise DocumentError(
+            f"{reader.folder}: no document with text in {len(reader.files)} files ({reader.report()}); add text"
+        )
+    for name, found, needed in (
+        ("max_chunks", max_chunks, totals["chunks"]),
+        ("max_seqs", max_seqs, totals["seqs"]),
+    ):
+        if needed > found:
+            raise ConfigError(
+                f"{name}: found {found}, expected >= {needed}, which the {totals['docs']} documents in "
+                f"{reader.folder} give ({totals['chunks']} chunks, {totals['seqs']} sequences); nothing was written"
+            )
+
+
+def _tell(totals: Mapping[str, int], reader: _Reader, lossy: int, separator: str | None) -> None:
+    print(
+        f"chunks: {totals['chunks']:,} of {totals['docs']:,} documents, {totals['seqs']:,} sequences, from "
+        f"{reader.folder}",
+        flush=True,
+    )
+    if reader.left_out:
+        print(f"left out: {reader.report()}", flush=True)
+    if lossy:
+        print(f"{lossy:,} documents have case or characters that the tokenizer does not give back", flush=True)
+    if totals["docs"] == 1:
+        hint = "" if separator else "; if the file holds several, give documents_separator, the line between them"
+        print(f"one document only: no chunk will have a neighbor, which comes from another document{hint}", flush=True)
+
+
+# ---- chunks to vectors, index and neighbors ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SearchableChunks:
+    """Chunks with their vectors and an index over them, made or found beside the chunk file.
+
+    `database` is what finds the neighbors of stored chunks and of new ones, which `embedder` embeds;
+    `retro_model.memmaps.neighbor_tokens` turns what it finds into tokens.
+    """
+
+    path: Path
+    rows: IntArray  # (n, M + 1), read-only
+    embedder: ChunkEmbedder
+    vectors: FloatArray  # (n, dim), read-only
+    vectors_digest: str
+    faiss_index: Any
+    index_facts: Mapping[str, Any]
+    index_digest: str
+
+    @classmethod
+    def open(
+        cls,
+        *,
+        num_chunks: int,
+        chunk_size: int,
+        chunk_memmap_path: AnyPath,
+        use_cls_repr: bool = False,
+        chunks_to_embeddings_batch_size: int = 16,
+        embed_dim: int = DEFAULT_DIM,
+        index_file: AnyPath = "knn.index",
+        force_reprocess: bool = False,
+        encoder: AnyPath | None = None,
+        number_type: str = "float32",
+        device: str = "auto",
+        **index_kwargs: Any,
+    ) -> "SearchableChunks":
+        """Arguments, reuse and errors are those of `chunks_to_index_and_embed`."""
+        settings = index_settings(index_kwargs)
+        check_counts(
+            num_chunks=num_chunks,
+            chunk_size=chunk_size,
+            chunks_to_embeddings_batch_size=chunks_to_embeddings_batch_size,
+        )
+        path = Path(chunk_memmap_path)
+        rows = open_raw(path, (num_chunks, chunk_size + 1), longer=True)
+        embedder = ChunkEmbedder.open(
+            chunk_size,
+            use_cls_repr=use_cls_repr,
+            batch_size=chunks_to_embeddings_batch_size,
+            encoder=encoder,
+            number_type=number_type,
+            device=device,
+        )
+        if embed_dim not in (embedder.encoder.dim, DEFAULT_DIM):
+            raise ConfigError(
+                f"embed_dim: found {embed_dim}, expected {embedder.encoder.dim}, the width of {embedder.encoder.name}"
+            )
+        vectors, vectors_digest = _made_vectors(rows, embedder, beside(path, "embeddings.dat"), force_reprocess)
+        index_path = Path(index_file)
+        if os.fspath(index_file) == index_path.name:
+            index_path = beside(path, index_path.name)
+        index = _made_index(vectors, vectors_digest, settings, index_path, force_reprocess)
+        return cls(path, rows, embedder, vectors, vectors_digest, *index)
+
+    def database(self, documents: IntArray) -> Database:
+        """What finds neighbors; `documents` (n,) are the document ids of the chunks."""
+        index = Index(cast(Any, SimpleNamespace(facts=self.index_facts)), self.faiss_index)
+        return Database(index, cast(Any, self.vectors), documents)
+
+
+def chunks_to_index_and_embed(
+    *,
+    num_chunks: int,
+    chunk_size: int,
+    chunk_memmap_path: AnyPath,
+    use_cls_repr: bool = False,
+    chunks_to_embeddings_batch_size: int = 16,
+    embed_dim: int = DEFAULT_DIM,
+    index_file: AnyPath = "knn.index",
+    force_reprocess: bool = False,
+    encoder: AnyPath | None = None,
+    number_type: str = "float32",
+    device: str = "auto",
+    **index_kwargs: Any,
+) -> tuple[Any, FloatArray]:
+    """A faiss index over the chunks (squared L2), and their vectors: a read-only float32 memmap (chunks, dim).
+
+    Both lie beside the chunks (see the top of this module), and are used again while chunks, encoder and
+    settings are the same; `force_reprocess` makes them anew. An `index_file` that is a bare name gets the
+    chunk file's stem in front and lies beside it; with a folder it is taken as it is.
+
+    `embed_dim` must be the encoder's width unless it is 768, the default. `number_type` float32 is what
+    `bert_embed` computes in; auto is bfloat16 where the processor has it, about twice as fast on CPUs.
+    `index_kwargs` are IndexConfig's target_recall, train_points_per_list and seed, and autofaiss's
+    max_index_memory_usage and current_memory_available (the smaller one holds), index_key, index_param
+    (nprobe=<lists visited>), metric_type (l2), use_gpu and nb_cores.
+
+    Raises ConfigError for settings that cannot be had, MismatchError where the chunk file is too short,
+    SourceError where the encoder cannot be loaded.
+    """
+    chunks = SearchableChunks.open(
+        num_chunks=num_chunks,
+        chunk_size=chunk_size,
+        chunk_memmap_path=chunk_memmap_path,
+        use_cls_repr=use_cls_repr,
+        chunks_to_embeddings_batch_size=chunks_to_embeddings_batch_size,
+        embed_dim=embed_dim,
+        index_file=index_file,
+        force_reprocess=force_reprocess,
+        encoder=encoder,
+        number_type=number_type,
+        device=device,
+        **index_kwargs,
+    )
+    return chunks.faiss_index, chunks.vectors
+
+
+def chunks_to_precalculated_knn_(
+    *,
+    num_nearest_neighbors: int,
+    num_chunks: int,
+    chunk_size: int,
+    chunk_memmap_path: AnyPath,
+    doc_ids_memmap_path: AnyPath,
+    num_extra_neighbors: int = 10,
+    use_cls_repr: bool = False,
+    chunks_to_embeddings_batch_size: int = 16,
+    embed_dim: int = DEFAULT_DIM,
+    index_file: AnyPath = "knn.index",
+    force_reprocess: bool = False,
+    encoder: AnyPath | None = None,
+    number_type: str = "float32",
+    device: str = "auto",
+    **index_kwargs: Any,
+) -> tuple[Path, Any]:
+    """Writes each chunk's nearest ones from other documents; returns the file's path and the faiss index.
+
+    The file is int32 (num_chunks, num_nearest_neighbors), nearest first, equally near ones by their row;
+    -1 where the other documents hold no more. `num_extra_neighbors` are fetched beyond those wanted, and
+    more wherever a chunk's own document takes them up: it changes speed only.
+
+    The other arguments, reuse and errors are those of `chunks_to_index_and_embed`.
+    """
+    check_counts(num_chunks=num_chunks, num_nearest_neighbors=num_nearest_neighbors)
+    if isinstance(num_extra_neighbors, bool) or not isinstance(num_extra_neighbors, int) or num_extra_neighbors < 0:
+        raise ConfigError(f"num_extra_neighbors: found {num_extra_neighbors!r}, expected a whole number from 0")
+    documents = open_raw(Path(doc_ids_memmap_path), (num_chunks,), longer=True)
+    chunks = SearchableChunks.open(
+        num_chunks=num_chunks,
+        chunk_size=chunk_size,
+        chunk_memmap_path=chunk_memmap_path,
+        use_cls_repr=use_cls_repr,
+        chunks_to_embeddings_batch_size=chunks_to_embeddings_batch_size,
+        embed_dim=embed_dim,
+        index_file=index_file,
+        force_reprocess=force_reprocess,
+        encoder=encoder,
+        number_type=number_type,
+        device=device,
+        **index_kwargs,
+    )
+    path = beside(chunks.path, "knn.dat")
+    made_from = {
+        "vectors": chunks.vectors_digest,
+        "index": chunks.index_digest,
+        "documents": _digest(documents),
+        "neighbors": num_nearest_neighbors,
+    }
+    if _reusable(path, made_from, "knn", force_reprocess) is None:
+        with whole_files(path) as (partial,):
+            _write_neighbors(chunks.database(documents), num_nearest_neighbors, num_extra_neighbors, partial)
+        write_record(path, made_from)
+    return path, chunks.faiss_index
+
+
+def beside(chunks_path: AnyPath, name: str) -> Path:
+    """The path of what is made from a chunk file: train.chunks.knn.dat of train.chunks.dat."""
+    return Path(chunks_path).with_suffix(f".{name}")
+
+
+def _digest(array: npt.NDArray[Any]) -> str:
+    return hashlib.sha256(array.data).hexdigest()
+
+
+def _reusable(path: Path, made_from: Mapping[str, Any], title: str, force: bool) -> dict[str, Any] | None:
+    record = None if force else read_record(path, made_from)
+    if record is not None:
+        print(f"{title}: {path} is made from the same, and is used again", flush=True)
+    return record
+
+
+def _made_vectors(rows: IntArray, embedder: ChunkEmbedder, path: Path, force: bool) -> tuple[FloatArray, str]:
+    """The vectors in the file `path`, and its digest."""
+    facts = embedder.encoder.facts()
+    del facts["encoder_name"]  # another name for the same encoder makes the same vectors
+    made_from = {"chunks": _digest(rows), "tokenizer": embedder.tokenizer.fingerprint, **facts}
+    record = _reusable(path, made_from, "embed", force)
+    if record is None:
+        with whole_files(path) as (partial,):
+            _write_vectors(rows, embedder, partial)
+        digest = write_record(path, made_from)
+    else:
+        digest = record["sha256"]
+    return open_raw(path, (len(rows), embedder.encoder.dim), np.float32), digest
+
+
+def _made_index(
+    vectors: FloatArray, vectors_digest: str, settings: IndexSettings, path: Path, force: bool
+) -> tuple[Any, Mapping[str, Any], str]:
+    """The faiss index in the file `path`, what `Index` must know of it, and the file's digest."""
+    made_from = {"vectors": vectors_digest, **settings.facts()}
+    record = _reusable(path, made_from, "index", force)
+    if record is not None:
+        return import_faiss().read_index(str(path)), record["facts"], record["sha256"]
+    index, facts = _built_index(vectors, settings)
+    with whole_files(path) as (partial,):
+        import_faiss().write_index(index, str(partial))
+    return index, facts, write_record(path, made_from, **facts)
+
+
+def _write_vectors(rows: IntArray, embedder: ChunkEmbedder, path: Path) -> None:
+    size = embedder.encoder.batch_size * max(1, ROWS_PER_PORTION // embedder.encoder.batch_size)
+
+    def read(start: int) -> Tokenized:
+        return embedder.read(np.asarray(rows[start : start + size, :-1]))
+
+    num_truncated = 0
+    with path.open("wb") as stream, Progress("embed", len(rows), "chunk") as bar:
+        for tokenized in ahead(map(read, range(0, len(rows), size))):
+            vectors = embedder.encoder.vectors(tokenized)
+            if not np.isfinite(vectors).all():
+                raise SourceError(f"{embedder.encoder.name}: a vector is not finite; choose another encoder")
+            stream.write(vectors.tobytes())
+            num_truncated += tokenized.num_truncated
+            bar.update(len(tokenized))
+    if num_truncated:
+        longest = embedder.encoder.config.max_tokens
+        print(f"embed: {num_truncated:,} chunks are longer than {longest} tokens and were cut short", flush=True)
+
+
+def _write_neighbors(database: Database, num_neighbors: int, surplus: int, path: Path) -> None:
+    vectors, documents = database.vectors, database.documents
+    num_short = 0
+    with path.open("wb") as stream, Progress("knn", len(vectors), "chunk") as bar:
+        for start in range(0, len(vectors), QUERIES_PER_BATCH):
+            part = slice(start, start + QUERIES_PER_BATCH)
+            ids, _ = database.nearest(np.array(vectors[part]), documents[part], num_neighbors, surplus)
+            stream.write(ids.astype(np.int32).tobytes())
+            num_short += int((ids[:, -1] == NONE).sum())
+            bar.update(len(ids))
+    if num_short:
+        hint = ": all are of one document" if len(np.unique(documents)) == 1 else ""
+        print(
+            f"knn: {num_short:,} of {len(vectors):,} chunks have fewer than {num_neighbors} neighbors{hint}", flush=True
+        )
+
+
+# ---- the index -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    faiss = import_faiss()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def _built_index(vectors: FloatArray, settings: IndexSettings) -> tuple[Any, dict[str, Any]]:
+    """A faiss index over the vectors, in their order, and what `Index` must know of it."""
+    try:
+        with _threads(settings.threads):
+            return _build(cast(Any, vectors), settings)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (given: {settings.given or 'nothing'})") from error
+
+
+def _build(vectors: Any, settings: IndexSettings) -> tuple[Any, dict[str, Any]]:
+    config = settings.config
+    key = choose_key(config, len(vectors))
+    lists = num_lists(key)
+    if settings.probes is not None and settings.probes > max(lists, 1):
+        raise ConfigError(
+            f"index_param: found nprobe={settings.probes}, expected <= {max(lists, 1)}, the lists of {key}"
+        )
+    _check_memory(config, key, vectors)
+    index = _trained_index(vectors, key, config)
+    largest_norm = 0.0
+    for block in float_blocks(vectors):
+        index.add(block)
+        largest_norm = max(largest_norm, largest_square(block))
+    probes = settings.probes
+    if lists:
+        probes = probes or _enough_probes(index, vectors, largest_norm, config)
+        index.nprobe = probes  # for whoever searches it without `Index`
+    print(f"index: {key} over {len(vectors):,} chunks{f', {probes} lists a search' if lists else ''}", flush=True)
+    facts = {"rows": len(vectors), "dim": vectors.shape[1], "key": key, "largest_norm": largest_norm}
+    return index, {**facts, "nprobe": probes if lists else None}
+
+
+def _enough_probes(index: Any, vectors: Any, largest_norm: float, config: IndexConfig) -> int:
+    """The fewest lists that reach the target recall, for queries that are rows of the index themselves.
+
+    Each finds itself, in the first list it visits. So that the others reach the target, all must reach more.
+    """
+    queries = _sample(vectors, RECALL_QUERIES, config.seed)
+    margin = rounding_margin(queries, largest_norm)
+    target = config.target_recall + (1 - config.target_recall) / RECALL_AT
+    return choose_probes(index, vectors, queries, margin, target)[0]
