@@ -1,11 +1,13 @@
 """What the README says is so; its commands run in test_pipeline.py."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fixtures import tiny_corpus, tiny_encoder
 
 from stages.params import read_yaml
 
@@ -19,6 +21,21 @@ def test_the_network_in_ten_lines_runs() -> None:
         [sys.executable, "-c", program + "\nprint(loss.item())"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert 9.0 < float(done.stdout) < 11.0  # ln 20,000 = 9.9
+
+
+def test_the_functions_over_raw_files_run(tmp_path: Path) -> None:
+    (program,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "knn_" in block]
+    tiny_corpus(tmp_path / "texts", num_documents=6)
+    done = subprocess.run(
+        [sys.executable, "-c", program + "\nprint(*seq.shape, *retrieved.shape, (retrieved > 0).any())"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RETRO_BERT": str(tiny_encoder(tmp_path / "bert"))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "513 8 2 128 tensor(True)"
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:^ {4}|`)make ([a-z-]+)", README, flags=re.MULTILINE))))
