@@ -159,13 +159,14 @@ def embed(folder: Path, turns: int, rows: int) -> None:
 
     sizes = (8, 16, 32, 64, 128, 256)
     tasks = {f"forward pass alone, batch {size}": quiet(forward(size)) for size in sizes}
-    tasks["the stage's way"] = quiet(lambda: drain(embed_rows(encoder, tokenizer, chunks, 0, rows)))
+    whole = "the stage's way"
+    tasks[whole] = quiet(lambda: drain(embed_rows(encoder, tokenizer, chunks, 0, rows)))
     took = in_turns(tasks, turns)
     for name, seconds in took.items():
         print(f"    {name:34} {seconds:7.2f} s  {rows / seconds:7.1f} chunks/s")
-    best = min(seconds for name, seconds in took.items() if name in tasks and name.startswith("forward"))
+    best = min(seconds for name, seconds in took.items() if name != whole)
     print(
-        f"    RATIO of the stage to the best forward pass: {best / took[chr(116) + 'he stage' + chr(39) + 's way']:.2f}"
+        f"    RATIO of the stage to the best forward pass: {best / took[whole]:.2f}"
     )
 
 

@@ -462,7 +462,8 @@ def make_embeddings(
         facts = running.facts
         print(
             f"embed: {facts['encoder_name']}, {facts['dim']} dimensions, on {facts['device']} in "
-            f"{facts['number_type']}, {facts['max_tokens']} tokens a chunk",
+            f"{facts['number_type']}, {facts['max_tokens']} tokens a chunk, "
+            f"{batch_size or ROWS_PER_BATCH[facts['device']]} chunks a batch",
             flush=True,
         )
         for split, chunks in splits.items():
