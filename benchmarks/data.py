@@ -197,7 +197,7 @@ def made_up_text(folder: Path, num_chunks: int) -> None:
     vocabulary = np.array(["".join(generator.choice(letters, 2 + rank % 9)) for rank in range(20_000)])
     weights = 1 / np.arange(2, len(vocabulary) + 2)
     folder.mkdir(parents=True)
-    words_per_document, left = 440, max(num_chunks // 20, 60)
+    words_per_document, left = 720, max(num_chunks // 20, 60)
     while left:
         count = min(left, 5000)
         words = generator.choice(vocabulary, (count, words_per_document), p=weights / weights.sum())

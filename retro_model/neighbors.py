@@ -1,9 +1,13 @@
 """The nearest database chunks of every chunk, from other documents than its own.
 
-What comes out is defined without the index's batches, surplus or rounding: of the candidates in the
-lists that a query visits, the `stored` nearest by (distance, id) that are not of its document, with
+What comes out is defined without the index's batches, surplus, rounding or device: of the candidates in
+the lists that a query visits, the `stored` nearest by (distance, id) that are not of its document, with
 distances computed again from the stored vectors. If those lists hold too few, twice as many are
 visited, until there are enough or the whole database has been seen: -1 means that there are no more.
+
+Candidates are all rows of the lists. With an index of codes they are fewer: of the rows that are not of
+the query's document, the nearest by (distance of the code, id); as many as the index's `rescored` says,
+or CODES_PER_NEIGHBOR for each neighbor, if that is more.
 """
 
 from collections.abc import Iterator
@@ -17,15 +21,37 @@ import numpy.typing as npt
 from retro_model.artifacts import SPLITS, Artifact, ArtifactWriter, ShardedArray, rows_per_part, whole_folder
 from retro_model.config import Config, setting
 from retro_model.engine import Engine, row_parts, work_or_temporary
-from retro_model.index import SHAPING_FACTS, FloatArray, IdArray, Index, pair_distances, rounding_margin
+from retro_model.index import (
+    RECALL_AT,
+    RECALL_QUERIES,
+    ROWS_PER_BLOCK,
+    SHAPING_FACTS,
+    BoolArray,
+    FloatArray,
+    IdArray,
+    Index,
+    as_float32,
+    float_blocks,
+    import_faiss,
+    largest_square,
+    nearest_by_code,
+    pair_distances,
+    rounding_margin,
+    smallest,
+    stored_distances,
+)
 from retro_model.progress import Progress
 
 IntArray = npt.NDArray[np.integer[Any]]
 
 NONE = -1  # no neighbor; also the document of a query that has none
 QUERIES_PER_BATCH = 1024
-SURPLUS = 32  # candidates fetched beyond those wanted, at first: the own document's share in most corpora
+# Candidates fetched beyond those wanted, at first: the own document's share in most corpora. With 64 wanted
+# they are 100 in all, from where on faiss collects them in a way that costs less.
+SURPLUS = 36
 PAIRS_AT_ONCE = 1 << 22  # candidates in memory: a batch of many candidates is split
+PERCENTILES = (5, 25, 50, 75, 95)  # of the first neighbor's distance, in the metrics
+CODES_PER_NEIGHBOR = 4  # candidates by code that are scored again, at the least
 
 
 @dataclass(frozen=True)
@@ -59,9 +85,10 @@ class Database:
         of -1, at distance inf, stands behind the last neighbor. `surplus` changes speed only.
         """
         ids, distances = _no_neighbors(len(queries), k)
+        among = self._among_lists if self.index.rescored is None else self._among_codes
         pending, probes = np.arange(len(queries)), self.index.probes
         while len(pending):
-            found = self._among_lists(queries[pending], query_documents[pending], k, surplus, probes)
+            found = among(queries[pending], query_documents[pending], k, surplus, probes)
             ids[pending], distances[pending] = found
             if probes == self.index.lists:
                 break
@@ -79,36 +106,76 @@ class Database:
             uncertain = []
             for part in _parts(pending, max(1, PAIRS_AT_ONCE // fetched)):
                 reported, candidates = self.index.search(queries[part], fetched, probes)
-                ids[part], distances[part] = self._best(queries[part], query_documents[part], candidates, k)
+                margin = self._margin(queries[part])
+                excluded = self._excluded(query_documents[part], candidates)
+                ids[part], distances[part] = self._best(queries[part], reported, candidates, excluded, margin, k)
                 # A row that was not fetched is no nearer than the last one that was, give or take rounding.
-                margin = rounding_margin(queries[part], self.index.largest_norm)
-                certain = reported[:, -1:] > distances[part][:, -1:] + margin
-                exhausted = candidates[:, -1:] == NONE
-                uncertain.append(part[~(certain | exhausted)[:, 0]])
+                certain = reported[:, -1] > distances[part, -1] + margin[:, 0]
+                exhausted = candidates[:, -1] == NONE
+                uncertain.append(part[~(certain | exhausted)])
             if fetched == self.index.rows:
                 break
             pending, fetched = np.concatenate(uncertain), 2 * fetched
         return ids, distances
 
     def _best(
-        self, queries: FloatArray, query_documents: IntArray, candidates: IdArray, k: int
+        self,
+        queries: FloatArray,
+        reported: FloatArray,
+        candidates: IdArray,
+        excluded: BoolArray,
+        margin: FloatArray,
+        k: int,
     ) -> tuple[IdArray, FloatArray]:
-        """The k nearest of `candidates` (n, c) from other documents, by (distance, id)."""
-        rows, places = np.unique(candidates, return_inverse=True)  # -1, where there is one, comes first
-        places = places.reshape(candidates.shape)
-        first = int(len(rows) > 0 and rows[0] == NONE)
-        rows, places = rows[first:], places - first
-        if not len(rows):
-            return _no_neighbors(len(queries), k)
-        documents = np.append(self.documents[rows], NONE)[places]  # place -1 reads the appended one
-        places = np.where((places < 0) | (documents == query_documents[:, None]), -1, places)
-        distances = pair_distances(queries, self.vectors[rows].astype(np.float32), places)
-        ids = np.where(places < 0, np.iinfo(np.int64).max, candidates)
-        order = np.lexsort((ids, distances), axis=-1)[:, :k]
-        ids, distances = np.take_along_axis(ids, order, axis=1), np.take_along_axis(distances, order, axis=1)
-        ids[np.isinf(distances)] = NONE
-        missing = ((0, 0), (0, k - ids.shape[1]))
-        return np.pad(ids, missing, constant_values=NONE), np.pad(distances, missing, constant_values=np.inf)
+        """The k nearest of the `candidates` (n, c), which are in the order of the `reported` distances.
+
+        Only those are scored again that rounding could bring among the k nearest: none, where nothing is
+        rounded.
+        """
+        if self.index.alone:
+            distances, ids = smallest(np.where(excluded, np.float32(np.inf), reported), candidates, k)
+            return ids, distances
+        rank = np.cumsum(~excluded, axis=1)
+        kth = np.min(reported, axis=1, where=~excluded & (rank == k), initial=np.inf)[:, None]
+        wanted = ~excluded & (reported <= kth + 2 * margin)
+        width = int(wanted.any(axis=0).sum() and np.flatnonzero(wanted.any(axis=0))[-1] + 1)
+        places = np.where(wanted[:, :width], candidates[:, :width], NONE)
+        distances, ids = smallest(self._distances(queries, places), places, k)
+        return ids, distances
+
+    def _among_codes(
+        self, queries: FloatArray, query_documents: IntArray, k: int, surplus: int, probes: int
+    ) -> tuple[IdArray, FloatArray]:
+        """The k nearest of the candidates by code in `probes` lists of each query."""
+        assert self.index.rescored is not None
+        count = min(max(self.index.rescored, CODES_PER_NEIGHBOR * k), self.index.rows)
+        candidates = nearest_by_code(
+            lambda rows, fetched: self.index.search(rows, fetched, probes),
+            queries,
+            count,
+            surplus,
+            self.index.rows,
+            lambda rows, ids: self._excluded(query_documents[rows], ids),
+        )
+        distances, ids = smallest(self._distances(queries, candidates), candidates, k)
+        return ids, distances
+
+    def _excluded(self, query_documents: IntArray, candidates: IdArray) -> BoolArray:
+        """Which candidates (n, c) are none, or of the query's document."""
+        none = candidates == NONE
+        excluded: BoolArray = none | (self.documents[np.where(none, 0, candidates)] == query_documents[:, None])
+        return excluded
+
+    def _margin(self, queries: FloatArray) -> FloatArray:
+        if self.index.alone:
+            return np.zeros((len(queries), 1), dtype=np.float32)
+        return rounding_margin(queries, self.index.largest_norm)
+
+    def _distances(self, queries: FloatArray, ids: IdArray) -> FloatArray:
+        """Distances (n, c) of the stored vectors; inf where an id is -1."""
+        if self.index.stored is not None:
+            return pair_distances(queries, self.index.stored, ids)
+        return stored_distances(queries, self.vectors, ids)
 
 
 def _no_neighbors(num_queries: int, k: int) -> tuple[IdArray, FloatArray]:
@@ -138,13 +205,17 @@ class KnnJob:
     chunks: Path
     config: NeighborsConfig
     queries_per_batch: int
+    device: str = "auto"
     kind: ClassVar[str] = "neighbors"
+    uses_gpus: ClassVar[bool] = False
 
     def open(self) -> _Opened:
         """The database, and what the queries are."""
         chunks = {split: Artifact.open(self.chunks / split, "chunks", verify=False) for split in SPLITS}
         embeddings = {split: Artifact.open(self.embeddings / split, "embeddings", verify=False) for split in SPLITS}
-        return _Opened(Database.open(embeddings["train"], Index.open(self.index), chunks["train"]), chunks, embeddings)
+        return _Opened(
+            Database.open(embeddings["train"], Index.open(self.index, self.device), chunks["train"]), chunks, embeddings
+        )
 
     def facts(self, opened: _Opened) -> dict[str, Any]:
         """What was searched, and how many are kept."""
@@ -161,7 +232,7 @@ class KnnJob:
         id_type = _id_type(database.index.rows)
         with ArtifactWriter(folder, self.kind, max(stop - start, 1)) as writer:
             for rows in _slices(start, stop, self.queries_per_batch):
-                queries = embeddings[split]["vectors"][rows].astype(np.float32)
+                queries = as_float32(embeddings[split]["vectors"][rows])
                 documents = chunks[split]["documents"][rows]
                 ids, distances = database.nearest(queries, documents, self.config.stored)
                 writer.append(ids=ids.astype(id_type), distances=distances)
@@ -187,24 +258,25 @@ def make_neighbors(
     out_folder: Path,
     *,
     queries_per_batch: int = QUERIES_PER_BATCH,
+    device: str = "auto",
     engine: Engine | None = None,
     work_folder: Path | None = None,
 ) -> dict[str, float]:
     """Writes the neighbors of every split's chunks in the train chunks, and returns what there is to say.
 
-    `queries_per_batch` and `engine` change speed only. What was finished before a kill is found again in
-    `work_folder`.
+    `queries_per_batch`, `engine` and `device` (auto, cpu or cuda) change speed only. What was finished
+    before a kill is found again in `work_folder`.
 
-    Raises MismatchError where chunks, embeddings and index were not made from one another.
+    Raises MismatchError where chunks, embeddings and index were not made from one another, ConfigError
+    where the device cannot be had.
     """
     chunks = {split: Artifact.open(chunks_folder / split, "chunks") for split in SPLITS}
     embeddings = {split: Artifact.open(embeddings_folder / split, "embeddings") for split in SPLITS}
     shaping = {name: embeddings["train"].facts[name] for name in SHAPING_FACTS}
     for split in SPLITS:
         embeddings[split].require(chunks=chunks[split].fingerprint, **shaping)
-    job = KnnJob(
-        embeddings_folder.absolute(), index_folder.absolute(), chunks_folder.absolute(), config, queries_per_batch
-    )
+    folders = embeddings_folder.absolute(), index_folder.absolute(), chunks_folder.absolute()
+    job = KnnJob(*folders, config, queries_per_batch, device)
     total = sum(artifact.rows for artifact in chunks.values())
     metrics: dict[str, float] = {}
     with (
@@ -215,51 +287,88 @@ def make_neighbors(
     ):
         for split in SPLITS:
             facts, rows = _of_split(chunks[split], embeddings[split]), chunks[split].rows
-            counts, size = _Counts(chunks["train"]["tokens"]), rows_per_part(rows)
+            size = rows_per_part(rows)
             with ArtifactWriter(folder / split, "neighbors", size) as writer:
-                start = 0
                 for part in running.make(row_parts(split, rows, size, **facts), work, bar):
                     writer.adopt(part)
-                    tokens = chunks[split]["tokens"][start : start + part.rows]
-                    counts.add(part["ids"][:].astype(np.int64), part["distances"][:], tokens)
-                    start += part.rows
                 writer.facts.update(**running.facts, **facts)
-            metrics |= {f"{split}_{name}": value for name, value in counts.summary().items()}
+            found = Artifact.open(folder / split, "neighbors", verify=False)
+            said = describe_neighbors(found, chunks[split], embeddings[split], chunks["train"], embeddings["train"])
+            metrics |= {f"{split}_{name}": value for name, value in said.items()}
     return metrics
+
+
+def describe_neighbors(
+    neighbors: Artifact, chunks: Artifact, embeddings: Artifact, database: Artifact, vectors: Artifact, seed: int = 0
+) -> dict[str, float]:
+    """What there is to say of a split's `neighbors`, read once in blocks.
+
+    `chunks` and `embeddings` are those of the split, `database` and `vectors` those that were searched.
+    Shares of all queries: `short_share` have fewer than are stored, `copy_share` have a first neighbor with
+    their own input tokens; `missing_share` is of all places for a neighbor. `first_distance_<p>` is the
+    p-th percentile of the first neighbor's squared distance, 0 where no query has one. `recall` is of the
+    RECALL_AT nearest against exact search, for RECALL_QUERIES queries that `seed` draws.
+    """
+    ids, distances = neighbors["ids"], neighbors["distances"]
+    num_missing = num_short = num_copies = 0
+    first = []
+    for rows in _slices(0, len(ids), ROWS_PER_BLOCK):
+        here = ids[rows]
+        missing = here == NONE
+        num_missing += int(missing.sum())
+        num_short += int(missing[:, -1].sum())
+        found = ~missing[:, 0]
+        first.append(distances[rows][found, 0])
+        copies = database["tokens"][here[found, 0]][:, :-1] == chunks["tokens"][rows][found, :-1]
+        num_copies += int(copies.all(axis=1).sum())
+    nearest = np.concatenate(first).astype(np.float64)
+    percentiles = np.percentile(nearest, PERCENTILES) if len(nearest) else np.zeros(len(PERCENTILES))
+    return {
+        "recall": _recall(neighbors, chunks, embeddings, database, vectors, seed),
+        "missing_share": num_missing / max(ids.shape[0] * ids.shape[1], 1),
+        "short_share": num_short / max(len(ids), 1),
+        "copy_share": num_copies / max(len(ids), 1),
+        "first_distance_mean": float(nearest.mean()) if len(nearest) else 0.0,
+        **{f"first_distance_{p}": float(value) for p, value in zip(PERCENTILES, percentiles, strict=True)},
+    }
+
+
+def _recall(
+    neighbors: Artifact, chunks: Artifact, embeddings: Artifact, database: Artifact, vectors: Artifact, seed: int
+) -> float:
+    """The share of the nearest there are that were found, ties and rounding allowed; 1 where there are none."""
+    num_rows = len(neighbors["ids"])
+    if not num_rows:
+        return 1.0
+    rows = np.random.default_rng(seed).choice(num_rows, min(RECALL_QUERIES, num_rows), replace=False)
+    queries = as_float32(embeddings["vectors"][rows])
+    k = min(RECALL_AT, neighbors["ids"].shape[1])
+    exact, largest = _exact_elsewhere(queries, chunks["documents"][rows], vectors["vectors"], database["documents"], k)
+    there = np.isfinite(exact).sum(axis=1)
+    if not there.any():
+        return 1.0
+    limit = np.max(exact, axis=1, where=np.isfinite(exact), initial=0.0)[:, None] + rounding_margin(queries, largest)
+    return int((neighbors["distances"][rows][:, :k] <= limit).sum()) / int(there.sum())
+
+
+def _exact_elsewhere(
+    queries: FloatArray, query_documents: IntArray, vectors: ShardedArray, documents: ShardedArray, k: int
+) -> tuple[FloatArray, float]:
+    """The k smallest distances (n, k) to rows of other documents, by brute force, and the largest squared norm."""
+    nearest, largest = np.full((len(queries), k), np.inf, dtype=np.float32), 0.0
+    start = 0
+    for block in float_blocks(vectors):
+        here = documents[start : start + len(block)]
+        largest = max(largest, largest_square(block))
+        # So many rows more as any query's own document has here.
+        names, counts = np.unique(here, return_counts=True)
+        own = int(counts[np.isin(names, query_documents)].max(initial=0))
+        distances, places = import_faiss().knn(queries, block, min(k + own, len(block)))
+        distances[here[places] == query_documents[:, None]] = np.inf
+        nearest = np.sort(np.concatenate([nearest, distances], axis=1), axis=1)[:, :k]
+        start += len(block)
+    return nearest, largest
 
 
 def _id_type(num_rows: int) -> type[np.signedinteger[Any]]:
     return np.int32 if num_rows <= np.iinfo(np.int32).max else np.int64
-
-
-class _Counts:
-    """What is told about a split's neighbors, gathered batch by batch."""
-
-    def __init__(self, database_tokens: ShardedArray) -> None:
-        self._database_tokens = database_tokens
-        self._first: list[FloatArray] = []
-        self._queries = self._slots = self._missing = self._short = self._copies = 0
-
-    def add(self, ids: IdArray, distances: FloatArray, tokens: IntArray) -> None:
-        """Counts a batch; a copy is a first neighbor with the query's own input tokens."""
-        missing = ids == NONE
-        self._queries += len(ids)
-        self._slots += ids.size
-        self._missing += int(missing.sum())
-        self._short += int(missing[:, -1].sum())
-        (found,) = np.nonzero(~missing[:, 0])
-        self._first.append(distances[found, 0])
-        neighbors = self._database_tokens[ids[found, 0]]
-        self._copies += int((neighbors[:, :-1] == tokens[found][:, :-1]).all(axis=1).sum())
-
-    def summary(self) -> dict[str, float]:
-        """Shares and distances; a distance of 0 where no query has a neighbor."""
-        first = np.concatenate([*self._first, np.empty(0, dtype=np.float32)]).astype(np.float64)
-        middle, mean = (float(np.median(first)), float(first.mean())) if len(first) else (0.0, 0.0)
-        return {
-            "missing_share": self._missing / max(self._slots, 1),
-            "short_share": self._short / max(self._queries, 1),
-            "copy_share": self._copies / max(self._queries, 1),
-            "first_distance_mean": mean,
-            "first_distance_median": middle,
-        }

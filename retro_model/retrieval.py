@@ -54,18 +54,19 @@ from retro_model.errors import ConfigError, DocumentError, SourceError
 from retro_model.index import (
     RECALL_AT,
     RECALL_QUERIES,
+    RESCORED,
     Index,
     IndexConfig,
     _check_memory,
     _sample,
     _trained_index,
+    choose_effort,
     choose_key,
-    choose_probes,
     float_blocks,
     import_faiss,
     largest_square,
     num_lists,
-    rounding_margin,
+    packed,
 )
 from retro_model.index_arguments import IndexSettings, index_settings
 from retro_model.memmaps import check_counts, check_seq_len
@@ -508,7 +509,7 @@ def _built_index(vectors: FloatArray, settings: IndexSettings) -> tuple[Any, dic
 
 def _build(vectors: Any, settings: IndexSettings) -> tuple[Any, dict[str, Any]]:
     config = settings.config
-    key = choose_key(config, len(vectors))
+    key = choose_key(config, *vectors.shape)
     lists = num_lists(key)
     if settings.probes is not None and settings.probes > max(lists, 1):
         raise ConfigError(
@@ -520,21 +521,25 @@ def _build(vectors: Any, settings: IndexSettings) -> tuple[Any, dict[str, Any]]:
     for block in float_blocks(vectors):
         index.add(block)
         largest_norm = max(largest_norm, largest_square(block))
+    index = packed(key, index)
     probes = settings.probes
+    rescored: int | None = RESCORED[0]
     if lists:
-        probes = probes or _enough_probes(index, vectors, largest_norm, config)
+        if probes is None:
+            probes, rescored = _enough(key, index, vectors, largest_norm, config)
         index.nprobe = probes  # for whoever searches it without `Index`
     print(f"index: {key} over {len(vectors):,} chunks{f', {probes} lists a search' if lists else ''}", flush=True)
     facts = {"rows": len(vectors), "dim": vectors.shape[1], "key": key, "largest_norm": largest_norm}
-    return index, {**facts, "nprobe": probes if lists else None}
+    return index, {**facts, "nprobe": probes if lists else None, "rescored": rescored}
 
 
-def _enough_probes(index: Any, vectors: Any, largest_norm: float, config: IndexConfig) -> int:
-    """The fewest lists that reach the target recall, for queries that are rows of the index themselves.
+def _enough(key: str, index: Any, vectors: Any, largest_norm: float, config: IndexConfig) -> tuple[int, int | None]:
+    """The least effort that reaches the target recall, for queries that are rows of the index themselves.
 
     Each finds itself, in the first list it visits. So that the others reach the target, all must reach more.
     """
     queries = _sample(vectors, RECALL_QUERIES, config.seed)
-    margin = rounding_margin(queries, largest_norm)
     target = config.target_recall + (1 - config.target_recall) / RECALL_AT
-    return choose_probes(index, vectors, queries, margin, target)[0]
+    effort = choose_effort(key, index, vectors, queries, largest_norm, target)
+    assert effort.probes is not None, key
+    return effort.probes, effort.rescored

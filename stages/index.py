@@ -14,7 +14,12 @@ def main() -> None:
     embeddings = Path("data/embeddings")
     with work_folder("index", [embeddings], {"index": params.index}) as work:
         metrics = make_index(
-            embeddings, params.index, Path("data/index"), engine=params.runtime.make_engine(), work_folder=work
+            embeddings,
+            params.index,
+            Path("data/index"),
+            device=params.runtime.device,
+            engine=params.runtime.make_engine(),
+            work_folder=work,
         )
     write_json(Path("metrics/index.json"), metrics)
 

@@ -19,6 +19,7 @@ def main() -> None:
             chunks,
             params.neighbors,
             Path("data/neighbors"),
+            device=params.runtime.device,
             engine=params.runtime.make_engine(),
             work_folder=work,
         )

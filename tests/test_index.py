@@ -1,7 +1,7 @@
 """An index of equal bytes for equal input, of the recall that was asked for, and of L2 distances."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +9,31 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from fixtures import write_vectors
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from retro_model import index as index_module
 from retro_model.artifacts import Artifact, ArtifactWriter
 from retro_model.errors import ArtifactError, ConfigError, DamagedArtifactError, MismatchError
 from retro_model.index import (
     INDEX_FILE,
+    Centroids,
     Index,
     IndexConfig,
+    as_float32,
     choose_key,
     exact_distances,
+    fewest_probes,
     import_faiss,
     make_index,
+    nearest_by_code,
+    needed_bytes,
     num_lists,
+    on_gpu,
     pair_distances,
     rounding_margin,
+    smallest,
+    stored_distances,
 )
 
 faiss = import_faiss()
@@ -58,30 +68,70 @@ def brute_force(queries: Floats, vectors: Floats) -> npt.NDArray[np.float64]:
 # ---- settings ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["", "flat", "IVF0,Flat", "IVF16", "OPQ16,PQ16", "IVF16,SQ8", "HNSW32", "Flat "])
+@pytest.mark.parametrize(
+    "key", ["", "flat", "IVF0,Flat", "IVF16", "OPQ16,PQ16", "IVF16,SQ8", "HNSW32", "Flat ", "IVF16,PQ8x4", "PQ8"]
+)
 def test_keys_that_are_not_known_to_work_are_refused_by_name(key: str) -> None:
-    with pytest.raises(ConfigError, match=f"index.key: found '{key}', expected auto, Flat or IVF<lists>,Flat"):
+    message = (
+        f"index.key: found '{key}', expected auto, Flat, IVF<lists>,Flat, IVF<lists>,PQ<m>x4fs or IVF<lists>,PQ<m>x8"
+    )
+    with pytest.raises(ConfigError, match=message):
         IndexConfig(key=key)
 
 
+@pytest.mark.parametrize("num_points", [38, 101])
+def test_autofaiss_would_not_train_on_more_points(num_points: int) -> None:
+    with pytest.raises(ConfigError, match="index.train_points_per_list: .* expected >= 39 and <= 100"):
+        IndexConfig(train_points_per_list=num_points)
+
+
 @pytest.mark.parametrize(
-    ("num_rows", "key"),
+    ("num_rows", "gigabytes", "key"),
     [
-        (1, "Flat"),
-        (200_000, "Flat"),
-        (200_001, "IVF2048,Flat"),
-        (1_000_000, "IVF4096,Flat"),
-        (28_000_000_000, "IVF524288,Flat"),
+        (1, 4.0, "Flat"),
+        (200_000, 0.1, "Flat"),  # which the check of the memory then refuses
+        (200_001, 4.0, "IVF2048,Flat"),
+        (1_000_000, 1.6, "IVF4096,Flat"),
+        (1_000_000, 1.5, "IVF4096,PQ192x4fs"),
+        (10_000_000, 4.0, "IVF16384,PQ192x4fs"),
+        (1_000_000, 0.1, "IVF4096,PQ96x4fs"),
+        (1_000_000, 0.05, "IVF4096,PQ48x4fs"),
+        (1_000_000, 0.03, "IVF4096,PQ24x4fs"),
+        (1_000_000, 0.001, "IVF4096,PQ24x4fs"),
+        (28_000_000_000, 4.0, "IVF524288,PQ24x4fs"),
     ],
 )
-def test_auto_follows_its_rule(num_rows: int, key: str) -> None:
-    assert choose_key(IndexConfig(), num_rows) == key
+def test_auto_follows_its_rule(num_rows: int, gigabytes: float, key: str) -> None:
+    config = IndexConfig(max_memory_gb=gigabytes)
+    assert choose_key(config, num_rows, 384) == key
+    assert (
+        needed_bytes(key, num_rows, 384) <= gigabytes * 1e9 or gigabytes == 0.001 or num_rows in (200_000, 28 * 10**9)
+    )
+
+
+def test_codes_of_vectors_of_any_width() -> None:
+    config = IndexConfig(max_memory_gb=1e-3)
+    assert choose_key(config, 300_000, 15) == "IVF2048,PQ15x4fs"
+    assert choose_key(config, 300_000, 6) == "IVF2048,PQ3x4fs"
+    assert choose_key(config, 300_000, 1024) == "IVF2048,PQ64x4fs"
 
 
 def test_more_lists_than_the_rows_can_train() -> None:
-    assert choose_key(IndexConfig(key="IVF4,Flat"), 156) == "IVF4,Flat"
+    assert choose_key(IndexConfig(key="IVF4,Flat"), 156, 16) == "IVF4,Flat"
     with pytest.raises(ConfigError, match=r"index.key: IVF4,Flat needs 156 train chunks .*found 155"):
-        choose_key(IndexConfig(key="IVF4,Flat"), 155)
+        choose_key(IndexConfig(key="IVF4,Flat"), 155, 16)
+
+
+def test_codes_that_cannot_be_trained_or_do_not_fit_the_vectors() -> None:
+    assert choose_key(IndexConfig(key="IVF16,PQ8x4fs"), 624, 16) == "IVF16,PQ8x4fs"
+    with pytest.raises(ConfigError, match=r"the codes of IVF15,PQ8x4fs train on 624 chunks, found 623"):
+        choose_key(IndexConfig(key="IVF15,PQ8x4fs"), 623, 16)
+    with pytest.raises(ConfigError, match=r"the codes of IVF9,PQ8x4fs train on 624 chunks, found 576 \(64 a list"):
+        choose_key(IndexConfig(key="IVF9,PQ8x4fs"), 5000, 16)
+    with pytest.raises(ConfigError, match=r"the codes of IVF16,PQ8 train on 9,984 chunks"):
+        choose_key(IndexConfig(key="IVF16,PQ8"), 50_000, 16)
+    with pytest.raises(ConfigError, match=r"IVF16,PQ6x4fs has 6 codes a row, expected a divisor of its 16 numbers"):
+        choose_key(IndexConfig(key="IVF16,PQ6x4fs"), 5000, 16)
 
 
 def test_too_little_memory_is_one_line_with_both_numbers(data: Path, tmp_path: Path) -> None:
@@ -124,13 +174,170 @@ def test_exact_distances_go_through_all_shards(data: Path, monkeypatch: pytest.M
     np.testing.assert_allclose(exact_distances(queries, vectors, 10), expected, rtol=1e-4)
 
 
+def test_stored_rows_in_single_precision() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)].reshape(-1, 4)
+    assert as_float32(every).tobytes() == every.astype(np.float32).tobytes()
+    assert as_float32(every[:0]).shape == (0, 4)
+    single = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    assert as_float32(single[::-1]).tobytes() == single[::-1].tobytes()
+
+
+@pytest.mark.parametrize("at_once", [1, 20, 16_384])
+def test_distances_of_stored_rows_are_those_of_the_pairs(
+    data: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(index_module, "ROWS_AT_ONCE", at_once)
+    vectors = Artifact.open(data / "embeddings" / "train", "embeddings")["vectors"]
+    queries, ids = clustered(40, 5), np.random.default_rng(0).integers(-1, 3000, size=(40, 7))
+    ids[3] = -1
+    expected = pair_distances(queries, clustered(3000, 1), ids)
+    assert stored_distances(queries, vectors, ids).tobytes() == expected.tobytes()
+    in_memory: Any = clustered(3000, 1)
+    assert stored_distances(queries, in_memory, ids).tobytes() == expected.tobytes()
+    none = np.full((40, 2), -1)
+    assert np.isinf(stored_distances(queries, vectors, none)).all()
+    assert stored_distances(queries[:0], vectors, none[:0]).shape == (0, 2)
+
+
+def test_lists_of_rows_report_distances_without_rounding(tmp_path: Path) -> None:
+    vectors = {split: 100 + clustered(800, seed) for seed, split in enumerate(("train", "valid", "test"))}
+    write_vectors(tmp_path, vectors, {split: np.arange(800) for split in vectors})
+    make_index(tmp_path / "embeddings", IndexConfig(key="IVF16,Flat"), tmp_path / "index")
+    index, queries = Index.open(tmp_path / "index"), vectors["valid"]
+    stored = Artifact.open(tmp_path / "embeddings" / "train", "embeddings")["vectors"]
+    for size in (1, 33, 800):
+        for k in (5, 150):
+            distances, ids = index.search(queries[:size], k, 3)
+            assert distances.tobytes() == stored_distances(queries[:size], stored, ids).tobytes()
+    assert index.alone
+
+
+@pytest.mark.parametrize("first_id", [-1, 0, 2**31 - 30, 2**31 - 3, 2**40])
+def test_distinct_ids_and_their_places(first_id: int) -> None:
+    for size in (0, 1, 40):
+        ids = first_id + np.random.default_rng(size).integers(0, 20, size=(size, 3))
+        distinct, places = index_module._distinct(ids)
+        assert distinct.tolist() == sorted(set(ids.ravel().tolist()))
+        np.testing.assert_array_equal(distinct[places], ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.tuples(st.integers(0, 4), st.integers(0, 9)),
+    k=st.integers(1, 12),
+    first_id=st.sampled_from([0, 2**31, 2**32 - 20, 2**40]),
+)
+def test_the_smallest_by_distance_and_id(seed: int, shape: tuple[int, int], k: int, first_id: int) -> None:
+    random = np.random.default_rng(seed)
+    distances = random.choice(np.array([-2.5, -0.0, 0.0, 1e-30, 1, 1.5, 3e38, np.inf], dtype=np.float32), size=shape)
+    ids = first_id + np.argsort(random.random((*shape[:1], 12)), axis=1)[:, : shape[1]]
+    ids = np.where(distances == np.inf, random.choice([-1, 5], size=shape), ids)
+    found_distances, found_ids = smallest(distances, ids, k)
+    assert found_distances.shape == found_ids.shape == (shape[0], k) and found_ids.dtype == np.int64
+    for row in range(shape[0]):
+        pairs = sorted((float(d), int(i)) for d, i in zip(distances[row], ids[row], strict=True) if d < np.inf)[:k]
+        pairs += [(np.inf, -1)] * (k - len(pairs))
+        assert list(zip(found_distances[row].tolist(), found_ids[row].tolist(), strict=True)) == pairs
+
+
+# ---- lists and codes -----------------------------------------------------------------------------------
+
+
+def ivf(centroids: Floats) -> Any:
+    quantizer = faiss.IndexFlatL2(centroids.shape[1])
+    quantizer.add(centroids)
+    index = faiss.IndexIVFFlat(quantizer, centroids.shape[1], len(centroids))
+    index.is_trained = True
+    return index
+
+
+@pytest.mark.parametrize("surplus", [0, 8])
+@pytest.mark.parametrize("pairs", [1, 1 << 22])
+def test_lists_are_the_nearest_by_distance_and_number_for_any_batch(
+    monkeypatch: pytest.MonkeyPatch, surplus: int, pairs: int
+) -> None:
+    monkeypatch.setattr(index_module, "LISTS_SURPLUS", surplus)
+    monkeypatch.setattr(index_module, "PAIRS_AT_ONCE", pairs)
+    # Far from the origin, so that matrix products round by more than centroids are apart; many equal ones.
+    centroids = 1000 + np.repeat(clustered(30, 1), 4, axis=0)
+    queries = 1000 + clustered(60, 2)
+    every = pair_distances(queries, centroids, np.tile(np.arange(120), (60, 1)))
+    expected = np.argsort(every, axis=1, kind="stable")
+    index = ivf(centroids)
+    for count in (1, 5, 120):
+        distances, lists = Centroids(index).nearest(queries, count)
+        np.testing.assert_array_equal(lists, expected[:, :count])
+        assert distances.tobytes() == np.take_along_axis(every, lists, axis=1).tobytes()
+        for row in (0, 31):
+            assert Centroids(index).nearest(queries[row : row + 1], count)[1].tolist() == [lists[row].tolist()]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_rows=st.integers(1, 60),
+    count=st.integers(1, 70),
+    surplus=st.integers(0, 20),
+    kinds=st.integers(1, 30),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+    pairs=st.sampled_from([1, 50, 1 << 22]),
+)
+def test_candidates_by_code_are_the_nearest_by_distance_and_id(
+    seed: int, num_rows: int, count: int, surplus: int, kinds: int, share: float, pairs: int
+) -> None:
+    random = np.random.default_rng(seed)
+    coded = random.integers(0, kinds, size=(9, num_rows)).astype(np.float32)  # many ties
+    held = random.random((9, num_rows)) < 0.8  # in the lists that are visited
+    out = random.random((9, num_rows)) < share
+
+    def search(queries: Floats, k: int) -> tuple[Floats, Any]:
+        """As faiss does: in order, equal ones in any order and any of them cut off."""
+        found = np.full((len(queries), k), np.inf, dtype=np.float32)
+        ids = np.full((len(queries), k), -1)
+        for place, row in enumerate(queries[:, 0].astype(int)):
+            rows = random.permutation(np.flatnonzero(held[row]))
+            rows = rows[np.argsort(coded[row][rows], kind="stable")][:k]
+            found[place, : len(rows)], ids[place, : len(rows)] = coded[row][rows], rows
+        return found, ids
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "PAIRS_AT_ONCE", pairs)
+        ids = nearest_by_code(
+            search,
+            np.arange(9, dtype=np.float32)[:, None],
+            count,
+            surplus,
+            num_rows,
+            lambda rows, ids: out[rows[:, None], np.maximum(ids, 0)],
+        )
+    for row in range(9):
+        rows = sorted(np.flatnonzero(held[row] & ~out[row]), key=lambda one: (coded[row][one], one))[:count]
+        assert ids[row].tolist() == rows + [-1] * (count - len(rows))
+
+
+@settings(max_examples=100, deadline=None)
+@given(lists=st.integers(1, 300), needed=st.integers(1, 320))
+def test_the_fewest_lists_that_reach_the_target(lists: int, needed: int) -> None:
+    asked: list[int] = []
+
+    def recall(probes: int) -> float:
+        asked.append(probes)
+        return probes / 1000
+
+    found = fewest_probes(recall, lists, needed / 1000)
+    assert found == (min(needed, lists), min(needed, lists) / 1000)
+    assert max(asked) <= min(lists, 2 * needed)
+
+
 # ---- the artifact --------------------------------------------------------------------------------------
 
 
 def test_an_exact_index(data: Path, tmp_path: Path) -> None:
     metrics = make_index(data / "embeddings", IndexConfig(), tmp_path / "index")
     assert metrics.pop("bytes_per_vector") == pytest.approx(4 * DIM, rel=0.01)
-    assert metrics == {"recall": 1.0, "lists": 0, "probes": 0, "rows": 3000}
+    assert metrics == {"recall": 1.0, "lists": 0, "probes": 0, "code_bytes": 0, "rescored": 0, "rows": 3000}
     index = Index.open(tmp_path / "index")
     train = Artifact.open(data / "embeddings" / "train", "embeddings")
     index.artifact.require(embeddings=train.fingerprint, chunks=train.facts["chunks"], key="Flat", nprobe=None)
@@ -170,13 +377,15 @@ def test_ivf_visits_the_fewest_lists_that_reach_the_target(data: Path, tmp_path:
     assert recall(index.lists) == 1.0 and index.lists == 32
 
 
-@pytest.mark.parametrize("key", ["Flat", "IVF16,Flat"])
-def test_equal_input_gives_equal_bytes(data: Path, tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize("key", ["Flat", "IVF16,Flat", "IVF16,PQ8x4fs"])
+def test_equal_input_gives_equal_bytes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setattr(index_module, "ROWS_PER_ADDED_PART", 1000)
     threads = faiss.omp_get_max_threads()
     fingerprints = set()
     try:
-        for number, num_threads in enumerate((1, 1, 2)):
+        for number, (num_threads, block) in enumerate(((1, 65_536), (1, 65_536), (2, 425))):
             faiss.omp_set_num_threads(num_threads)
+            monkeypatch.setattr(index_module, "ROWS_PER_BLOCK", block)
             make_index(data / "embeddings", IndexConfig(key=key), tmp_path / str(number))
             fingerprints.add(Artifact.open(tmp_path / str(number), "index").fingerprint)
     finally:
@@ -196,11 +405,11 @@ def test_the_training_sample_is_random_and_not_the_first_rows(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = []
-    build: Callable[[str, str], Any] = index_module._build_with_autofaiss
+    build: Callable[[str, str, bool], Any] = index_module._build_with_autofaiss
 
-    def watched(folder: str, key: str) -> Any:
+    def watched(folder: str, key: str, gpu: bool) -> Any:
         samples.append(np.load(Path(folder) / "sample.npy"))
-        return build(folder, key)
+        return build(folder, key, gpu)
 
     monkeypatch.setattr(index_module, "_build_with_autofaiss", watched)
     config = IndexConfig(key="IVF4,Flat", train_points_per_list=50)
@@ -222,6 +431,79 @@ def test_all_rows_are_added_once_and_in_order(data: Path, tmp_path: Path, monkey
     assert (ids[:, 1] != ids[:, 0]).all() and (distances[:, 0] == 0).all()
 
 
+def made_with_codes(data: Path, out: Path, key: str = "IVF32,PQ8x4fs", **settings: Any) -> dict[str, float]:
+    return make_index(data / "embeddings", IndexConfig(key=key, **settings), out)
+
+
+@pytest.mark.parametrize("key", ["IVF32,PQ8x4fs", "IVF32,PQ4x4fs", "IVF120,PQ1x8"])
+def test_an_index_of_codes(tmp_path: Path, key: str) -> None:
+    data = write_data(tmp_path, num_train=12_000)
+    metrics = made_with_codes(data, tmp_path / "index", key, train_points_per_list=100)
+    index, queries = Index.open(tmp_path / "index"), clustered(200, 2)
+    facts, code_bytes = index.artifact.facts, {"8x4fs": 4, "4x4fs": 2, "1x8": 1}[key.partition("PQ")[2]]
+    assert metrics["lists"] == index.lists == facts["nprobe"] or metrics["probes"] == index.probes == facts["nprobe"]
+    assert metrics["code_bytes"] == code_bytes and metrics["rescored"] == index.rescored == facts["rescored"]
+    # What is in memory is as large as the file: no more than was promised, and not much less.
+    size = (tmp_path / "index" / INDEX_FILE).stat().st_size
+    assert metrics["bytes_per_vector"] == size / 12_000
+    assert size - 20_000 < needed_bytes(key, 12_000, DIM) < size + 31 * 120 * code_bytes + 20_000
+    # All rows are in it, and codes are near what they stand for.
+    _, ids = index.search(queries, 12_000, index.lists)
+    np.testing.assert_array_equal(np.sort(ids, axis=1), np.tile(np.arange(12_000), (200, 1)))
+    # The recall is the one of the nearest `rescored` by code, scored again.
+    distances = brute_force(queries, clustered(12_000, 1))
+    truth = np.sort(distances, axis=1)[:, 9:10]
+
+    def recall(probes: int, rescored: int) -> float:
+        ids = index.search(queries, rescored, probes)[1]
+        found = np.where(ids < 0, np.inf, np.take_along_axis(distances, np.maximum(ids, 0), axis=1))
+        return float((np.sort(found, axis=1)[:, :10] <= truth + 1e-4).mean())
+
+    assert metrics["recall"] >= 0.95
+    assert recall(index.probes, metrics["rescored"]) == pytest.approx(metrics["recall"], abs=5e-3)
+    if index.probes > 1:
+        assert recall(index.probes - 1, metrics["rescored"]) < 0.955
+    built = faiss.read_index(str(tmp_path / "index" / INDEX_FILE))
+    assert type(built) is (faiss.IndexIVFPQFastScan if key.endswith("fs") else faiss.IndexIVFPQ)
+
+
+def test_no_more_candidates_are_scored_again_than_the_target_needs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "RESCORED", (10, 20, 40, 80, 160, 320))
+    metrics = made_with_codes(data, tmp_path / "index", "IVF32,PQ4x4fs")
+    index, queries = Index.open(tmp_path / "index"), clustered(200, 2)
+    exact = np.argsort(brute_force(queries, clustered(3000, 1)), axis=1)[:, :10]
+
+    def recall(rescored: int) -> float:
+        found = index.search(queries, rescored, index.lists)[1]
+        return float(np.mean([np.isin(truth, row).mean() for row, truth in zip(found, exact, strict=True)]))
+
+    assert 20 <= metrics["rescored"] <= 320
+    assert recall(int(metrics["rescored"])) >= 0.945 > recall(int(metrics["rescored"] // 2)) - 0.01
+
+
+def test_what_codes_report_does_not_depend_on_the_batch_or_on_k(data: Path, tmp_path: Path) -> None:
+    made_with_codes(data, tmp_path / "index")
+    index, queries = Index.open(tmp_path / "index"), clustered(200, 2)
+    distances, _ = index.search(queries, 40, 7)
+    for size, k in ((1, 40), (1, 3), (33, 40), (200, 300)):
+        for start in range(0, 200, size):
+            found, _ = index.search(queries[start : start + size], k, 7)
+            width = min(k, 40)
+            assert found[:, :width].tobytes() == distances[start : start + size, :width].tobytes()
+
+
+def test_codes_too_coarse_for_the_target_are_an_error_with_both_numbers(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "RESCORED", (10, 20))
+    message = r"index.target_recall: found 0.99, expected <= 0\.\d+: IVF32,PQ1x4fs reaches no more with 20 candidates"
+    with pytest.raises(ConfigError, match=message):
+        made_with_codes(data, tmp_path / "index", "IVF32,PQ1x4fs", target_recall=0.99)
+    assert not (tmp_path / "index").exists()
+
+
 def test_which_lists_are_visited_does_not_depend_on_the_batch(tmp_path: Path) -> None:
     # Far from the origin, a matrix product rounds by more than centroids are apart.
     vectors = {split: 1000 + clustered(800, seed) for seed, split in enumerate(("train", "valid", "test"))}
@@ -232,6 +514,102 @@ def test_which_lists_are_visited_does_not_depend_on_the_batch(tmp_path: Path) ->
     for row in range(200):
         alone = index.search(queries[row : row + 1], 10, probes=1)
         assert alone[0].tobytes() == distances[row].tobytes() and alone[1].tobytes() == ids[row].tobytes()
+
+
+# ---- the GPU -------------------------------------------------------------------------------------------
+
+
+class FakeGpu:
+    """Gives this machine's faiss the functions of a GPU build; a copy on the "GPU" is a copy on the CPU."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, num_gpus: int = 1) -> None:
+        self.copied: list[str] = []
+        self.searches: list[int] = []
+        patch.setattr(faiss, "StandardGpuResources", lambda: "resources", raising=False)
+        patch.setattr(faiss, "get_num_gpus", lambda: num_gpus)
+        patch.setattr(faiss, "index_cpu_to_gpu", self.copy, raising=False)
+        patch.setattr(faiss, "index_gpu_to_cpu", faiss.clone_index, raising=False)
+
+    def copy(self, resources: str, number: int, index: Any) -> Any:
+        assert (resources, number) == ("resources", 0)
+        copied, searches = faiss.clone_index(index), self.searches
+        self.copied.append(type(copied).__name__)
+
+        class Counting:
+            """Rounds otherwise than the CPU, as a GPU does."""
+
+            nprobe = 1
+
+            def search(self, queries: Floats, k: int) -> tuple[Floats, Any]:
+                searches.append(k)
+                distances, ids = copied.search(queries, k)
+                return distances * np.float32(1 + 2e-7), ids
+
+            def search_preassigned(self, queries: Floats, k: int, lists: Any, to_lists: Any) -> tuple[Floats, Any]:
+                searches.append(k)
+                copied.nprobe = self.nprobe
+                distances, ids = copied.search_preassigned(queries, k, lists, to_lists)
+                return distances * np.float32(1 + 2e-7), ids
+
+        return Counting()
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    index_module._gpu_resources.cache_clear()
+    yield FakeGpu(monkeypatch)
+    index_module._gpu_resources.cache_clear()
+
+
+def test_where_faiss_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not on_gpu("auto") and not on_gpu("cpu"), "this test is for a CPU build of faiss"
+    with pytest.raises(ConfigError, match=r"runtime.device: found cuda, .* no GPU functions; run `make install GPU=1`"):
+        on_gpu("cuda")
+    FakeGpu(monkeypatch)
+    assert on_gpu("auto") and on_gpu("cuda") and not on_gpu("cpu")
+    FakeGpu(monkeypatch, num_gpus=0)
+    assert not on_gpu("auto")
+    with pytest.raises(ConfigError, match="runtime.device: found cuda, .* faiss sees no GPU here"):
+        on_gpu("cuda")
+
+
+def test_cuda_without_a_gpu_build_is_refused_before_any_work(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="make install GPU=1"):
+        make_index(data / "embeddings", IndexConfig(), tmp_path / "out", device="cuda")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["Flat", "IVF16,Flat", "IVF16,PQ8x4fs"])
+def test_the_gpu_is_asked_for_what_it_can_do(
+    data: Path, tmp_path: Path, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    trained_on_gpu = []
+    build: Callable[[str, str, bool], Any] = index_module._build_with_autofaiss
+
+    def watched(folder: str, key: str, gpu: bool) -> Any:
+        trained_on_gpu.append(gpu)
+        return build(folder, key, False)
+
+    monkeypatch.setattr(index_module, "_build_with_autofaiss", watched)
+    make_index(data / "embeddings", IndexConfig(key=key), tmp_path / "cpu", device="cpu")
+    assert fake_gpu.copied == []
+    make_index(data / "embeddings", IndexConfig(key=key), tmp_path / "gpu", device="auto")
+    assert trained_on_gpu == [False, key == "IVF16,Flat"]
+    # The vectors were added to the same lists, so that all but k-means makes the same bytes.
+    digests = [Artifact.open(tmp_path / name, "index").files[INDEX_FILE] for name in ("cpu", "gpu")]
+    assert digests[0] == digests[1]
+    fake_gpu.copied.clear()
+    on_cpu, there = Index.open(tmp_path / "cpu"), Index.open(tmp_path / "gpu", "cuda")
+    copied = {"Flat": ["IndexFlatL2"], "IVF16,Flat": ["IndexFlatL2", "IndexIVFFlat"], "IVF16,PQ8x4fs": ["IndexFlatL2"]}
+    assert fake_gpu.copied == copied[key]
+    fake_gpu.searches.clear()
+    queries = clustered(30, 5)
+    np.testing.assert_array_equal(there.search(queries, 10, 4)[1], on_cpu.search(queries, 10, 4)[1])
+    asked = {"Flat": [10], "IVF16,Flat": [12, 10], "IVF16,PQ8x4fs": [12]}
+    assert fake_gpu.searches == asked[key]
+    monkeypatch.setattr(index_module, "GPU_MOST", 9)
+    np.testing.assert_array_equal(there.search(queries, 10, 4)[1], on_cpu.search(queries, 10, 4)[1])
+    assert fake_gpu.searches == asked[key], "more than a GPU can be asked for is the CPU's"
 
 
 # ---- faults --------------------------------------------------------------------------------------------
@@ -292,10 +670,11 @@ def test_a_file_that_is_not_the_described_index_is_refused(tmp_path: Path, conte
             index.add(clustered(5 if content == "inner product" else 4, 1))
             faiss.write_index(index, str(path))
         writer.add_file(INDEX_FILE)
-        writer.facts.update(metric="l2", rows=5, dim=DIM, key="Flat", nprobe=None, largest_norm=1.0)
+        writer.facts.update(metric="l2", rows=5, dim=DIM, key="Flat", nprobe=None, rescored=None, largest_norm=1.0)
     with pytest.raises(DamagedArtifactError, match="stage index"):
         Index.open(tmp_path / "index")
 
 
 def test_the_number_of_lists_is_read_from_the_key() -> None:
-    assert [num_lists(key) for key in ("Flat", "IVF1,Flat", "IVF65536,Flat")] == [0, 1, 65536]
+    keys = ("Flat", "IVF1,Flat", "IVF65536,Flat", "IVF8,PQ16x4fs", "IVF9,PQ16x8", "IVF10,PQ16")
+    assert [num_lists(key) for key in keys] == [0, 1, 65536, 8, 9, 10]

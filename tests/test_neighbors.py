@@ -12,11 +12,12 @@ from fixtures import write_vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retro_model import index as index_module
 from retro_model import neighbors as neighbors_module
-from retro_model.artifacts import SPLITS, Artifact
+from retro_model.artifacts import SPLITS, Artifact, ArtifactWriter
 from retro_model.errors import ConfigError, MismatchError
 from retro_model.index import Index, IndexConfig, import_faiss, make_index, pair_distances
-from retro_model.neighbors import Database, NeighborsConfig, make_neighbors
+from retro_model.neighbors import Database, NeighborsConfig, describe_neighbors, make_neighbors
 
 faiss = import_faiss()
 Floats = npt.NDArray[np.float32]
@@ -32,24 +33,38 @@ def one_thread() -> Iterator[None]:
     faiss.omp_set_num_threads(before)
 
 
-def database_of(vectors: Floats, documents: Ints, lists: int = 0, probes: int = 1) -> Database:
-    """A database in memory; with `lists`, its index is IVF with centroids drawn from the vectors."""
+def database_of(
+    vectors: Floats, documents: Ints, lists: int = 0, probes: int = 1, codes: int = 0, rescored: int = 1
+) -> Database:
+    """A database in memory; with `lists`, its index is IVF with centroids drawn from the vectors.
+
+    With `codes`, that many numbers of 4 bits stand for a row in it.
+    """
     num_rows, dim = vectors.shape
     index: Any = faiss.IndexFlatL2(dim)
     if lists:
         quantizer = faiss.IndexFlatL2(dim)
         quantizer.add(vectors[np.random.default_rng(0).permutation(num_rows)[:lists]])
-        index = faiss.IndexIVFFlat(quantizer, dim, lists)
-        index.is_trained = True
+        if codes:
+            index = faiss.IndexIVFPQ(quantizer, dim, lists, codes, 4)
+            index.pq.cp.min_points_per_centroid = 1
+            index.train(vectors)
+        else:
+            index = faiss.IndexIVFFlat(quantizer, dim, lists)
+            index.is_trained = True
     index.add(vectors)
+    if codes:
+        index = faiss.IndexIVFPQFastScan(index)
     facts = {
         "rows": num_rows,
         "dim": dim,
-        "key": f"IVF{lists},Flat" if lists else "Flat",
+        "key": f"IVF{lists},{f'PQ{codes}x4fs' if codes else 'Flat'}" if lists else "Flat",
         "nprobe": probes if lists else None,
+        "rescored": rescored if codes else None,
         "largest_norm": float((vectors**2).sum(axis=1).max()),
     }
-    return Database(Index(SimpleNamespace(facts=facts), index), vectors, documents)  # type: ignore[arg-type]
+    stored: Any = vectors.astype(np.float16) if (vectors.astype(np.float16) == vectors).all() else vectors
+    return Database(Index(SimpleNamespace(facts=facts), index), stored, documents)  # type: ignore[arg-type]
 
 
 def brute_force(
@@ -139,6 +154,107 @@ def test_ivf_does_not_depend_on_batch_or_surplus(
     assert (documents[ids] != query_documents[:, None]).all()
     if probes >= lists:
         np.testing.assert_array_equal(ids, brute_force(vectors, documents, queries, query_documents, k)[0])
+
+
+def by_code(database: Database, queries: Floats, query_documents: Ints, k: int, rescored: int) -> tuple[Ints, Floats]:
+    """Query by query, as the module's docstring says: all rows of the lists by code, then the best of them."""
+    vectors = np.asarray(database.vectors).astype(np.float32)
+    num_rows, count = len(vectors), max(rescored, 4 * k)
+    ids = np.full((len(queries), k), -1)
+    distances = np.full((len(queries), k), np.inf, dtype=np.float32)
+    for number in range(len(queries)):
+        query, probes = queries[number : number + 1], database.index.probes
+        while True:
+            reported, rows = database.index.search(query, num_rows, probes)
+            pairs = [
+                (float(coded), int(row))
+                for coded, row in zip(reported[0], rows[0], strict=True)
+                if row >= 0 and database.documents[row] != query_documents[number]
+            ]
+            kept = np.array([row for _, row in sorted(pairs)[:count]], dtype=np.int64)
+            best = sorted(zip(pair_distances(query, vectors, kept[None])[0].tolist(), kept.tolist(), strict=True))[:k]
+            if len(best) == k or probes == database.index.lists:
+                break
+            probes = min(2 * probes, database.index.lists)
+        ids[number, : len(best)] = [row for _, row in best]
+        distances[number, : len(best)] = [distance for distance, _ in best]
+    return ids, distances
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    lists=st.integers(1, 12),
+    probes=st.integers(1, 12),
+    kinds=st.sampled_from([3, 120, 500]),
+    k=st.integers(1, 40),
+    rescored=st.integers(1, 250),
+    surpluses=st.tuples(st.integers(0, 5), st.integers(6, 200)),
+    batch=st.integers(1, 40),
+    num_documents=st.sampled_from([2, 20]),
+)
+def test_codes_choose_candidates_and_decide_nothing_else(
+    seed: int,
+    lists: int,
+    probes: int,
+    kinds: int,
+    k: int,
+    rescored: int,
+    surpluses: tuple[int, int],
+    batch: int,
+    num_documents: int,
+) -> None:
+    vectors, queries = made_up(seed, 200, 40, 6, kinds)
+    documents = np.arange(200) * num_documents // 200
+    query_documents = np.random.default_rng(seed).integers(-1, num_documents, size=40)
+    database = database_of(vectors, documents, lists, min(probes, lists), codes=3, rescored=rescored)
+    expected = by_code(database, queries, query_documents, k, rescored)
+    for surplus, size in zip(surpluses, (40, batch), strict=True):
+        for start in range(0, 40, size):
+            part = slice(start, start + size)
+            ids, distances = database.nearest(queries[part], query_documents[part], k, surplus)
+            np.testing.assert_array_equal(ids, expected[0][part])
+            assert distances.tobytes() == expected[1][part].tobytes()
+    assert (expected[0] >= 0).all(), "100 rows or more of other documents are there, and k is less"
+    if rescored >= 200 and probes >= lists:
+        np.testing.assert_array_equal(expected[0], brute_force(vectors, documents, queries, query_documents, k)[0])
+
+
+def test_codes_and_a_document_larger_than_any_surplus() -> None:
+    random = np.random.default_rng(0)
+    own = random.normal(size=(1000, 8)).astype(np.float32)
+    others = (10 + random.normal(size=(20, 8))).astype(np.float32)
+    database = database_of(np.concatenate([own, others]), np.repeat([7, 8], [1000, 20]), lists=4, codes=4)
+    ids, distances = database.nearest(own[:50], np.full(50, 7), 20)
+    assert (np.sort(ids, axis=1) == np.arange(1000, 1020)).all()
+    assert (np.diff(distances, axis=1) >= 0).all()
+
+
+def test_only_what_rounding_could_bring_in_is_scored_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, _ = made_up(0, 2000, 1, 16, 2000)
+    vectors += np.random.default_rng(1).normal(size=vectors.shape).astype(np.float16).astype(np.float32)
+    scored = []
+
+    def watched(queries: Floats, rows: Floats, places: Ints) -> Floats:
+        scored.append(int((places >= 0).sum()))
+        return pair_distances(queries, rows, places)
+
+    monkeypatch.setattr(neighbors_module, "pair_distances", watched)
+    database_of(vectors, np.arange(2000)).nearest(vectors[:100], np.arange(100), 10, 200)
+    assert 1000 <= sum(scored) < 1010, "10 for each query, of 210 that were fetched"
+
+
+@pytest.mark.parametrize("surplus", [0, 3, 100])
+def test_what_matrix_products_round_decides_nothing(surplus: int) -> None:
+    # Far from the origin: faiss's |q|^2 + |y|^2 - 2qy is off by more than distances differ.
+    vectors = (512 + 2 * np.random.default_rng(0).normal(size=(600, 32))).astype(np.float16).astype(np.float32)
+    database, documents = database_of(vectors, np.arange(600) // 3), np.arange(200) // 3
+    _, rows = database.index.search(vectors[:200], 20)
+    assert (np.diff(pair_distances(vectors[:200], vectors, rows), axis=1) < 0).any(), "this test needs a wrong order"
+    ids, distances = database.nearest(vectors[:200], documents, 10, surplus)
+    expected = brute_force(vectors, database.documents, vectors[:200], documents, 10)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(ids, expected[0])
+    assert distances.tobytes() == expected[1].tobytes()
 
 
 def test_ties_at_the_edge_of_what_was_fetched_go_to_the_smaller_id() -> None:
@@ -247,23 +363,14 @@ def test_metrics_say_what_is_in_the_artifact(tmp_path: Path) -> None:
     metrics = run(tmp_path, tmp_path / "out", stored=2)
     # train: rows 0 to 2 have only row 3, which has rows 0 and 1; valid finds 2, then 3; test 3, then 0
     distances = [0.25, 0.25, 6.25, 0.25]
-    assert metrics == {
-        "train_missing_share": 3 / 8,
-        "train_short_share": 3 / 4,
-        "train_copy_share": 0.0,
-        "train_first_distance_mean": sum(distances) / 4,
-        "train_first_distance_median": 0.25,
-        "valid_missing_share": 0.0,
-        "valid_short_share": 0.0,
-        "valid_copy_share": 0.0,
-        "valid_first_distance_mean": 0.0,
-        "valid_first_distance_median": 0.0,
-        "test_missing_share": 0.0,
-        "test_short_share": 0.0,
-        "test_copy_share": 0.0,
-        "test_first_distance_mean": 0.25,
-        "test_first_distance_median": 0.25,
-    }
+    first = {"train": distances, "valid": [0.0], "test": [0.25]}
+    expected = {f"{split}_{share}_share": 0.0 for split in SPLITS for share in ("missing", "short", "copy")}
+    expected |= {f"{split}_recall": 1.0 for split in SPLITS}
+    expected |= {f"{split}_first_distance_mean": float(np.mean(first[split])) for split in SPLITS}
+    for percentile in (5, 25, 50, 75, 95):
+        for split in SPLITS:
+            expected[f"{split}_first_distance_{percentile}"] = float(np.percentile(first[split], percentile))
+    assert metrics == pytest.approx(expected | {"train_missing_share": 3 / 8, "train_short_share": 3 / 4})
 
 
 def test_copies_are_counted_by_their_tokens(tmp_path: Path) -> None:
@@ -274,6 +381,89 @@ def test_copies_are_counted_by_their_tokens(tmp_path: Path) -> None:
     metrics = run(tmp_path, tmp_path / "out", stored=3)
     assert metrics["train_copy_share"] == 2 / 51
     assert metrics["valid_copy_share"] == metrics["test_copy_share"] == 1
+
+
+def described(data: Path, found: Path, split: str, seed: int = 0) -> dict[str, float]:
+    return describe_neighbors(
+        Artifact.open(found / split, "neighbors"),
+        Artifact.open(data / "chunks" / split, "chunks"),
+        Artifact.open(data / "embeddings" / split, "embeddings"),
+        Artifact.open(data / "chunks" / "train", "chunks"),
+        Artifact.open(data / "embeddings" / "train", "embeddings"),
+        seed,
+    )
+
+
+@pytest.mark.parametrize("block", [7, 65_536])
+@pytest.mark.parametrize("stored", [3, 12])
+def test_what_is_said_of_neighbors_is_in_the_artifact(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: int, block: int
+) -> None:
+    monkeypatch.setattr(neighbors_module, "ROWS_PER_BLOCK", block)
+    monkeypatch.setattr(index_module, "ROWS_PER_BLOCK", block)
+    run(data, tmp_path / "out", stored)
+    tokens = {split: Artifact.open(data / "chunks" / split, "chunks")["tokens"][:][:, :-1] for split in SPLITS}
+    for split in SPLITS:
+        ids = Artifact.open(tmp_path / "out" / split, "neighbors")["ids"][:]
+        distances = Artifact.open(tmp_path / "out" / split, "neighbors")["distances"][:]
+        said = described(data, tmp_path / "out", split)
+        assert said.pop("recall") == 1
+        first = distances[ids[:, 0] >= 0, 0].astype(np.float64)
+        copies = [
+            row[0] >= 0 and (tokens["train"][row[0]] == mine).all()
+            for row, mine in zip(ids, tokens[split], strict=True)
+        ]
+        expected = {
+            "missing_share": (ids == -1).mean(),
+            "short_share": (ids == -1).any(axis=1).mean(),
+            "copy_share": np.mean(copies),
+            "first_distance_mean": first.mean(),
+            **{f"first_distance_{p}": np.percentile(first, p) for p in (5, 25, 50, 75, 95)},
+        }
+        assert said == pytest.approx(expected)
+
+
+def test_a_copy_has_the_same_input_and_any_label() -> None:
+    database: Any = {"tokens": np.array([[5, 6, 7], [5, 8, 7]]), "documents": np.array([0, 1])}
+    chunks: Any = {"tokens": np.array([[5, 6, 9], [5, 9, 7], [5, 6, 7]]), "documents": np.array([2, 3, 4])}
+    vectors: Any = {"vectors": np.zeros((3, 2), dtype=np.float16)}
+    stored: Any = {"vectors": np.zeros((2, 2), dtype=np.float16)}
+    found: Any = {"ids": np.array([[0], [1], [-1]]), "distances": np.array([[0], [0], [np.inf]], dtype=np.float32)}
+    assert describe_neighbors(found, chunks, vectors, database, stored)["copy_share"] == 1 / 3
+
+
+def test_recall_counts_what_was_missed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(data, tmp_path / "out")
+    found = Artifact.open(tmp_path / "out" / "train", "neighbors")
+    distances = found["distances"][:]
+    # Every second query lost its three nearest: the others moved up.
+    lost = distances.copy()
+    lost[::2, :-3], lost[::2, -3:] = distances[::2, 3:], np.inf
+    with ArtifactWriter(tmp_path / "lost" / "train", "neighbors") as writer:
+        writer.append(ids=np.where(np.isinf(lost), -1, found["ids"][:]).astype(np.int32), distances=lost)
+    limit = distances[:, 9:10] + 1e-4
+    kept = (lost[:, :10] <= limit).sum() / (10 * len(lost))
+    assert described(data, tmp_path / "lost", "train")["recall"] == pytest.approx(kept) and 0.8 < kept < 0.95
+    monkeypatch.setattr(neighbors_module, "RECALL_QUERIES", 20)
+    sampled = {described(data, tmp_path / "lost", "train", seed)["recall"] for seed in (0, 0, 1, 2, 3)}
+    assert 1 < len(sampled) <= 4, "the seed draws the queries"
+
+
+def test_neighbors_that_cannot_be_are_not_missed(tmp_path: Path) -> None:
+    vectors = {"train": np.arange(6.0)[:, None], "valid": np.ones((1, 1)), "test": np.ones((2, 1))}
+    write_vectors(
+        tmp_path, vectors, {"train": np.array([0, 0, 0, 0, 0, 1]), "valid": np.array([2]), "test": np.array([3, 4])}
+    )
+    make_index(tmp_path / "embeddings", IndexConfig(), tmp_path / "index")
+    run(tmp_path, tmp_path / "out", stored=4)
+    said = described(tmp_path, tmp_path / "out", "train")
+    assert said["recall"] == 1 and said["short_share"] == 5 / 6 and said["missing_share"] == 15 / 24
+    equal = {split: np.ones((3, 1)) for split in SPLITS}
+    write_vectors(tmp_path / "one", equal, {split: np.full(3, place) for place, split in enumerate(SPLITS)})
+    make_index(tmp_path / "one" / "embeddings", IndexConfig(), tmp_path / "one" / "index")
+    run(tmp_path / "one", tmp_path / "one" / "out", stored=4)
+    said = described(tmp_path / "one", tmp_path / "one" / "out", "train")
+    assert said["recall"] == said["missing_share"] == 1 and said["first_distance_50"] == said["copy_share"] == 0
 
 
 def test_a_database_of_one_document_has_no_neighbors_for_itself(tmp_path: Path) -> None:

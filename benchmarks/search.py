@@ -1,0 +1,146 @@
+"""Measure finding neighbors beside faiss's own batched search on the same index; prints ratios.
+
+    OMP_NUM_THREADS=2 python benchmarks/search.py | tee benchmarks/results/DATE-search-cpu.txt
+
+The vectors are made up, with the structure of real ones: unit vectors of documents of 20 chunks, which
+lie around topics. With codes, faiss is asked with its own refine step, over the vectors in half
+precision, for as many candidates. Queries are chunks of the database itself, so the nearest are often of the query's
+own document and do not count. faiss is asked in one call of all queries and in batches, and the faster
+counts: for k, which is what one would need without documents, and for k and the surplus that leaves room
+for the own document. `Database.nearest` excludes that, scores again from the stored half-precision
+vectors, and sorts by (distance, id). All in one process, in turns; the medians count.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import numpy as np  # noqa: E402
+import numpy.typing as npt  # noqa: E402
+from fixtures import write_vectors  # noqa: E402
+
+import stages  # noqa: F401, E402  the settings that every stage runs with
+from retro_model.artifacts import Artifact  # noqa: E402
+from retro_model.index import INDEX_FILE, Index, IndexConfig, import_faiss, make_index  # noqa: E402
+from retro_model.neighbors import QUERIES_PER_BATCH, SURPLUS, Database  # noqa: E402
+
+DIM, CHUNKS_PER_DOCUMENT, CHUNKS_PER_TOPIC = 384, 20, 400
+HELD_OUT = 1000
+Floats = npt.NDArray[np.float32]
+
+
+def made_up(num_rows: int, seed: int, num_topics: int) -> Floats:
+    """Unit vectors: a topic, a document in it, and what is the chunk's own."""
+    topics = np.random.default_rng(1).standard_normal((num_topics, DIM), dtype=np.float32)
+    random = np.random.default_rng(seed)
+    num_documents = -(-num_rows // CHUNKS_PER_DOCUMENT)
+    documents = topics[random.integers(0, num_topics, num_documents)]
+    documents += 0.6 * random.standard_normal(documents.shape, dtype=np.float32)
+    vectors = np.repeat(documents, CHUNKS_PER_DOCUMENT, axis=0)[:num_rows]
+    vectors += 0.7 * random.standard_normal(vectors.shape, dtype=np.float32)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
+
+
+def in_turns(tasks: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
+    """The median of each task's seconds, after one turn that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for turn in range(turns + 1):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def with_refine(index: Any, vectors: npt.NDArray[np.float16], factor: float) -> Any:
+    """faiss's way to score candidates by code again: `factor` times those wanted."""
+    faiss = import_faiss()
+    halves = faiss.IndexScalarQuantizer(DIM, faiss.ScalarQuantizer.QT_fp16)
+    halves.is_trained = True
+    halves.add(vectors.astype(np.float32))
+    both = faiss.IndexRefine(index, halves)
+    both.k_factor = factor
+    return both
+
+
+def compare(folder: Path, key: str, num_queries: int, k: int, turns: int) -> None:
+    """One index over the vectors in `folder`."""
+    faiss = import_faiss()
+    start = time.perf_counter()
+    metrics = make_index(folder / "embeddings", IndexConfig(key=key, max_memory_gb=64.0), folder / key)
+    print(f"    built in {time.perf_counter() - start:.1f} s; {metrics}")
+    embeddings = Artifact.open(folder / "embeddings" / "train", "embeddings", verify=False)
+    chunks = Artifact.open(folder / "chunks" / "train", "chunks", verify=False)
+    index = Index.open(folder / key)
+    database = Database.open(embeddings, index, chunks)
+    alone: Any = faiss.read_index(str(folder / key / INDEX_FILE))
+    if index.lists > 1:
+        alone.nprobe = index.probes
+    first = len(chunks["tokens"]) // 3
+    queries = embeddings["vectors"][first : first + num_queries].astype(np.float32)
+    documents = chunks["documents"][first : first + num_queries]
+
+    def faiss_alone(count: int, size: int) -> Callable[[], object]:
+        return lambda: [alone.search(queries[at : at + size], count) for at in range(0, len(queries), size)]
+
+    def ours() -> None:
+        for at in range(0, len(queries), QUERIES_PER_BATCH):
+            database.nearest(queries[at : at + QUERIES_PER_BATCH], documents[at : at + QUERIES_PER_BATCH], k)
+
+    fetched = max(index.rescored or 0, k) + SURPLUS
+    sizes = {"one call": num_queries, "batches": QUERIES_PER_BATCH}
+    if index.rescored:
+        alone = with_refine(alone, embeddings["vectors"][:], fetched / k)
+    counts = (k,) if index.rescored else (k, fetched)
+    tasks = {f"{count}, {name}": faiss_alone(count, size) for count in counts for name, size in sizes.items()}
+    took = in_turns({**tasks, "Database.nearest": ours}, turns)
+    mine = took["Database.nearest"]
+    for count in counts:
+        best = min(seconds for name, seconds in took.items() if name.startswith(f"{count}, "))
+        print(
+            f"    {key:18} faiss, {count:3} nearest {1000 * best / num_queries:7.3f} ms a query;  "
+            f"Database.nearest, {k} {1000 * mine / num_queries:7.3f} ms;  RATIO {best / mine:.2f}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Measure all sizes and keys."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 100_000, 300_000])
+    parser.add_argument("--queries", type=int, default=4096)
+    parser.add_argument("-k", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--keys", nargs="+", help="factory strings; by default Flat, IVF and IVF with codes")
+    arguments = parser.parse_args()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(":")[2] for line in lines if line.startswith("model name")), "?")
+    print(f"{cpu.strip()}, {os.cpu_count()} cores, {import_faiss().omp_get_max_threads()} threads")
+    for num_rows in arguments.rows:
+        num_topics = max(num_rows // CHUNKS_PER_TOPIC, 10)
+        vectors = {
+            "train": made_up(num_rows, 2, num_topics),
+            "valid": made_up(HELD_OUT, 3, num_topics),
+            "test": made_up(20, 4, num_topics),
+        }
+        documents = {split: np.arange(len(rows)) // CHUNKS_PER_DOCUMENT for split, rows in vectors.items()}
+        lists = 2 ** round(np.log2(4 * np.sqrt(num_rows))) // 2
+        keys = arguments.keys or ["Flat", f"IVF{lists},Flat", f"IVF{lists},PQ{DIM // 2}x4fs"]
+        print(f"\n{num_rows:,} vectors of {DIM}, {arguments.queries:,} queries")
+        with tempfile.TemporaryDirectory() as name:
+            write_vectors(Path(name), vectors, documents)
+            for key in keys:
+                compare(Path(name), key, min(arguments.queries, num_rows), arguments.k, arguments.turns)
+
+
+if __name__ == "__main__":
+    main()
