@@ -5,76 +5,143 @@ dependencies (which this project's environment has, as far as they are needed):
 
     pip install --no-deps --target /tmp/retro-pytorch retro-pytorch==0.3.9
     python benchmarks/network.py --theirs /tmp/retro-pytorch | tee benchmarks/results/DATE-network-cpu.txt
+    python benchmarks/network.py --theirs /tmp/retro-pytorch --device cuda   # a larger network, bfloat16
 
-Both are measured in one process, in turns, and the best of the turns counts, so that whatever else the
-machine does meets both. Without --theirs only this project is measured. Takes two minutes on two cores.
+Both are measured in one process, in turns, and the median of the turns counts, so that whatever else the
+machine does meets both. Without --theirs only this project is measured. Takes five minutes on two cores.
 """
 
 import argparse
+import dataclasses
+import importlib
+import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in the stages, before torch loads OpenMP
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from retro_model.generation import CachedDecoder
 from retro_model.model import RETRO, RETROConfig
 
-BATCH, LENGTH, NEIGHBORS = 4, 512, 2
-CONFIG: dict[str, Any] = {
-    "num_tokens": 8192, "max_seq_len": 2048, "enc_dim": 256, "enc_depth": 2, "dec_dim": 256, "dec_depth": 6,
-    "dec_cross_attn_layers": (3, 6), "heads": 8, "dim_head": 64, "chunk_size": 64,
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, and on what."""
+
+    device: str
+    network: Mapping[str, Any]  # arguments that both sides' RETRO take
+    batch: int
+    length: int  # tokens of a row in a training step
+    memory_length: int  # tokens of a row where memory is measured
+    dtypes: Mapping[str, torch.dtype]
+    compiled: bool  # whether this project is measured compiled, too
+    prompt: int = 64
+    written: int = 448
+    places: tuple[int, int] = (200, 2000)  # where a token's time is taken
+    neighbors: int = 2
+
+    @property
+    def chunk_size(self) -> int:
+        """The tokens of a chunk."""
+        return int(self.network["chunk_size"])
+
+    @property
+    def config(self) -> RETROConfig:
+        """The network as this project describes it."""
+        return RETROConfig(**self.network)
+
+
+AUTOCAST = {"bfloat16 autocast": torch.bfloat16}
+SETTINGS = {
+    "cpu": Setting(
+        device="cpu",
+        network={
+            "num_tokens": 8192, "max_seq_len": 2048, "enc_dim": 256, "enc_depth": 2, "dec_dim": 256, "dec_depth": 6,
+            "dec_cross_attn_layers": (3, 6), "heads": 8, "dim_head": 64, "chunk_size": 64,
+        },
+        batch=4, length=512, memory_length=2048, dtypes={"float32": torch.float32, **AUTOCAST}, compiled=False,
+    ),
+    "cuda": Setting(
+        device="cuda",
+        network={
+            "num_tokens": 28996, "max_seq_len": 2048, "enc_dim": 896, "enc_depth": 2, "dec_dim": 768, "dec_depth": 12,
+            "dec_cross_attn_layers": (3, 6, 9, 12), "heads": 8, "dim_head": 64, "chunk_size": 64,
+            "dec_attn_dropout": 0.25, "dec_ff_dropout": 0.25, "use_deepnet": True,
+        },
+        batch=8, length=2048, memory_length=2048, dtypes=AUTOCAST, compiled=True,
+    ),
 }  # fmt: skip
-DTYPES = {"float32": torch.float32, "bfloat16 autocast": torch.bfloat16}
+
+# Dense bfloat16 FLOP/s that the data sheets promise, by a part of the chip's name.
+DATA_SHEETS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+# ---- the two sides ---------------------------------------------------------------------------------
 
 
-def build(name: str, theirs: str | None) -> torch.nn.Module:
-    """A fresh model of either side."""
+def build(side: str, setting: Setting, theirs: str | None) -> nn.Module:
+    """A fresh model of "ours" or "theirs"."""
     torch.manual_seed(0)
-    if name == "ours":
-        return RETRO(**CONFIG)
+    if side == "ours":
+        return RETRO(**setting.network).to(setting.device)
     if theirs not in sys.path:
         sys.path.insert(0, str(theirs))
     warnings.simplefilter("ignore")
-    from retro_pytorch import RETRO as Theirs
-
-    return Theirs(**CONFIG)  # type: ignore[no-any-return]
-
-
-def batch(length: int = LENGTH, rows: int = BATCH) -> tuple[Tensor, Tensor]:
-    """Random tokens and neighbors."""
-    generator = torch.Generator().manual_seed(0)
-    seq = torch.randint(1, CONFIG["num_tokens"], (rows, length + 1), generator=generator)
-    shape = rows, length // CONFIG["chunk_size"], NEIGHBORS, 2 * CONFIG["chunk_size"]
-    return seq, torch.randint(1, CONFIG["num_tokens"], shape, generator=generator)
+    model: nn.Module = importlib.import_module("retro_pytorch").RETRO(**setting.network)
+    return model.to(setting.device)
 
 
-def step(model: torch.nn.Module, seq: Tensor, retrieved: Tensor | None, dtype: torch.dtype, **options: Any) -> None:
+def random_batch(setting: Setting, rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """Random tokens (rows, length + 1), and neighbors with continuations."""
+    generator, vocabulary = torch.Generator().manual_seed(0), setting.network["num_tokens"]
+    seq = torch.randint(1, vocabulary, (rows, length + 1), generator=generator)
+    shape = rows, length // setting.chunk_size, setting.neighbors, 2 * setting.chunk_size
+    retrieved = torch.randint(1, vocabulary, shape, generator=generator)
+    return seq.to(setting.device), retrieved.to(setting.device)
+
+
+def step(
+    model: Callable[..., Tensor], seq: Tensor, retrieved: Tensor | None, dtype: torch.dtype, **options: Any
+) -> None:
     """Forward and backward, without the optimizer, which is the same for both."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+    with torch.autocast(seq.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
         loss = model(seq, retrieved, return_loss=True, **options)
-    loss.backward()
-    model.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
 
 
-def in_turns(tasks: dict[str, Callable[[], None]], turns: int) -> dict[str, float]:
-    """The best time of each task in seconds, after one run that does not count."""
-    best = dict.fromkeys(tasks, float("inf"))
+# ---- measuring -------------------------------------------------------------------------------------
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done all that it was given."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def in_turns(tasks: Mapping[str, Callable[[], object]], turns: int, device: str) -> dict[str, list[float]]:
+    """The seconds that each task took in each turn, after one turn that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(turns + 1):
         for name, task in tasks.items():
+            synchronize(device)
             start = time.perf_counter()
             task()
+            synchronize(device)
             if turn:
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def products(config: RETROConfig, rows: int, length: int, neighbors: int) -> float:
@@ -91,7 +158,7 @@ def products(config: RETROConfig, rows: int, length: int, neighbors: int) -> flo
     encoder = config.enc_depth * (
         enc_tokens * (layer(e) + 4 * inner * 2 * m)  # self-attention
         + enc_tokens * (4 * e * inner + 4 * inner * m) + tokens * 4 * d * inner  # looks at the chunk
-    )  # fmt: skip
+    ) + (enc_tokens * 2 * d * e if d != e else 0)  # fmt: skip
     cross = len(config.dec_cross_attn_layers) * (
         tokens * (4 * d * inner + 4 * inner * neighbors * 2 * m) + enc_tokens * 4 * e * inner
     )
@@ -99,142 +166,244 @@ def products(config: RETROConfig, rows: int, length: int, neighbors: int) -> flo
     return 3.0 * (decoder + head + (encoder + cross if neighbors else 0))
 
 
-def limits() -> dict[str, float]:
-    """The fastest matrix product in FLOP/s, by dtype: what a step could reach if it were nothing else."""
-    found = {}
-    for name, dtype in DTYPES.items():
-        best = 0.0
-        for m, k, n in ((2048, 256, 1536), (2048, 2048, 2048), (8192, 256, 1024)):
-            a, b = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
-            seconds = in_turns({"it": lambda a=a, b=b: torch.nn.functional.linear(a, b)}, 4)["it"]  # type: ignore[misc]
-            best = max(best, 2 * m * k * n / seconds)
-        found[name] = best
-    return found
+def matrix_limit(setting: Setting, dtype: torch.dtype) -> float:
+    """The fastest matrix product in FLOP/s: what a step could reach if it were nothing else."""
+    shapes = [(2048, 256, 1536), (2048, 2048, 2048), (8192, 256, 1024)]
+    if setting.device != "cpu":
+        shapes = [(8192, 8192, 8192), (16384, 4096, 8192)]
+    fastest = 0.0
+    for m, k, n in shapes:
+        a = torch.randn(m, k, dtype=dtype, device=setting.device)
+        b = torch.randn(n, k, dtype=dtype, device=setting.device)
+        tasks = {"product": lambda a=a, b=b: nn.functional.linear(a, b)}
+        fastest = max(fastest, 2 * m * k * n / min(in_turns(tasks, 8, setting.device)["product"]))
+    return fastest
 
 
-def training(theirs: str | None, turns: int) -> None:
-    """Time training steps in both number types."""
-    models = {name: build(name, theirs) for name in (["ours", "theirs"] if theirs else ["ours"])}
-    ours = models["ours"]
-    seq, retrieved = batch()
-    labels, documents = seq[:, 1:], torch.arange(LENGTH // 64).repeat(BATCH, 1) // 3
-    peak = limits()
-    print(f"\none training step, batch {BATCH} x {LENGTH} tokens, k = {NEIGHBORS} (forward and backward)")
-    for dtype_name, dtype in DTYPES.items():
-        tasks: dict[str, Callable[[], None]] = {
-            name: lambda model=model, dtype=dtype: step(model, seq, retrieved, dtype)  # type: ignore[misc]
-            for name, model in models.items()
+def data_sheet(chip: str) -> float | None:
+    """The dense bfloat16 FLOP/s that a chip of this name promises, if it is known."""
+    return next((peak for part, peak in DATA_SHEETS.items() if part in chip), None)
+
+
+def chip_of(device: str) -> str:
+    """The processor's name."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().split("\n")
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown processor")
+
+
+# ---- training step ---------------------------------------------------------------------------------
+
+
+def training(setting: Setting, theirs: str | None, turns: int) -> dict[str, dict[str, float]]:
+    """Print, and return in seconds by number type and task, what training steps take."""
+    models = {side: build(side, setting, theirs) for side in (["ours", "theirs"] if theirs else ["ours"])}
+    seq, retrieved = random_batch(setting, setting.batch, setting.length)
+    print(
+        f"\none training step, batch {setting.batch} x {setting.length} tokens, k = {setting.neighbors} "
+        f"(forward and backward; median of {turns} turns)"
+    )
+    medians: dict[str, dict[str, float]] = {}
+    for dtype_name, dtype in setting.dtypes.items():
+        tasks = training_tasks(setting, models, seq, retrieved, dtype)
+        seconds = {
+            name: statistics.median(of_turns) for name, of_turns in in_turns(tasks, turns, setting.device).items()
         }
-        tasks["without neighbors"] = lambda dtype=dtype: step(ours, seq, None, dtype)  # type: ignore[misc]
-        tasks["packed documents"] = (
-            lambda dtype=dtype: step(  # type: ignore[misc]
-                ours, seq[:, :-1], retrieved, dtype, labels=labels, documents=documents
-            )
-        )
-        best = in_turns(tasks, turns)
-        work = {name: products(RETROConfig(**CONFIG), BATCH, LENGTH, NEIGHBORS) for name in best}
-        work["without neighbors"] = products(RETROConfig(**CONFIG), BATCH, LENGTH, 0)
-        print(f"  {dtype_name}; fastest matrix product {peak[dtype_name] / 1e9:,.0f} GFLOP/s")
-        for name, seconds in best.items():
-            share = work[name] / seconds / peak[dtype_name]
-            tokens = BATCH * LENGTH / seconds
-            print(f"    {name:20} {seconds * 1e3:8.0f} ms  {tokens:8,.0f} tokens/s  {share:6.1%} of that")
-        print(f"    retrieval costs a factor of {best['ours'] / best['without neighbors']:.2f}")
-        if theirs:
-            print(f"    RATIO of tokens a second, ours to theirs: {best['theirs'] / best['ours']:.2f}")
+        print_training(setting, dtype_name, seconds, matrix_limit(setting, dtype))
+        medians[dtype_name] = seconds
+    return medians
 
 
-def peak_memory(name: str, theirs: str | None, dtype: torch.dtype) -> None:
-    """Print, for `memory`, the bytes that one step adds to the process at its peak."""
-    model, (seq, retrieved) = build(name, theirs), batch(2048)
+def training_tasks(
+    setting: Setting, models: Mapping[str, nn.Module], seq: Tensor, retrieved: Tensor, dtype: torch.dtype
+) -> dict[str, Callable[[], None]]:
+    """The steps that are compared, by the name under which they are printed."""
+
+    def task(model: nn.Module, called: Callable[..., Tensor], *inputs: Tensor | None, **options: Any) -> None:
+        step(called, cast("Tensor", inputs[0]), inputs[1], dtype, **options)
+        model.zero_grad(set_to_none=True)
+
+    ours = models["ours"]
+    chunks = setting.length // setting.chunk_size
+    documents = torch.arange(chunks, device=seq.device).repeat(setting.batch, 1) // 3
+    tasks: dict[str, Callable[[], None]] = {"ours": lambda: task(ours, ours, seq, retrieved)}
+    if setting.compiled:
+        compiled = cast("Callable[..., Tensor]", torch.compile(ours))
+        tasks["ours, compiled"] = lambda: task(ours, compiled, seq, retrieved)
+    if "theirs" in models:
+        tasks["theirs"] = lambda: task(models["theirs"], models["theirs"], seq, retrieved)
+    tasks["without neighbors"] = lambda: task(ours, ours, seq, None)
+    tasks["packed documents"] = lambda: task(ours, ours, seq[:, :-1], retrieved, labels=seq[:, 1:], documents=documents)
+    return tasks
+
+
+def print_training(setting: Setting, dtype_name: str, seconds: Mapping[str, float], limit: float) -> None:
+    """Print one number type's steps, the share of the matrix limit and the ratios."""
+    promised = data_sheet(chip_of(setting.device)) if setting.device != "cpu" else None
+    print(f"  {dtype_name}; fastest matrix product {limit / 1e9:,.0f} GFLOP/s", end="")
+    print(f", the data sheet's {promised / 1e9:,.0f} GFLOP/s" if promised else "")
+    for name, of_task in seconds.items():
+        neighbors = 0 if name == "without neighbors" else setting.neighbors
+        rate = products(setting.config, setting.batch, setting.length, neighbors) / of_task
+        tokens = setting.batch * setting.length / of_task
+        line = f"    {name:20} {of_task * 1e3:8.0f} ms  {tokens:8,.0f} tokens/s  {rate / limit:6.1%} of that"
+        print(line + (f"  {rate / promised:6.1%} of the data sheet's" if promised else ""))
+    print(f"    retrieval costs a factor of {seconds['ours'] / seconds['without neighbors']:.2f}")
+    if "theirs" in seconds:
+        for name in seconds:
+            if name.startswith("ours"):
+                ratio = seconds["theirs"] / seconds[name]
+                print(f"    RATIO of tokens a second, {name} to theirs: {ratio:.2f}")
+        most = seconds["theirs"] * limit / products(setting.config, setting.batch, setting.length, setting.neighbors)
+        print(f"    a step at the speed of the fastest matrix product would have a ratio of {most:.2f}")
+
+
+# ---- memory ----------------------------------------------------------------------------------------
+
+
+def peak_memory(side: str, setting: Setting, theirs: str | None, dtype: torch.dtype) -> int:
+    """The bytes that one step adds at its peak; on a CPU to this process, which must have done nothing larger."""
+    model = build(side, setting, theirs)
+    seq, retrieved = random_batch(setting, setting.batch, setting.memory_length)
+    if setting.device != "cpu":
+        synchronize(setting.device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(model, seq, retrieved, dtype)
+        synchronize(setting.device)
+        return torch.cuda.max_memory_allocated() - before
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     step(model, seq, retrieved, dtype)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
-def memory(theirs: str | None, threads: int) -> None:
+def memory(setting: Setting, theirs: str | None, threads: int) -> None:
     """Measure the memory of a step, each in a process of its own."""
-    print(f"\npeak memory that one step adds, batch {BATCH} x 2048 tokens, k = {NEIGHBORS}")
-    for dtype_name in DTYPES:
+    print(
+        f"\npeak memory that one step adds, batch {setting.batch} x {setting.memory_length} tokens, "
+        f"k = {setting.neighbors}"
+    )
+    for dtype_name in setting.dtypes:
         used = {}
-        for name in ["ours", "theirs"] if theirs else ["ours"]:
-            command = [sys.executable, __file__, "--threads", str(threads), "--peak", name, dtype_name]
-            command += ["--theirs", theirs] if theirs else []
-            used[name] = int(subprocess.run(command, check=True, capture_output=True).stdout)
-            print(f"    {dtype_name:20} {name:8} {used[name] / 2**20:8,.0f} MiB")
+        for side in ["ours", "theirs"] if theirs else ["ours"]:
+            command = [sys.executable, __file__, "--device", setting.device, "--threads", str(threads)]
+            command += ["--peak", side, dtype_name, *(["--theirs", theirs] if theirs else [])]
+            used[side] = int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            print(f"    {dtype_name:20} {side:8} {used[side] / 2**20:8,.0f} MiB")
         if theirs:
             print(f"    RATIO of memory, ours to theirs: {used['ours'] / used['theirs']:.2f}")
 
 
+# ---- writing ---------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
-def writing(theirs: str | None) -> None:
-    """448 tokens after 64, without the search: neighbors are given. The other side calls its model anew for each."""
-    print("\nwriting 448 tokens after a prompt of 64, neighbors given, float32, batch 1")
-    seq, retrieved = batch(2048, rows=1)
-    ours = build("ours", theirs).eval()
+def write(model: RETRO, seq: Tensor, retrieved: Tensor, start: int, end: int) -> list[float]:
+    """The seconds since its beginning at which each piece was read, token by token from `start` to `end`.
 
-    def write(start: int, end: int, stamps: dict[int, float] | None = None) -> float:
-        decoder, begin, place = CachedDecoder(ours, 1, end), time.perf_counter(), 0  # type: ignore[arg-type]
-        while place < end:
-            width = min(decoder.room(place), start - place) if place < start else 1
-            ends = (place + 1) % 64 == 0
-            found = {0: retrieved[0, (place + 1) // 64 - 1]} if ends else {}
-            hidden = decoder.read(seq[:, place : place + width], torch.tensor([width]), found)
-            (hidden[:, -1] @ ours.output_weight_VD.T).argmax(-1).item()  # type: ignore[operator]
-            place += width
-            if stamps is not None:
-                stamps[place] = time.perf_counter()
-        return time.perf_counter() - begin
+    It includes making the decoder, reading what comes before `start` and choosing each token.
+    """
+    begin = time.perf_counter()
+    decoder, place, stamps = CachedDecoder(model, 1, end), 0, []
+    chunk_size = model.config.chunk_size
+    while place < end:
+        width = min(decoder.room(place), start - place) if place < start else 1
+        found = {0: retrieved[0, (place + 1) // chunk_size - 1]} if (place + 1) % chunk_size == 0 else {}
+        hidden_BSD = decoder.read(seq[:, place : place + width], [width], found)
+        decoder.logits(hidden_BSD[:, -1]).argmax(-1).item()
+        place += width
+        stamps.append(time.perf_counter() - begin)
+    return stamps
 
-    mine = min(write(64, 512) for _ in range(3))
-    print(f"    ours   {mine:8.2f} s  {448 / mine:8,.0f} tokens/s")
-    if theirs:
-        other = build("theirs", theirs).eval()
-        lengths = range(64 + 8, 512, 32)  # every 32nd of the 448 calls, spread evenly
-        seconds = []
-        for length in lengths:
-            start = time.perf_counter()
-            other(seq[:, :length], retrieved[:, : length // 64])
-            seconds.append(time.perf_counter() - start)
-        whole = sum(seconds) / len(seconds) * 448
-        print(f"    theirs {whole:8.2f} s  {448 / whole:8,.0f} tokens/s  (from {len(seconds)} of the 448 calls)")
-        print(f"    RATIO of tokens a second, ours to theirs: {whole / mine:.0f}")
-    early, late = float("inf"), float("inf")
-    for _ in range(3):
-        stamps: dict[int, float] = {}
-        write(128, 2040, stamps)
-        pace = lambda at: sorted(stamps[n] - stamps[n - 1] for n in range(at - 30, at + 30))[30]  # noqa: E731, B023
-        early, late = min(early, pace(222)), min(late, pace(1998))
+
+def pace(stamps: list[float], start: int, end: int, place: int) -> float:
+    """The median seconds of the sixty tokens around a place, or of fewer near an end."""
+    first = len(stamps) - (end - start)  # what came before is the reading of the prompt
+    at = first + place - start
+    around = range(max(first + 1, at - 30), min(len(stamps), at + 30))
+    return statistics.median(stamps[i] - stamps[i - 1] for i in around)
+
+
+@torch.no_grad()
+def writing(setting: Setting, theirs: str | None, turns: int) -> dict[str, float]:
+    """Print, and return in seconds, what writing takes with given neighbors.
+
+    The other side calls its model anew for each token: every 32nd of its calls is made, spread evenly.
+    """
     print(
-        f"    a token at position 200: {early * 1e3:.2f} ms, at 2,000: {late * 1e3:.2f} ms, factor {late / early:.2f}"
+        f"\nwriting {setting.written} tokens after a prompt of {setting.prompt}, neighbors given, float32, batch 1 "
+        f"(median of {turns} turns)"
     )
+    early, late = setting.places
+    seq, retrieved = random_batch(setting, 1, setting.network["max_seq_len"])
+    ours = cast("RETRO", build("ours", setting, theirs).eval())
+    other = build("theirs", setting, theirs).eval() if theirs else None
+    end = setting.prompt + setting.written
+    lengths = range(setting.prompt + 8, end, 32)
+    mine: list[float] = []
+    calls: list[float] = []
+    for turn in range(turns + 1):
+        whole = write(ours, seq, retrieved, setting.prompt, end)[-1]
+        if turn:
+            mine.append(whole)
+        for length in lengths if other is not None and turn else []:
+            synchronize(setting.device)
+            start = time.perf_counter()
+            cast("nn.Module", other)(seq[:, :length], retrieved[:, : length // setting.chunk_size])
+            synchronize(setting.device)
+            calls.append(time.perf_counter() - start)
+    found = {"ours": statistics.median(mine)}
+    print(f"    ours   {found['ours']:8.2f} s  {setting.written / found['ours']:8,.0f} tokens/s")
+    if other is not None:
+        found["theirs"] = statistics.fmean(calls) * setting.written
+        note = f"(from {len(lengths)} of the {setting.written} calls, {turns} times)"
+        print(f"    theirs {found['theirs']:8.2f} s  {setting.written / found['theirs']:8,.0f} tokens/s  {note}")
+        print(f"    RATIO of tokens a second, ours to theirs: {found['theirs'] / found['ours']:.0f}")
+    paces: tuple[list[float], list[float]] = [], []
+    last = min(late + 40, setting.network["max_seq_len"])
+    for _ in range(turns):
+        stamps = write(ours, seq, retrieved, setting.prompt, last)
+        for place, of_place in zip((early, late), paces, strict=True):
+            of_place.append(pace(stamps, setting.prompt, last, place))
+    found["early"], found["late"] = (statistics.median(of_place) for of_place in paces)
+    print(
+        f"    a token at position {early}: {found['early'] * 1e3:.2f} ms, at {late:,}: {found['late'] * 1e3:.2f} ms, "
+        f"factor {found['late'] / found['early']:.2f}"
+    )
+    return found
+
+
+# ---- command line ----------------------------------------------------------------------------------
 
 
 def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--theirs", help="the folder that retro-pytorch was installed into")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--device", choices=sorted(SETTINGS), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="measure a compiled model too (with cuda: always)")
     parser.add_argument("--only", choices=["training", "memory", "writing"])
-    parser.add_argument("--peak", nargs=2, metavar=("WHO", "DTYPE"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=2, metavar=("SIDE", "DTYPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    setting = SETTINGS[arguments.device]
+    if arguments.compile:
+        setting = dataclasses.replace(setting, compiled=True)
     if arguments.peak:
-        peak_memory(arguments.peak[0], arguments.theirs, DTYPES[arguments.peak[1]])
+        side, dtype_name = arguments.peak
+        print(peak_memory(side, setting, arguments.theirs, setting.dtypes[dtype_name]))
         return
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().split("\n") if "model name" in x),
-        "?",
-    )
-    print(f"{cpu}, {arguments.threads} threads, torch {torch.__version__}")
-    print("network:", ", ".join(f"{key} {value}" for key, value in CONFIG.items()))
+    print(f"{chip_of(setting.device)}, {arguments.threads} threads, torch {torch.__version__}")
+    print("network:", ", ".join(f"{key} {value}" for key, value in setting.network.items()))
     if arguments.only in (None, "training"):
-        training(arguments.theirs, arguments.turns)
+        training(setting, arguments.theirs, arguments.turns)
     if arguments.only in (None, "memory"):
-        memory(arguments.theirs, arguments.threads)
+        memory(setting, arguments.theirs, arguments.threads)
     if arguments.only in (None, "writing"):
-        writing(arguments.theirs)
+        writing(setting, arguments.theirs, arguments.turns)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from retro_model.kernels import rotate_parts, short_attention, short_attention_is_faster
+from retro_model.kernels import rotary_attention
 
-See = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+See = Callable[[Tensor, Tensor, float], Tensor]
 
 # ---- positions -------------------------------------------------------------------------------------
 
@@ -33,54 +33,41 @@ def rotary_table(position_Q: Tensor, dim_head: int, dtype: torch.dtype) -> Tenso
 # ---- attention -------------------------------------------------------------------------------------
 
 
-def attend(
-    query_QHF: Tensor,
-    key_JHF: Tensor,
-    value_JHF: Tensor,
-    *,
-    mask_QJ: Tensor | None = None,
-    causal: bool = False,
-    dropout: float = 0.0,
-) -> Tensor:
-    """softmax(q k / sqrt(F)) v for every head: (..., Q, H, F). Where the mask is False, no attention.
-
-    The mask has the axes (..., Q, J), either of which may be 1; the heads share it.
-    """
-    mask = None if mask_QJ is None else mask_QJ.unsqueeze(-3)  # (..., 1, Q, J)
-    q, k, v = (x.transpose(-2, -3) for x in (query_QHF, key_JHF, value_JHF))  # (..., H, Q or J, F)
-    if dropout == 0 and short_attention_is_faster(q, k):
-        return short_attention(q, k, v, mask, causal).transpose(-2, -3)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(-2, -3)
-
-
-def attend_documents(
-    query_THF: Tensor,
-    key_THF: Tensor,
-    value_THF: Tensor,
-    dropout: float,
-    *,
-    groups: Sequence[tuple[int, int]],
-) -> Tensor:
+def attend_documents(qkv_THF: Tensor, table_NF: Tensor, dropout: float, *, groups: Sequence[tuple[int, int]]) -> Tensor:
     """Causal attention inside each document of a stream of tokens: (T, H, F).
 
     `groups` says how the stream is made of documents: (count, tokens of each), one after the other.
     Documents of one length are attended together, so that no mask is needed and no score between
-    two documents is ever computed.
+    two documents is ever computed. The table is as long as the longest document.
     """
-    sizes = [count * length for count, length in groups]
     outputs = []
-    parts = zip(*(torch.split(x, sizes) for x in (query_THF, key_THF, value_THF)), strict=True)
-    for (count, _), part in zip(groups, parts, strict=True):
-        q, k, v = (x.unflatten(0, (count, -1)) for x in part)  # (count, length, H, F)
-        outputs.append(attend(q, k, v, causal=True, dropout=dropout).flatten(0, 1))
+    parts = torch.split(qkv_THF, [count * length for count, length in groups])
+    for (count, length), part in zip(groups, parts, strict=True):
+        table_QF, qkv = table_NF[:length], part.view(count, length, *part.shape[1:])  # (count, length, 3H, F)
+        seen = rotary_attention(qkv, None, table_QF, table_QF, causal=True, dropout=dropout)
+        outputs.append(seen.flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def attend_context(
+    query_BQHF: Tensor,
+    table_QF: Tensor,
+    dropout: float,
+    *,
+    context_BJHF: Tensor,
+    key_table_JF: Tensor,
+    mask_BJ: Tensor | None = None,
+) -> Tensor:
+    """Attention to a context that went through `CrossAttention.context`: (B, Q, H, F)."""
+    return rotary_attention(query_BQHF, context_BJHF, table_QF, key_table_JF, mask_BJ=mask_BJ, dropout=dropout)
 
 
 class SelfAttention(nn.Module):
     """Rotary multi-head self-attention; the caller says which tokens see each other.
 
-    That differs between packed documents, a neighbor and a cache of keys; the weights and the
-    positions do not. `see` takes queries, keys, values (..., Q, H, F) and a dropout probability.
+    That differs between packed documents, a neighbor and a cache of keys; the weights do not. `see`
+    takes queries, keys and values one after the other (..., Q, 3H, F), the rotary table of their
+    positions and a dropout probability.
     """
 
     def __init__(self, dim: int, heads: int, dim_head: int, dropout: float) -> None:
@@ -91,10 +78,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_QD: Tensor, table_QF: Tensor, see: See) -> Tensor:
         """What each token gets from those that it sees: (..., Q, D)."""
-        qkv = self.qkv(x_QD).unflatten(-1, (3 * self.heads, -1))  # (..., Q, 3HF) -> (..., Q, 3H, F)
-        q, k, v = rotate_parts(qkv, table_QF, 3, 2)  # each (..., Q, H, F)
-        seen = see(q, k, v, self.dropout if self.training else 0.0)
-        out: Tensor = self.out(seen.flatten(-2))  # (..., Q, H, F) -> (..., Q, HF) -> (..., Q, D)
+        qkv_QHF = self.qkv(x_QD).unflatten(-1, (3 * self.heads, -1))  # (..., Q, 3HF) -> (..., Q, 3H, F)
+        seen_QHF = see(qkv_QHF, table_QF, self.dropout if self.training else 0.0)
+        out: Tensor = self.out(seen_QHF.flatten(-2))  # (..., Q, H, F) -> (..., Q, HF) -> (..., Q, D)
         return out
 
 
@@ -111,25 +97,16 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(context_dim, 2 * heads * dim_head, bias=False)
         self.out = nn.Linear(heads * dim_head, dim, bias=False)
 
-    def context(self, context_JE: Tensor, table_JF: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys turned to their positions, and values: each (..., J, H, F). A cache keeps these."""
-        kv = self.key_value(context_JE).unflatten(-1, (2 * self.heads, -1))  # (..., J, 2HF) -> (..., J, 2H, F)
-        k, v = rotate_parts(kv, table_JF, 2, 1)  # each (..., J, H, F)
-        return k, v
+    def context(self, context_JE: Tensor) -> Tensor:
+        """The context's keys, not yet rotated, and after them its values: (..., J, 2H, F)."""
+        kv: Tensor = self.key_value(context_JE).unflatten(-1, (2 * self.heads, -1))  # (..., J, 2HF) -> (..., J, 2H, F)
+        return kv
 
-    def forward(
-        self,
-        x_QD: Tensor,
-        key_JHF: Tensor,
-        value_JHF: Tensor,
-        table_QF: Tensor,
-        mask_QJ: Tensor | None = None,
-    ) -> Tensor:
-        """What each token gets from a context that went through `context`: (..., Q, D)."""
-        (q,) = rotate_parts(self.query(x_QD).unflatten(-1, (self.heads, -1)), table_QF, 1, 1)  # (..., Q, H, F)
-        dropout = self.dropout if self.training else 0.0
-        attended = attend(q, key_JHF, value_JHF, mask_QJ=mask_QJ, dropout=dropout)
-        out: Tensor = self.out(attended.flatten(-2))  # (..., Q, HF) -> (..., Q, D)
+    def forward(self, x_QD: Tensor, table_QF: Tensor, see: See) -> Tensor:
+        """What each token gets from the context that `see` holds: (..., Q, D)."""
+        query_QHF = self.query(x_QD).unflatten(-1, (self.heads, -1))  # (..., Q, HF) -> (..., Q, H, F)
+        seen_QHF = see(query_QHF, table_QF, self.dropout if self.training else 0.0)
+        out: Tensor = self.out(seen_QHF.flatten(-2))  # (..., Q, H, F) -> (..., Q, HF) -> (..., Q, D)
         return out
 
 

@@ -8,18 +8,20 @@ A row ends with the end token or when it is max_seq_len tokens long, the length 
 trained for. To write on, prompt again with the last part of the text.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retro_model.attention import attend, rotary_table
+from retro_model.attention import rotary_table
 from retro_model.errors import ConfigError
-from retro_model.model import RETRO, cross_positions
+from retro_model.kernels import rotate
+from retro_model.model import RETRO, Block, cross_positions
 
 Retrieve = Callable[[Tensor], Tensor]  # finished chunks (B', M) -> neighbors (B', K, R), pad where missing
 Filter = Callable[[Tensor, float], Tensor]
@@ -69,11 +71,29 @@ def sample(
 # ---- the cached decoder ----------------------------------------------------------------------------
 
 
+def along_the_longer_axis(weight_OI: Tensor) -> Tensor:
+    """The matrix with the longer of its axes contiguous in memory: on a CPU a copy, if it is not so already.
+
+    A product of one token with a matrix is nothing but reading the matrix, and short rows are read at
+    half the speed.
+    """
+    if weight_OI.dim() != 2 or weight_OI.device.type != "cpu" or weight_OI.shape[0] <= weight_OI.shape[1]:
+        return weight_OI
+    return nn.Parameter(weight_OI.detach().T.contiguous().T)
+
+
+def for_single_tokens(block: Block) -> Block:
+    """A layer that computes the same, its matrices along their longer axis; all others are shared."""
+    module = cast("nn.Module", block)
+    shared: dict[int, Any] = {id(x): along_the_longer_axis(x) for x in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(block, shared)
+
+
 @dataclass
 class _Layer:
-    """What one decoder layer keeps: of the tokens read (B, H, max_length + M, F), of the neighbors (B, J, H, F).
+    """What one decoder layer keeps: of the tokens read (B, H, max_length + M, F), of the neighbors (B, H, J, F).
 
-    Tokens lie next to each other for each head, because all of them are read for every new one.
+    Keys are rotated. Tokens lie next to each other for each head, because all are read for every new one.
     """
 
     key: Tensor
@@ -82,81 +102,97 @@ class _Layer:
     neighbor_value: Tensor
 
 
+class _Places:
+    """Where the tokens of a piece stand, as indices of tables that have a row for each place.
+
+    Rows of one length, by far the most frequent case, share a slice; others need an index each.
+    """
+
+    def __init__(self, lengths: Sequence[int], width: int, chunk_size: int, device: torch.device) -> None:
+        self.start, self.end = min(lengths), max(lengths) + width
+        self.together = self.end - self.start == width
+        self.in_text: slice | Tensor  # from the beginning
+        self.in_chunk: slice | Tensor  # from the last token of the chunk before, which is 0
+        if self.together:
+            first = (self.start + 1) % chunk_size
+            self.in_text, self.in_chunk = slice(self.start, self.end), slice(first, first + width)
+        else:
+            self.in_text = torch.tensor(lengths, device=device)[:, None] + torch.arange(width, device=device)
+            self.in_chunk = (self.in_text + 1) % chunk_size
+
+
 class _SeeCache:
     """Causal attention of a piece to all that its row has read, and to itself, which the cache gets here."""
 
-    def __init__(self, place_BS: Tensor) -> None:
-        rows, width = place_BS.shape
-        self.place_BS = place_BS
-        self.row_B1 = torch.arange(rows, device=place_BS.device)[:, None]
-        self.start, self.end = int(place_BS.min()), int(place_BS.max()) + 1
-        self.together = self.end - self.start == width  # all rows are equally long
-        self.mask_BSJ = None
-        if self.end - self.start > 1:
-            self.mask_BSJ = torch.arange(self.end, device=place_BS.device) <= place_BS[..., None]
+    def __init__(self, places: _Places, rows: int, device: torch.device) -> None:
+        self.places = places
+        self.row_B1 = None if places.together else torch.arange(rows, device=device)[:, None]
+        self.mask_BHSJ = None
+        if places.end - places.start > 1:
+            all_J = torch.arange(places.end, device=device)
+            here = all_J[places.in_text] if isinstance(places.in_text, slice) else places.in_text
+            self.mask_BHSJ = (all_J <= here[..., None]).unsqueeze(-3)  # (1, S, J) or (B, 1, S, J)
 
-    def __call__(self, layer: _Layer, q_BSHF: Tensor, k_BSHF: Tensor, v_BSHF: Tensor, _: float) -> Tensor:
+    def __call__(self, qkv_BSHF: Tensor, table_SF: Tensor, _: float, *, layer: _Layer) -> Tensor:
+        heads = layer.key.shape[1]
+        qk_BSHF, v_BSHF = torch.split(qkv_BSHF, [2 * heads, heads], dim=-2)
+        q_BSHF, k_BSHF = rotate(qk_BSHF, table_SF).chunk(2, dim=-2)
         for cache_BHNF, new_BSHF in ((layer.key, k_BSHF), (layer.value, v_BSHF)):
-            if self.together:
-                cache_BHNF[:, :, self.start : self.end] = new_BSHF.transpose(1, 2)
+            if self.row_B1 is None:
+                cache_BHNF[:, :, self.places.in_text] = new_BSHF.transpose(1, 2)
             else:
-                cache_BHNF[self.row_B1, :, self.place_BS] = new_BSHF.to(cache_BHNF.dtype)
-        k_BJHF, v_BJHF = (x[:, :, : self.end].transpose(1, 2) for x in (layer.key, layer.value))
-        return attend(q_BSHF, k_BJHF, v_BJHF, mask_QJ=self.mask_BSJ)
+                cache_BHNF[self.row_B1, :, self.places.in_text] = new_BSHF.to(cache_BHNF.dtype)
+        k_BHJF, v_BHJF = (x[:, :, : self.places.end] for x in (layer.key, layer.value))
+        return F.scaled_dot_product_attention(q_BSHF.transpose(1, 2), k_BHJF, v_BHJF, self.mask_BHSJ).transpose(1, 2)
 
 
-class _Cross:
-    """Cross-attention of a piece to its row's neighbors; rows without stay as they are."""
+class _Neighbors:
+    """Which rows have neighbors now, and where these are padding."""
 
-    def __init__(self, mask_BJ: Tensor, query_table_BSF: Tensor) -> None:
+    def __init__(self, mask_BJ: Tensor) -> None:
         has_B = mask_BJ.any(-1)
+        self.mask_BJ = mask_BJ  # False at padding, and in all of a row without neighbors
         self.any, self.all = bool(has_B.any()), bool(has_B.all())
         self.has_B11 = has_B[:, None, None]
-        self.mask_B1J = None if bool(mask_BJ.all()) else mask_BJ[:, None] | ~self.has_B11
-        self.query_table_BSF = query_table_BSF
+        self.mask_BHSJ = None if bool(mask_BJ.all()) else (mask_BJ[:, None] | ~self.has_B11)[:, None]
 
-    def __call__(self, cross_attention: nn.Module, layer: _Layer, x_BSD: Tensor) -> Tensor:
+    def attend(self, cross_attention: nn.Module, layer: _Layer, x_BSD: Tensor, table_SF: Tensor) -> Tensor:
+        """Cross-attention of a piece to its row's neighbors; rows without stay as they are."""
         if not self.any:
             return x_BSD
-        changed: Tensor = cross_attention(
-            x_BSD, layer.neighbor_key, layer.neighbor_value, self.query_table_BSF, self.mask_B1J
-        )
+        changed: Tensor = cross_attention(x_BSD, table_SF, partial(self._see, layer=layer))
         return changed if self.all else torch.where(self.has_B11, changed, x_BSD)
 
+    def _see(self, query_BSHF: Tensor, table_SF: Tensor, _: float, *, layer: _Layer) -> Tensor:
+        q_BHSF = rotate(query_BSHF, table_SF).transpose(1, 2)
+        k_BHJF, v_BHJF = layer.neighbor_key, layer.neighbor_value
+        return F.scaled_dot_product_attention(q_BHSF, k_BHJF, v_BHJF, self.mask_BHSJ).transpose(1, 2)
 
-@dataclass
+
 class CachedDecoder:
     """A RETRO that reads a few tokens at a time and remembers.
 
     All rows read pieces of one width, each row at its own place. A piece must end with the tokens that
     attend to one chunk, at the latest, so that one set of neighbors serves all of it: `room` says how
-    many tokens that are.
+    many tokens that are. The model's weights must not change meanwhile.
     """
 
-    model: RETRO
-    rows: int
-    max_length: int
-    length_B: Tensor = field(init=False)  # how many tokens each row has read
-    mask_BJ: Tensor = field(init=False)  # False at padding, and in all of a row without neighbors
-    hidden_BMD: Tensor = field(init=False)  # the current chunk where the encoder looks at it
-    layers: list[_Layer] = field(init=False)
-    table_NF: Tensor = field(init=False)  # rotary tables of all places, and of the queries to neighbors
-    query_table_MF: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        config, weight = self.model.config, self.model.embedding.weight
+    def __init__(self, model: RETRO, rows: int, max_length: int) -> None:
+        config, weight = model.config, model.embedding.weight
         device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        rows, heads, features = self.rows, config.heads, config.dim_head
-        tokens = rows, heads, self.max_length + config.chunk_size, features  # room for what is read in vain
-        none = rows, 0, heads, features
-        self.length_B = torch.zeros(self.rows, dtype=torch.long, device=device)
-        self.mask_BJ = torch.zeros(self.rows, 0, dtype=torch.bool, device=device)
-        self.hidden_BMD = weight.new_zeros(self.rows, config.chunk_size, config.dec_dim)
-        places = torch.arange(self.max_length + config.chunk_size, device=device)
-        self.table_NF = rotary_table(places, config.dim_head, weight.dtype)
-        self.query_table_MF, _ = cross_positions(config.chunk_size, 1, 1, config.dim_head, weight)
+        heads, features = config.heads, config.dim_head
+        tokens = rows, heads, max_length + config.chunk_size, features  # room for what is read in vain
+        none = rows, heads, 0, features
+        self.model = model
+        self.blocks = [for_single_tokens(block) for block in model.decoder]
+        self.output_weight_VD = along_the_longer_axis(model.output_weight_VD)
+        self.lengths = [0] * rows  # how many tokens each row has read
+        self.neighbors = _Neighbors(torch.zeros(rows, 0, dtype=torch.bool, device=device))
+        self.hidden_BMD = weight.new_zeros(rows, config.chunk_size, config.dec_dim)  # what the encoder looks at
+        self.table_NF = rotary_table(torch.arange(tokens[2], device=device), features, weight.dtype)
+        self.query_table_MF, _ = cross_positions(config.chunk_size, 1, 1, features, weight)
         self.layers = [
             _Layer(*(torch.zeros(n, dtype=dtype, device=device) for n in (tokens, tokens, none, none)))
             for _ in range(config.dec_depth)
@@ -167,53 +203,61 @@ class CachedDecoder:
         return self.model.config.chunk_size - (place + 1) % self.model.config.chunk_size
 
     @torch.no_grad()
-    def read(self, tokens_BS: Tensor, counts_B: Tensor, found: dict[int, Tensor] | None = None) -> Tensor:
+    def read(self, tokens_BS: Tensor, counts: Sequence[int], found: dict[int, Tensor] | None = None) -> Tensor:
         """The normalized states (B, S, D) of each row's next tokens.
 
-        Row b has `counts_B[b]` of the S tokens; the others are read in vain and leave no trace.
+        Row b has `counts[b]` of the S tokens; the others are read in vain and leave no trace.
         `found` holds the neighbors (K, R) of the chunks that the pieces' first tokens complete, by row;
         rows that complete a chunk and are not in it have none.
         """
-        model, chunk_size = self.model, self.model.config.chunk_size
-        place_BS = self.length_B[:, None] + torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-        table_BSF = self.table_NF[place_BS]
-        query_table_BSF = self.query_table_MF[(place_BS + 1) % chunk_size]
-        completes_B = ((self.length_B + 1) % chunk_size == 0) & (counts_B > 0)
-        if completes_B.any():
-            self.mask_BJ = self.mask_BJ & ~completes_B[:, None]  # what was retrieved for the chunk before is over
-        see = _SeeCache(place_BS)
-        cross: _Cross | None = None
+        model, (rows, width) = self.model, tokens_BS.shape
+        places = _Places(self.lengths, width, model.config.chunk_size, tokens_BS.device)
+        table_SF, query_table_SF = self.table_NF[places.in_text], self.query_table_MF[places.in_chunk]
+        see = _SeeCache(places, rows, tokens_BS.device)
+        encoded = False
 
         x_BSD = model.norm_in(model.embedding(tokens_BS))
-        for block, layer in zip(model.decoder, self.layers, strict=True):
-            x_BSD = block.attention(x_BSD, table_BSF, partial(see, layer))
+        for block, layer in zip(self.blocks, self.layers, strict=True):
+            x_BSD = block.attention(x_BSD, table_SF, partial(see, layer=layer))
             if block.cross_attention is not None:
-                if cross is None:  # algorithm 1: the encoder runs at the first such layer
-                    self._keep_hidden(x_BSD[:, :1], place_BS[:, :1], counts_B)
-                    self._encode(found or {})
-                    self._keep_hidden(x_BSD[:, 1:], place_BS[:, 1:], counts_B - 1)
-                    cross = _Cross(self.mask_BJ, query_table_BSF)
-                x_BSD = cross(block.cross_attention, layer, x_BSD)
+                if not encoded:  # algorithm 1: the encoder runs at the first such layer
+                    self._pass_boundaries(x_BSD, counts, found or {})
+                    encoded = True
+                x_BSD = self.neighbors.attend(block.cross_attention, layer, x_BSD, query_table_SF)
             x_BSD = block.feed_forward(x_BSD)
-        self.length_B = self.length_B + counts_B
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         normed: Tensor = model.norm(x_BSD)
         return normed
 
-    def _keep_hidden(self, x_BSD: Tensor, place_BS: Tensor, counts_B: Tensor) -> None:
-        """Put the states of real tokens where they belong in their chunk."""
-        if not x_BSD.shape[1]:
-            return
-        index_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
-        row, column = (index_S < counts_B[:, None]).nonzero(as_tuple=True)
-        offset = place_BS[row, column] % self.model.config.chunk_size
-        self.hidden_BMD[row, offset] = x_BSD[row, column].to(self.hidden_BMD.dtype)
+    @torch.no_grad()
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        """What follows each of the states that `read` returned: (B, V)."""
+        return F.linear(hidden_BD, self.output_weight_VD)
 
-    def _encode(self, found: dict[int, Tensor]) -> None:
-        """Encode what was found for some rows, and keep it for every layer that attends to it."""
+    def _pass_boundaries(self, x_BSD: Tensor, counts: Sequence[int], found: dict[int, Tensor]) -> None:
+        """Keep the states that the encoder will look at; where a row completes a chunk, change its neighbors."""
+        chunk_size = self.model.config.chunk_size
+        finished = []
+        for row, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
+            offset = length % chunk_size
+            if offset + 1 < chunk_size:
+                self.hidden_BMD[row, offset : offset + count] = x_BSD[row, :count]
+            elif count:
+                self.hidden_BMD[row, -1] = x_BSD[row, 0]
+                finished.append(row)
+        if finished:
+            self.neighbors = self._encode(finished, found)
+        for row in finished:
+            self.hidden_BMD[row, : counts[row] - 1] = x_BSD[row, 1 : counts[row]]
+
+    def _encode(self, finished: list[int], found: dict[int, Tensor]) -> _Neighbors:
+        """Encode what was found for finished chunks, and keep it for every layer that attends to it."""
         model, config = self.model, self.model.config
+        mask_BJ = self.neighbors.mask_BJ.clone()
+        mask_BJ[finished] = False  # what was retrieved for the chunk before is over
         found = {row: neighbors for row, neighbors in found.items() if (neighbors != config.pad_id).any()}
         if not found:
-            return
+            return _Neighbors(mask_BJ)
         assert model.encoder is not None
         rows = list(found)
         retrieved_AKR = torch.stack(list(found.values()))
@@ -221,22 +265,22 @@ class CachedDecoder:
         encoded_AJE = model.encoder(model.embedding(retrieved_AKR), mask_AKR, self.hidden_BMD[rows])
         _, number, length = retrieved_AKR.shape
         _, table_JF = cross_positions(config.chunk_size, number, length, config.dim_head, model.embedding.weight)
-        self.mask_BJ = _put_rows(self.mask_BJ, rows, mask_AKR.flatten(1))
         for block, layer in zip(model.decoder, self.layers, strict=True):
             if block.cross_attention is not None:
-                key, value = block.cross_attention.inner.context(encoded_AJE, table_JF)
-                layer.neighbor_key = _put_rows(layer.neighbor_key, rows, key)
-                layer.neighbor_value = _put_rows(layer.neighbor_value, rows, value)
+                key_AJHF, value_AJHF = block.cross_attention.inner.context(encoded_AJE).chunk(2, dim=-2)
+                key_AJHF = rotate(key_AJHF, table_JF)
+                layer.neighbor_key = _put_rows(layer.neighbor_key, rows, key_AJHF.transpose(1, 2))
+                layer.neighbor_value = _put_rows(layer.neighbor_value, rows, value_AJHF.transpose(1, 2))
+        mask_BHJF = _put_rows(mask_BJ[:, None, :, None], rows, mask_AKR.flatten(1)[:, None, :, None])
+        return _Neighbors(mask_BHJF[:, 0, :, 0])
 
 
-def _put_rows(all_BJ: Tensor, rows: list[int], some_AJ: Tensor) -> Tensor:
-    """`all_BJ` (B, J, ...) with some rows replaced; the shorter of the two is filled up with zeros."""
-    length = max(all_BJ.shape[1], some_AJ.shape[1])
-    out = all_BJ.new_zeros(len(all_BJ), length, *all_BJ.shape[2:])
-    out[:, : all_BJ.shape[1]] = all_BJ
-    out[rows] = 0
-    out[rows, : some_AJ.shape[1]] = some_AJ.to(out.dtype)
-    return out
+def _put_rows(all_BHJF: Tensor, rows: list[int], some_AHJF: Tensor) -> Tensor:
+    """`all_BHJF` with some rows replaced; the shorter of the two is filled up with zeros along J."""
+    missing = some_AHJF.shape[2] - all_BHJF.shape[2]
+    out_BHJF = F.pad(all_BHJF, (0, 0, 0, max(0, missing)))
+    out_BHJF[rows] = F.pad(some_AHJF, (0, 0, 0, max(0, -missing))).to(out_BHJF.dtype)
+    return out_BHJF
 
 
 # ---- writing ---------------------------------------------------------------------------------------
@@ -314,11 +358,11 @@ class Writer:
             width = min(self.decoder.room(start), longest - start)
             counts_B = (self.length_B - start).clamp(0, width)
             piece_BS = self.text_BN[:, start : start + width]
-            hidden_BSD = self.decoder.read(piece_BS, counts_B, self._found(counts_B > 0))
+            hidden_BSD = self.decoder.read(piece_BS, counts_B.tolist(), self._found(counts_B > 0))
             ends_B = (counts_B > 0) & (self.length_B <= start + width)
             last_BD[ends_B] = hidden_BSD[ends_B, counts_B[ends_B] - 1].to(last_BD.dtype)
             start += width
-        return F.linear(last_BD, self.model.output_weight_VD)
+        return self.decoder.logits(last_BD)
 
     def _read_last(self, writes_B: Tensor) -> Tensor:
         """Read the token that was just written, in the rows that go on; the logits (B, V) after it."""
@@ -327,8 +371,8 @@ class Writer:
         rows = finished_B.nonzero().squeeze(1).tolist()
         self._search([(row, int(self.length_B[row]) // chunk_size - 1) for row in rows])
         last_B1 = self.text_BN.gather(1, self.length_B[:, None] - 1)
-        hidden_B1D = self.decoder.read(last_B1, writes_B.long(), self._found(finished_B))
-        return F.linear(hidden_B1D[:, 0], self.model.output_weight_VD)
+        hidden_B1D = self.decoder.read(last_B1, writes_B.long().tolist(), self._found(finished_B))
+        return self.decoder.logits(hidden_B1D[:, 0])
 
     def _search(self, finished: list[tuple[int, int]]) -> None:
         """Retrieve for finished chunks, given by row and number, in one call."""
@@ -349,7 +393,7 @@ class Writer:
         """The neighbors of the chunks that the decoder's next tokens complete."""
         found = {}
         for row in of_rows_B.nonzero().squeeze(1).tolist():
-            chunks, rest = divmod(int(self.decoder.length_B[row]) + 1, self.model.config.chunk_size)
+            chunks, rest = divmod(self.decoder.lengths[row] + 1, self.model.config.chunk_size)
             if rest == 0 and chunks - 1 in self.neighbors[row]:
                 found[row] = self.neighbors[row][chunks - 1]
         return found

@@ -1,4 +1,4 @@
-"""Four operations whose textbook form wastes time or memory, each with its gradient written out.
+"""Operations whose textbook form wastes time or memory, each with its gradient written out.
 
 Every one of them equals a line of ordinary torch, which its docstring gives and the tests compare it
 with. They matter on CPUs, where eager torch spends a third of a training step on passes over memory
@@ -23,60 +23,7 @@ def rotate(x_QHF: Tensor, table_QF: Tensor) -> Tensor:
     """
     cos, sin = table_QF.to(x_QHF.dtype).unsqueeze(-2).chunk(2, dim=-1)  # (Q, 1, F/2): equal for all heads
     a, b = x_QHF.chunk(2, dim=-1)  # (..., Q, H, F/2)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-
-def _turn(x_QHF: Tensor, cos: Tensor, sin: Tensor, out_QHF: Tensor) -> None:
-    """Write the rotated x to `out`, which may be x itself."""
-    (a, b), (out_a, out_b) = x_QHF.chunk(2, dim=-1), out_QHF.chunk(2, dim=-1)
-    turned_a = (a * cos).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
-    out_a.copy_(turned_a)
-
-
-class _NoGraph:
-    """What a Function's forward pass leaves for its backward pass, when there will be none."""
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """Nothing is kept."""
-
-
-class _RotateParts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_QHF: Tensor, table_QF: Tensor, num_parts: int, num_rotated: int) -> tuple[Tensor, ...]:
-        cos, sin = table_QF.to(x_QHF.dtype).unsqueeze(-2).chunk(2, dim=-1)
-        parts = x_QHF.detach().chunk(num_parts, dim=-2)
-        for part in parts[:num_rotated]:
-            _turn(part, cos, sin, part)
-        ctx.save_for_backward(cos, sin)
-        ctx.num_rotated = num_rotated
-        return parts
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        *outer, heads, features = grads[0].shape
-        grad_QHF = grads[0].new_empty(*outer, len(grads) * heads, features)
-        for number, (grad, out) in enumerate(zip(grads, grad_QHF.chunk(len(grads), dim=-2), strict=True)):
-            if number < ctx.num_rotated:
-                _turn(grad, cos, -sin, out)  # the gradient turns back
-            else:
-                out.copy_(grad)
-        return grad_QHF, None, None, None
-
-
-def rotate_parts(x_QHF: Tensor, table_QF: Tensor, num_parts: int, num_rotated: int) -> tuple[Tensor, ...]:
-    """`x.chunk(num_parts, dim=-2)` with the first parts rotated, in the memory of x.
-
-    x is a fused projection of queries, keys and values, which nobody needs unrotated.
-    """
-    if torch.compiler.is_compiling():  # a compiler fuses the plain form
-        parts = x_QHF.chunk(num_parts, dim=-2)
-        return tuple(rotate(part, table_QF) if i < num_rotated else part for i, part in enumerate(parts))
-    if not torch.is_grad_enabled():
-        return _RotateParts.forward(_NoGraph(), x_QHF, table_QF, num_parts, num_rotated)
-    rotated: tuple[Tensor, ...] = _RotateParts.apply(x_QHF, table_QF, num_parts, num_rotated)  # type: ignore[no-untyped-call]
-    return rotated
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1)
 
 
 # ---- RMSNorm ---------------------------------------------------------------------------------------
@@ -109,94 +56,176 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x_TD: Tensor, gain_D: Tensor) -> Tensor:
     """`F.rms_norm(x, gain.shape, gain, EPSILON)`, which on a CPU takes eleven passes over memory."""
     gain_D = gain_D.to(x_TD.dtype)
-    if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
+    if x_TD.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.rms_norm(x_TD, gain_D.shape, gain_D, EPSILON)
-    if not torch.is_grad_enabled():
-        return _RMSNorm.forward(_NoGraph(), x_TD, gain_D)
     normed: Tensor = _RMSNorm.apply(x_TD, gain_D)  # type: ignore[no-untyped-call]
     return normed
 
 
-# ---- attention over few keys -----------------------------------------------------------------------
+# ---- attention -------------------------------------------------------------------------------------
 
-SHORT = 1024  # keys up to which plain matrix products are faster
-SCORES = 2**18  # scores that are in memory at a time, so few that they stay in the cache
+BYTES_OF_SCORES = 2**20  # that are in memory at a time, so few that they stay in a core's cache
+QUERIES = 128  # of causal attention at a time: no later key is looked at
 
 
-def short_attention_is_faster(q_BHQF: Tensor, k_BHJF: Tensor) -> bool:
-    """Whether `short_attention` beats torch: in training, for bfloat16 on a CPU, with few keys.
+def rotary_attention(
+    queries: Tensor,
+    context: Tensor | None,
+    query_table_QF: Tensor,
+    key_table_JF: Tensor,
+    *,
+    mask_BJ: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`F.scaled_dot_product_attention(rotate(q), rotate(k), v)` for every head: (B, Q, H, F).
 
-    torch's backward pass goes through small tiles there, each converted and packed anew: three times as
-    slow as plain matrix products over 128 x 128 scores, and slower than its own float32.
+    Self-attention gives its fused projection (B, Q, 3H, F) and no context; cross-attention gives queries
+    (B, Q, H, F) and the fused projection of its context (B, J, 2H, F). Where the mask is False, no
+    attention; causal attention takes none.
+
+    On a CPU this goes through a few rows and heads at a time, which stay in the cache from their
+    rotation to the gradient of their projections. torch's parts, one after the other, take half as long
+    again; for bfloat16, where its backward pass converts and packs small tiles anew, twice as long.
     """
-    return (
-        q_BHQF.device.type == "cpu"
-        and q_BHQF.dtype == torch.bfloat16
-        and q_BHQF.dim() == 4
-        and k_BHJF.shape[-2] <= SHORT
-        and torch.is_grad_enabled()
-        and q_BHQF.requires_grad
-    )
+    assert not causal or mask_BJ is None
+    if queries.device.type != "cpu" or torch.compiler.is_compiling() or dropout > 0:
+        q, k, v = _split(queries, context)
+        q, k, v = (x.transpose(1, 2) for x in (rotate(q, query_table_QF), rotate(k, key_table_JF), v))
+        mask = None if mask_BJ is None else mask_BJ[:, None, None]  # (B, 1, 1, J)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2)
+    bias = None
+    if mask_BJ is not None:
+        bias = queries.new_zeros(mask_BJ.shape).masked_fill_(~mask_BJ, -math.inf)
+    scaled_QF = query_table_QF / math.sqrt(queries.shape[-1])  # the scale of the scores costs nothing here
+    tables = scaled_QF.to(queries.dtype), key_table_JF.to(queries.dtype)
+    out: Tensor = _RotaryAttention.apply(queries, context, *tables, bias, causal)  # type: ignore[no-untyped-call]
+    return out
 
 
-class _ShortAttention(torch.autograd.Function):
+class _RotaryAttention(torch.autograd.Function):
+    """Axes: `G` rows times heads of a tile; else those of `rotary_attention`."""
+
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            out = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal)
-        ctx.save_for_backward(q, k, v, bias)
+    def forward(
+        ctx: Any, queries: Tensor, context: Tensor | None, query_table: Tensor, key_table: Tensor,
+        bias: Tensor | None, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(queries, context, query_table, key_table, bias)
         ctx.causal = causal
+        q, k, v = _split(queries, context)
+        out = q.new_empty(q.shape)
+        blocks = _blocks(q, k, causal)
+        with torch.autocast("cpu", enabled=False):
+            for tile in _tiles(q, k, causal):
+                q_GQF, k_GJF = _heads_first(q[tile], query_table), _heads_first(k[tile], key_table)
+                v_GJF, bias_tile = _heads_first(v[tile]), None if bias is None else bias[tile[0]]
+                for some, seen, future in blocks:
+                    weights = _weights(q_GQF[:, some], k_GJF[:, seen], bias_tile, future)
+                    _tokens_first(weights @ v_GJF[:, seen], out[tile][:, some])
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, bias = ctx.saved_tensors
-        q, k, v, grad = (x.contiguous() for x in (q, k, v, grads[0]))
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        num_rows, heads, num_queries, _ = q.shape
-        # With causal attention a block of queries needs no later keys; without, all queries are one block.
-        block = min(num_queries, 128) if ctx.causal else num_queries
-        rows = max(1, SCORES // (heads * block * k.shape[2]))
-        for row in range(0, num_rows, rows):
-            some = slice(row, row + rows)
-            for start in range(0, num_queries, block):
-                end = min(start + block, num_queries)
-                seen = slice(0, end if ctx.causal else k.shape[2])
-                grads_some = _attention_backward(
-                    q[some, :, start:end], k[some, :, seen], v[some, :, seen], grad[some, :, start:end],
-                    None if bias is None else bias[some] if len(bias) > 1 else bias, start if ctx.causal else None,
-                )  # fmt: skip
-                grad_q[some, :, start:end] = grads_some[0]
-                grad_k[some, :, seen] += grads_some[1]
-                grad_v[some, :, seen] += grads_some[2]
-        return grad_q, grad_k, grad_v, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        queries, context, query_table, key_table, bias = ctx.saved_tensors
+        grad_queries = torch.empty_like(queries)
+        grad_context = None if context is None else torch.empty_like(context)
+        q, k, v = _split(queries, context)
+        grad_q, grad_k, grad_v = _split(grad_queries, grad_context)
+        blocks = _blocks(q, k, ctx.causal)
+        for tile in _tiles(q, k, ctx.causal):
+            q_GQF, k_GJF = _heads_first(q[tile], query_table), _heads_first(k[tile], key_table)
+            v_GJF, bias_tile = _heads_first(v[tile]), None if bias is None else bias[tile[0]]
+            grad_GQF = _heads_first(grads[0][tile])
+            grad_q_GQF, grad_k_GJF, grad_v_GJF = (torch.empty_like(x) for x in (q_GQF, k_GJF, v_GJF))
+            add = 0  # the last queries look at all keys, so theirs come first
+            for some, seen, future in reversed(blocks):
+                weights = _weights(q_GQF[:, some], k_GJF[:, seen], bias_tile, future)
+                grad_weights = grad_GQF[:, some] @ v_GJF[:, seen].mT
+                grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+                grad_v_GJF[:, seen].baddbmm_(weights.mT, grad_GQF[:, some], beta=add)
+                grad_k_GJF[:, seen].baddbmm_(grad_scores.mT, q_GQF[:, some], beta=add)
+                torch.bmm(grad_scores, k_GJF[:, seen], out=grad_q_GQF[:, some])
+                add = 1
+            _tokens_first(grad_q_GQF, grad_q[tile], query_table)
+            _tokens_first(grad_k_GJF, grad_k[tile], key_table)
+            _tokens_first(grad_v_GJF, grad_v[tile])
+        return grad_queries, grad_context, None, None, None, None
 
 
-def _attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, bias: Tensor | None, first_query: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of softmax(q k + bias) v; causal if the place of the first query is given."""
-    scaled = q * (1 / math.sqrt(q.shape[-1]))
-    scores = scaled @ k.mT
-    if bias is not None:
-        scores += bias
-    if first_query is not None:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(first_query + 1)
-        scores.masked_fill_(future, -math.inf)
-    weights = scores.softmax(-1)
-    grad_weights = grad @ v.mT
-    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-    grad_q = (grad_scores @ k).mul_(1 / math.sqrt(q.shape[-1]))
-    return grad_q, grad_scores.mT @ scaled, weights.mT @ grad
+def _split(queries: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, each (B, Q or J, H, F), as views of the fused projections."""
+    if context is None:
+        q, k, v = queries.chunk(3, dim=-2)
+    else:
+        q, (k, v) = queries, context.chunk(2, dim=-2)
+    return q, k, v
 
 
-def short_attention(q_BHQF: Tensor, k_BHJF: Tensor, v_BHJF: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """`F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)` with another backward pass."""
-    bias = None
-    if mask is not None:
-        bias = torch.zeros_like(mask, dtype=q_BHQF.dtype).masked_fill_(~mask, -math.inf)
-    out: Tensor = _ShortAttention.apply(q_BHQF, k_BHJF, v_BHJF, bias, causal)  # type: ignore[no-untyped-call]
-    return out
+def _tiles(q_BQHF: Tensor, k_BJHF: Tensor, causal: bool) -> list[tuple[slice, slice, slice]]:
+    """The rows and heads that are taken together, as indices."""
+    rows, num_queries, heads, _ = q_BQHF.shape
+    scores_of_head = min(num_queries, QUERIES if causal else num_queries) * k_BJHF.shape[1]
+    scores = BYTES_OF_SCORES // q_BQHF.element_size()
+    some_heads = min(heads, max(1, scores // scores_of_head))
+    some_rows = max(1, scores // (heads * scores_of_head))
+    return [
+        (slice(row, row + some_rows), slice(None), slice(head, head + some_heads))
+        for row in range(0, rows, some_rows)
+        for head in range(0, heads, some_heads)
+    ]
+
+
+def _blocks(q_BQHF: Tensor, k_BJHF: Tensor, causal: bool) -> list[tuple[slice, slice, Tensor | None]]:
+    """The queries that are taken together, the keys that they look at, and minus infinity at those of
+    the last keys that come after a query."""
+    num_queries = q_BQHF.shape[1]
+    if not causal:
+        return [(slice(0, num_queries), slice(0, k_BJHF.shape[1]), None)]
+    future = q_BQHF.new_full((QUERIES, QUERIES), -math.inf).triu_(1)
+    blocks: list[tuple[slice, slice, Tensor | None]] = []
+    for start in range(0, num_queries, QUERIES):
+        end = min(start + QUERIES, num_queries)
+        blocks.append((slice(start, end), slice(0, end), future[: end - start, : end - start]))
+    return blocks
+
+
+def _heads_first(x_BQHF: Tensor, table_QF: Tensor | None = None) -> Tensor:
+    """x, rotated if there is a table, for matrix products: (G, Q, F), contiguous."""
+    if table_QF is None:
+        return x_BQHF.transpose(1, 2).flatten(0, 1).contiguous()
+    x_BHQF = x_BQHF.transpose(1, 2)
+    out_BHQF = x_BHQF.new_empty(x_BHQF.shape)
+    cos, sin = table_QF.chunk(2, dim=-1)
+    _turn(x_BHQF, cos, sin, out_BHQF)
+    return out_BHQF.flatten(0, 1)
+
+
+def _tokens_first(x_GQF: Tensor, out_BQHF: Tensor, table_QF: Tensor | None = None) -> None:
+    """Write to `out` what went through `_heads_first`, turned back if there is a table."""
+    x_BHQF = x_GQF.view(len(out_BQHF), -1, *x_GQF.shape[1:])
+    if table_QF is None:
+        out_BQHF.copy_(x_BHQF.transpose(1, 2))
+    else:
+        cos, sin = table_QF.chunk(2, dim=-1)
+        _turn(x_BHQF, cos, -sin, out_BQHF.transpose(1, 2))
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """`rotate`, written to `out`."""
+    (a, b), (out_a, out_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
+
+
+def _weights(q_GQF: Tensor, k_GJF: Tensor, bias_BJ: Tensor | None, future: Tensor | None) -> Tensor:
+    """How much of each value every query gets: (G, Q, J)."""
+    scores = q_GQF @ k_GJF.mT
+    if future is not None:
+        scores[..., -len(future) :] += future
+    if bias_BJ is not None:
+        scores.view(len(bias_BJ), -1, *scores.shape[1:]).add_(bias_BJ[:, None, None])
+    return scores.softmax(-1)
 
 
 # ---- loss ------------------------------------------------------------------------------------------
@@ -226,12 +255,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(labels_T), ROWS_OF_LOGITS):
                 some = slice(start, start + ROWS_OF_LOGITS)
                 labels_S1 = labels_T[some, None]
-                logits_SV = (hidden[some] @ weight.T).to(precise)
-                log_sum_S1 = logits_SV.logsumexp(-1, keepdim=True)
-                total += (log_sum_S1 - logits_SV.gather(1, labels_S1)).sum()
+                log_share_SV = (hidden[some] @ weight.T).to(precise).log_softmax(-1)
+                total -= log_share_SV.gather(1, labels_S1).sum()
                 if not (need_hidden or need_weight):
                     continue
-                grad_SV = logits_SV.sub_(log_sum_S1).exp_()
+                grad_SV = log_share_SV.exp_()
                 grad_SV.scatter_add_(1, labels_S1, grad_SV.new_full(labels_S1.shape, -1.0))
                 grad_SV = grad_SV.to(dtype)
                 if grad_hidden is not None:

@@ -39,14 +39,14 @@ from torch import Tensor, nn
 from retro_model.attention import (
     CrossAttention,
     SelfAttention,
-    attend,
+    attend_context,
     attend_documents,
     attending_chunks,
     rotary_table,
     unshift,
 )
 from retro_model.errors import ConfigError
-from retro_model.kernels import ROWS_OF_LOGITS, linear_cross_entropy, rms_norm
+from retro_model.kernels import ROWS_OF_LOGITS, linear_cross_entropy, rms_norm, rotary_attention
 
 # ---- configuration ---------------------------------------------------------------------------------
 
@@ -320,26 +320,25 @@ class Encoder(nn.Module):
         widened_AKRE = self.widen(embedded_AKRD).to(dtype)  # under autocast, too, the residual stream is exact
         x_AJE = self.norm_in(widened_AKRE).flatten(1, 2)  # (A, K, R, E) -> (A, KR, E)
         for block in self.blocks:
-            x_AJE = block.attention(x_AJE, table_JF, see)
+            x_AJE = block.attention(x_AJE, table_RF, see)
             if block.cross_attention is not None:
                 # a neighbor's token i and the chunk's token j are at distance i - j
-                key, value = block.cross_attention.inner.context(hidden_AMD, table_MF)
-                x_AJE = block.cross_attention(x_AJE, key, value, table_JF)
+                context = block.cross_attention.inner.context(hidden_AMD)
+                see_chunk = partial(attend_context, context_BJHF=context, key_table_JF=table_MF)
+                x_AJE = block.cross_attention(x_AJE, table_JF, see_chunk)
             x_AJE = block.feed_forward(x_AJE)
         out: Tensor = self.norm(x_AJE)
         return out
 
 
-def see_neighbors(
-    query_AJHF: Tensor, key_AJHF: Tensor, value_AJHF: Tensor, dropout: float, *, mask_AKR: Tensor
-) -> Tensor:
+def see_neighbors(qkv_AJHF: Tensor, table_RF: Tensor, dropout: float, *, mask_AKR: Tensor) -> Tensor:
     """Attention in both directions inside each neighbor, and not to its padding: (A, J, H, F)."""
     a, k, _ = mask_AKR.shape
-    q, key, value = (rearrange(x, "a (k r) h f -> (a k) r h f", k=k) for x in (query_AJHF, key_AJHF, value_AJHF))
+    qkv = rearrange(qkv_AJHF, "a (k r) h f -> (a k) r h f", k=k)
     # A neighbor that is nothing but padding must attend to something, or its softmax is 0 / 0;
     # nobody will look at the result.
     mask_AKR = mask_AKR | ~mask_AKR.any(-1, keepdim=True)
-    out = attend(q, key, value, mask_QJ=rearrange(mask_AKR, "a k r -> (a k) 1 r"), dropout=dropout)
+    out = rotary_attention(qkv, None, table_RF, table_RF, mask_BJ=mask_AKR.flatten(0, 1), dropout=dropout)
     return rearrange(out, "(a k) r h f -> a (k r) h f", a=a)
 
 
@@ -396,7 +395,7 @@ class Retrieval(NamedTuple):
     """What the chunks with neighbors got, ready to be attended to."""
 
     encoded_AJE: Tensor
-    mask_A1J: Tensor  # False at padding and missing neighbors
+    mask_AJ: Tensor  # False at padding and missing neighbors
     active_A: Tensor | None  # those chunks' places in the stream; None: all of them
     attends_T: Tensor  # which tokens attend to any of it
     query_table_MF: Tensor
@@ -421,8 +420,13 @@ def chunked_cross_attention(cross: Residual, x_TD: Tensor, retrieval: Retrieval,
     attending_CMD = attending_chunks(x_TD, chunk_size)
     active_A = retrieval.active_A
     attending_AMD = attending_CMD if active_A is None else attending_CMD[active_A]
-    key, value = cross.inner.context(retrieval.encoded_AJE, retrieval.key_table_JF)
-    changed = cross(attending_AMD, key, value, retrieval.query_table_MF, retrieval.mask_A1J)
+    see = partial(
+        attend_context,
+        context_BJHF=cross.inner.context(retrieval.encoded_AJE),
+        key_table_JF=retrieval.key_table_JF,
+        mask_BJ=retrieval.mask_AJ,
+    )
+    changed = cross(attending_AMD, retrieval.query_table_MF, see)
     if active_A is not None:
         changed = attending_CMD.to(changed.dtype).index_copy(0, active_A, changed)
     return torch.where(retrieval.attends_T[:, None], unshift(changed, x_TD[: chunk_size - 1]), x_TD)
@@ -533,16 +537,15 @@ class RETRO(nn.Module):
     def _decode(self, tokens_T: Tensor, retrieved_CKR: Tensor | None, stream: Stream) -> Tensor:
         """Algorithm 1: the decoder, which calls the encoder at its first layer with cross-attention."""
         chunk_size = self.config.chunk_size
-        offset_M = torch.arange(chunk_size, device=tokens_T.device)
-        position_T = (stream.index_C[:, None] * chunk_size + offset_M).flatten()
-        table_TF = rotary_table(position_T, self.config.dim_head, self.embedding.weight.dtype)
         groups = [(count, chunks * chunk_size) for count, chunks in stream.groups]
+        position_N = torch.arange(max(length for _, length in groups), device=tokens_T.device)
+        table_NF = rotary_table(position_N, self.config.dim_head, self.embedding.weight.dtype)
         see = partial(attend_documents, groups=groups)
 
         x_TD = self.norm_in(self.embedding(tokens_T))
         retrieval: Retrieval | None = None
         for block in self.decoder:
-            x_TD = block.attention(x_TD, table_TF, see)
+            x_TD = block.attention(x_TD, table_NF, see)
             if block.cross_attention is not None and retrieved_CKR is not None:
                 if retrieval is None:
                     retrieval = self._retrieve(retrieved_CKR, x_TD, stream)
@@ -568,7 +571,7 @@ class RETRO(nn.Module):
         _, num_neighbors, length = retrieved_CKR.shape
         return Retrieval(
             self.encoder(self.embedding(retrieved_CKR), mask_CKR, hidden_CMD),
-            rearrange(mask_CKR, "a k r -> a 1 (k r)"),
+            mask_CKR.flatten(1),
             active_A,
             attends_retrieval(stream.index_C, active_C, config.chunk_size),
             *cross_positions(config.chunk_size, num_neighbors, length, config.dim_head, self.embedding.weight),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from retro_model import attention, model
-from retro_model.attention import attend, attend_documents, attending_chunks, rotary_table, unshift
+from retro_model.attention import attend_context, attend_documents, attending_chunks, rotary_table, unshift
 from retro_model.kernels import rotate
 from retro_model.model import RETRO
 
@@ -38,15 +38,21 @@ def test_rotation_keeps_position_zero_and_length() -> None:
     assert not torch.allclose(turned[1:], x[1:])
 
 
-def test_attend_is_a_masked_softmax_for_each_head() -> None:
+def still(length: int, dim_head: int) -> Tensor:
+    """A table that turns nothing, for tests of who sees whom."""
+    return rotary_table(torch.zeros(length), dim_head, torch.float64)
+
+
+def test_attention_to_a_context_is_a_masked_softmax_for_each_head() -> None:
     q, k, v = randn(2, 4, 3, 8), randn(2, 5, 3, 8, seed=1), randn(2, 5, 3, 8, seed=2)
-    mask = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask = torch.rand(2, 5, generator=torch.Generator().manual_seed(0)) < 0.6
     mask[..., 0] = True
-    out = attend(q, k, v, mask_QJ=mask)
+    context = torch.cat([k, v], dim=2)
+    out = attend_context(q, still(4, 8), 0.0, context_BJHF=context, key_table_JF=still(5, 8), mask_BJ=mask)
     for b in range(2):
         for i in range(4):
             for h in range(3):
-                scores = (k[b, :, h] @ q[b, i, h] / math.sqrt(8)).masked_fill(~mask[b, i], -math.inf)
+                scores = (k[b, :, h] @ q[b, i, h] / math.sqrt(8)).masked_fill(~mask[b], -math.inf)
                 torch.testing.assert_close(out[b, i, h], scores.softmax(0) @ v[b, :, h])
 
 
@@ -55,7 +61,7 @@ def test_attend_is_a_masked_softmax_for_each_head() -> None:
 def test_documents_in_a_stream_do_not_see_each_other(groups: list[tuple[int, int]]) -> None:
     total = sum(count * length for count, length in groups)
     q, k, v = (randn(total, 2, 4, seed=seed) for seed in range(3))
-    out = attend_documents(q, k, v, 0.0, groups=groups)
+    out = attend_documents(torch.cat([q, k, v], dim=1), still(6, 4), 0.0, groups=groups)
     start = 0
     for length in (length for count, length in groups for _ in range(count)):
         for i in range(start, start + length):
@@ -65,12 +71,25 @@ def test_documents_in_a_stream_do_not_see_each_other(groups: list[tuple[int, int
         start += length
 
 
+@pytest.mark.parametrize("groups", [[(2, 3), (1, 5)], [(1, 7)]])
+def test_every_document_counts_from_zero(groups: list[tuple[int, int]]) -> None:
+    total = sum(count * length for count, length in groups)
+    q, k, v = (randn(total, 2, 4, seed=seed) for seed in range(3))
+    position = torch.cat([torch.arange(length) for count, length in groups for _ in range(count)])
+    table = rotary_table(position, 4, torch.float64)
+    turned = torch.cat([rotate(q, table), rotate(k, table), v], dim=1)
+    expected = attend_documents(turned, still(7, 4), 0.0, groups=groups)
+    whole = rotary_table(torch.arange(7), 4, torch.float64)
+    out = attend_documents(torch.cat([q, k, v], dim=1), whole, 0.0, groups=groups)
+    torch.testing.assert_close(out, expected)
+
+
 def test_neighbors_see_themselves_and_no_padding() -> None:
     q, k, v = (randn(2, 3 * 4, 2, 4, seed=seed) for seed in range(3))
     mask = torch.ones(2, 3, 4, dtype=torch.bool)
     mask[0, 1, 2:] = False
     mask[1, 2] = False
-    out = model.see_neighbors(q, k, v, 0.0, mask_AKR=mask)
+    out = model.see_neighbors(torch.cat([q, k, v], dim=2), still(4, 4), 0.0, mask_AKR=mask)
     assert out.isfinite().all()
     for a in range(2):
         for j in range(12):
@@ -97,8 +116,8 @@ def test_attending_chunks_start_at_the_last_token(chunks: int, chunk_size: int) 
 def cross_scores(monkeypatch: pytest.MonkeyPatch, chunk_size: int, num_neighbors: int, length: int) -> Tensor:
     """Scores of all queries with all keys when all queries, and all keys, are one and the same vector.
 
-    So what differs between two scores is their position part. Taken where the network computes them:
-    (H, M, K * R) of the last attending chunk.
+    So what differs between two scores is their position part. Taken where the network hands queries, keys
+    and their tables to the kernel: (H, M, K * R) of the last attending chunk.
     """
     torch.manual_seed(0)
     retro = RETRO(
@@ -113,20 +132,19 @@ def cross_scores(monkeypatch: pytest.MonkeyPatch, chunk_size: int, num_neighbors
         chunk_size=chunk_size,
     ).double()
     caught: list[tuple[Tensor, Tensor]] = []
-    original = attention.attend
+    original = attention.rotary_attention
 
-    def spy(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
-        if query.shape[-3] == chunk_size and key.shape[-3] == num_neighbors * length:
-            caught.append((query, key))
-        return original(query, key, value, **options)  # type: ignore[arg-type]
+    def spy(query: Tensor, context: Tensor, query_table: Tensor, key_table: Tensor, **options: object) -> Tensor:
+        caught.append((rotate(query, query_table), rotate(context.chunk(2, dim=-2)[0], key_table)))
+        return original(query, context, query_table, key_table, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(attention, "attend", spy)
+    monkeypatch.setattr(attention, "rotary_attention", spy)
     cross = retro.decoder[0].cross_attention
     assert cross is not None
     x = torch.randn(8, dtype=torch.float64).expand(3 * chunk_size, 8)
     encoded = torch.randn(8, dtype=torch.float64).expand(3, num_neighbors * length, 8)
     tables = model.cross_positions(chunk_size, num_neighbors, length, 8, encoded)
-    mask = torch.ones(3, 1, num_neighbors * length, dtype=torch.bool)
+    mask = torch.ones(3, num_neighbors * length, dtype=torch.bool)
     attends = model.attends_retrieval(torch.arange(3), torch.ones(3, dtype=torch.bool), chunk_size)
     retrieval = model.Retrieval(encoded, mask, None, attends, *tables)
     model.chunked_cross_attention(cross, x, retrieval, chunk_size)

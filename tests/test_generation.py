@@ -92,8 +92,8 @@ def test_cached_logits_in_float32() -> None:
     decoder = CachedDecoder(model, 1, 128)
     for place in range(128):
         found = {0: retrieved[0, (place + 1) // 8 - 1]} if (place + 1) % 8 == 0 else {}
-        hidden = decoder.read(seq[:, place : place + 1], torch.ones(1, dtype=torch.long), found)
-        logits = hidden[0, 0] @ model.output_weight_VD.T
+        hidden = decoder.read(seq[:, place : place + 1], [1], found)
+        logits = decoder.logits(hidden[:, 0])[0]
         torch.testing.assert_close(logits, expected[place], atol=1e-4, rtol=0)
 
 
@@ -109,11 +109,30 @@ def test_pieces_of_any_width_read_the_same(data: st.DataObject) -> None:
         width = data.draw(st.integers(1, min(decoder.room(place), length - place)))
         ends = (place + 1) % M == 0
         found = {row: retrieved[row, (place + 1) // M - 1] for row in range(2)} if ends else {}
-        states.append(decoder.read(seq[:, place : place + width], torch.tensor([width, width]), found))
+        states.append(decoder.read(seq[:, place : place + width], [width, width], found))
         place += width
-    logits = torch.cat(states, dim=1) @ model.output_weight_VD.T
+    logits = decoder.logits(torch.cat(states, dim=1))
     with torch.no_grad():
         torch.testing.assert_close(logits, model(seq, retrieved), atol=1e-9, rtol=0)
+
+
+def test_matrices_are_read_along_their_longer_axis() -> None:
+    model = make(tie_embeddings=True)
+    before = {name: (id(x), x.clone(), x.stride()) for name, x in model.named_parameters()}
+    decoder = CachedDecoder(model, 1, 8)
+    for block, copied in zip(model.decoder, decoder.blocks, strict=True):
+        own, copies = (dict(b.named_parameters()) for b in (block, copied))  # type: ignore[attr-defined]
+        assert own.keys() == copies.keys()
+        for name, weight in own.items():
+            assert torch.equal(weight, copies[name])
+            if weight.dim() == 2:
+                assert copies[name].stride(0 if weight.shape[0] > weight.shape[1] else 1) == 1
+            assert (copies[name] is weight) == (weight.dim() == 1 or weight.shape[0] <= weight.shape[1])
+    assert decoder.output_weight_VD.stride() == (1, V)
+    assert torch.equal(decoder.output_weight_VD, model.embedding.weight)
+    for name, weight in model.named_parameters():
+        was, value, stride = before[name]
+        assert id(weight) == was and torch.equal(weight, value) and weight.stride() == stride
 
 
 def test_searches_may_return_different_numbers_of_neighbors() -> None:

@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retro_model import kernels
 from retro_model.attention import rotary_table
 from retro_model.kernels import (
+    QUERIES,
     ROWS_OF_LOGITS,
     linear_cross_entropy,
     rms_norm,
+    rotary_attention,
     rotate,
-    rotate_parts,
-    short_attention,
-    short_attention_is_faster,
 )
 
 
@@ -37,55 +37,106 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.mark.parametrize(("num_parts", "num_rotated"), [(1, 1), (2, 1), (3, 2)])
-def test_rotate_parts(num_parts: int, num_rotated: int) -> None:
-    table = rotary_table(torch.arange(5), 8, torch.float64)
-
-    def plain(x: Tensor) -> Tensor:
-        parts = x.chunk(num_parts, dim=-2)
-        return torch.cat([rotate(part, table) if i < num_rotated else part for i, part in enumerate(parts)], -2)
-
-    same(lambda x: torch.cat(rotate_parts(x, table, num_parts, num_rotated), -2), plain, randn(3, 5, 6, 8))
-
-
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5)])
 def test_rms_norm(shape: tuple[int, ...]) -> None:
     same(rms_norm, lambda x, gain: F.rms_norm(x, gain.shape, gain, 1e-6), randn(*shape), randn(shape[-1]))
 
 
-@pytest.mark.parametrize(
-    ("queries", "keys", "causal", "masked"),
-    [(6, 6, True, False), (300, 300, True, False), (4, 9, False, True), (5, 3, False, False)],
-)
-def test_short_attention(queries: int, keys: int, causal: bool, masked: bool) -> None:
-    mask = None
-    if masked:
-        mask = torch.ones(3, 1, 1, keys, dtype=torch.bool)
-        mask[1, ..., 4:] = False
-    same(
-        lambda q, k, v: short_attention(q, k, v, mask, causal),
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal),
-        randn(3, queries, 2, 8).transpose(1, 2), randn(3, keys, 2, 8).transpose(1, 2), randn(3, 2, keys, 8),
-    )  # fmt: skip
+def plain_attention(
+    queries: Tensor, context: Tensor | None, tables: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool
+) -> Tensor:
+    """What `rotary_attention` stands for."""
+    q, k, v = queries.chunk(3, -2) if context is None else (queries, *context.chunk(2, -2))
+    q, k, v = rotate(q, tables[0]).transpose(1, 2), rotate(k, tables[1]).transpose(1, 2), v.transpose(1, 2)
+    mask = None if mask is None else mask[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2)
 
 
-def test_short_attention_over_several_blocks_of_rows() -> None:
-    inputs = [x.transpose(1, 2) for x in (randn(5, 256, 1, 4), randn(5, 250, 1, 4), randn(5, 251, 1, 4)[:, :250])]
-    mask = torch.rand(5, 1, 1, 250, generator=torch.Generator().manual_seed(0)) < 0.5
-    same(
-        lambda q, k, v: short_attention(q, k, v, mask, False),
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask),
-        *inputs,
+def tables_for(queries: int, keys: int, features: int) -> tuple[Tensor, Tensor]:
+    return (
+        rotary_table(torch.arange(queries) + 3, features, torch.float64),
+        rotary_table(torch.arange(keys), features, torch.float64),
     )
 
 
-def test_short_attention_is_for_training_in_bfloat16() -> None:
-    q = torch.zeros(1, 1, 128, 8, dtype=torch.bfloat16, requires_grad=True)
-    assert short_attention_is_faster(q, q)
-    assert not short_attention_is_faster(q.float(), q)
-    assert not short_attention_is_faster(q, q.repeat(1, 1, 16, 1))
-    with torch.no_grad():
-        assert not short_attention_is_faster(q, q)
+def mask_for(rows: int, keys: int) -> Tensor:
+    mask = torch.rand(rows, keys, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[:, 0] = True
+    return mask
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("rows", "queries", "keys", "heads"), [(3, 4, 9, 2), (2, 5, 3, 1), (5, 256, 250, 2)])
+def test_rotary_attention_to_a_context(rows: int, queries: int, keys: int, heads: int, masked: bool) -> None:
+    tables, mask = tables_for(queries, keys, 6), mask_for(rows, keys) if masked else None
+    same(
+        lambda q, kv: rotary_attention(q, kv, *tables, mask_BJ=mask),
+        lambda q, kv: plain_attention(q, kv, tables, mask, False),
+        randn(rows, queries, heads, 6), randn(rows, keys, 2 * heads, 6),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, QUERIES - 1, QUERIES, 2 * QUERIES + 5])
+@pytest.mark.parametrize(("causal", "masked"), [(True, False), (False, True), (False, False)])
+def test_rotary_attention_to_itself(length: int, causal: bool, masked: bool) -> None:
+    tables, mask = (tables_for(length, length, 6)[1],) * 2, mask_for(2, length) if masked else None
+    same(
+        lambda qkv: rotary_attention(qkv, None, *tables, mask_BJ=mask, causal=causal),
+        lambda qkv: plain_attention(qkv, None, tables, mask, causal),
+        randn(2, length, 3 * 2, 6),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scores", [1, 4 * 4, 2 * 4 * 4, 2 * 3 * 4 * 4, 2**18])
+def test_rotary_attention_in_tiles_of_any_size(monkeypatch: pytest.MonkeyPatch, scores: int) -> None:
+    """One head, two of three heads, all heads of one row, two rows of five, everything at once."""
+    monkeypatch.setattr(kernels, "BYTES_OF_SCORES", 8 * scores)
+    tables, mask = (tables_for(4, 4, 6)[1],) * 2, mask_for(5, 4)
+    same(
+        lambda qkv: rotary_attention(qkv, None, *tables, mask_BJ=mask),
+        lambda qkv: plain_attention(qkv, None, tables, mask, False),
+        randn(5, 4, 3 * 3, 6),
+    )  # fmt: skip
+
+
+def test_rotary_attention_gradcheck() -> None:
+    tables = tables_for(3, 4, 4)
+    inputs = randn(2, 3, 2, 4).requires_grad_(), randn(2, 4, 4, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda q, kv: rotary_attention(q, kv, *tables, mask_BJ=mask_for(2, 4)), inputs)
+
+
+def test_rotary_attention_in_bfloat16() -> None:
+    """As near to float64 as torch's own attention in bfloat16 is, and under autocast no other dtype."""
+    tables = (tables_for(200, 200, 16)[1],) * 2
+    exact = randn(2, 200, 3 * 2, 16).requires_grad_()
+    weight = randn(2, 200, 2, 16)
+    (expected,) = torch.autograd.grad((plain_attention(exact, None, tables, None, True) * weight).sum(), exact)
+    errors = []
+    for function in (
+        lambda x: rotary_attention(x, None, *tables, causal=True),
+        lambda x: plain_attention(x, None, tables, None, True),
+    ):
+        rough = exact.detach().bfloat16().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = function(rough)
+        assert out.dtype == torch.bfloat16
+        (grad,) = torch.autograd.grad(out, rough, weight.bfloat16())
+        errors.append((grad.double() - expected).norm() / expected.norm())
+    assert errors[0] < 0.02
+    assert errors[0] < 2 * errors[1]
+
+
+def test_rotary_attention_with_dropout_is_torchs() -> None:
+    tables, qkv = (tables_for(5, 5, 6)[1],) * 2, randn(2, 5, 6, 6)
+    torch.manual_seed(0)
+    dropped = rotary_attention(qkv, None, *tables, causal=True, dropout=0.5)
+    q, k, v = qkv.chunk(3, -2)
+    q, k = rotate(q, tables[0]), rotate(k, tables[1])
+    torch.manual_seed(0)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    expected = F.scaled_dot_product_attention(q, k, v, None, 0.5, True).transpose(1, 2)
+    torch.testing.assert_close(dropped, expected)
+    assert not torch.allclose(dropped, rotary_attention(qkv, None, *tables, causal=True))
 
 
 @pytest.mark.parametrize("rows", [1, ROWS_OF_LOGITS, ROWS_OF_LOGITS + 3])

@@ -602,3 +602,47 @@ def test_a_thousand_layers_train() -> None:
     assert 1e-3 < ratio < 1e3, "the first layer learns, too"
     _, ratio = deep_training(deep_model(plain=True), 2)
     assert ratio < 1e-6, "with alpha = beta = 1 nothing reaches it"
+
+
+# ---- compiled --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own, about other parts of torch
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(("backend", "cases"), [("aot_eager", 5), ("inductor", 1)])
+def test_a_compiled_model_gives_the_same_loss_and_gradients(backend: str, cases: int) -> None:
+    """Missing neighbors, all of them, none, packed documents, another length: one model after the other.
+
+    The graph breaks where the network looks at its data: whether there are neighbors at all, which chunks
+    have some, which labels are padding, how long the documents are. All is traced for each case; C++,
+    which takes a minute a case, is made for the first.
+    """
+    torch.compiler.reset()
+    model = make(dec_depth=2, dec_cross_attn_layers=(2,), enc_depth=1).float()
+    compiled = torch.compile(model, backend=backend)
+    seq, labels = tokens(2, 4 * M), tokens(2, 4 * M, seed=3)
+    labels[:, 5] = 0
+    whole = retrieved_for(seq)
+    some = whole.clone()
+    some[0, 1] = 0
+    some[1, 2, 1, 3:] = 0
+    all_cases: list[tuple[Tensor, Tensor | None, dict[str, Any]]] = [
+        (seq, some, {}),
+        (seq, whole, {}),
+        (seq, None, {}),
+        (seq, whole, {"documents": torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])}),
+        (seq[:, : 2 * M + 1], whole[:, :2], {}),
+    ]
+    for inputs, retrieved, options in all_cases[:cases]:
+        given = {"labels": labels[:, : inputs.shape[1]], **options}
+        losses, gradients = [], []
+        for called in (model, compiled):
+            loss = called(inputs, retrieved, return_loss=True, **given)
+            losses.append(loss.detach())
+            gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+        torch.testing.assert_close(losses[1], losses[0])
+        for name, a, b in zip(dict(model.named_parameters()), *gradients, strict=True):
+            assert (a is None) == (b is None), name
+            if a is not None and b is not None:
+                torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-4, msg=name)

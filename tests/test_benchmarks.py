@@ -1,0 +1,127 @@
+"""The benchmark's functions at toy size, so that they do not rot between two measurements."""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from retro_model.model import RETRO
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("benchmark_network", ROOT / "benchmarks" / "network.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def toy(network: ModuleType, **changes: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "device": "cpu",
+        "network": {
+            "num_tokens": 50, "max_seq_len": 32, "enc_dim": 16, "enc_depth": 1, "dec_dim": 8, "dec_depth": 2,
+            "dec_cross_attn_layers": (2,), "heads": 2, "dim_head": 4, "chunk_size": 4,
+        },
+        "batch": 2, "length": 16, "memory_length": 32, "dtypes": {"bfloat16 autocast": torch.bfloat16},
+        "compiled": False, "prompt": 4, "written": 12, "places": (8, 24),
+    }  # fmt: skip
+    return network.Setting(**(arguments | changes))
+
+
+def test_training(network: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With this project's model in the place of the other side's, and on a chip whose peak is known."""
+    monkeypatch.setattr(network, "build", lambda side, setting, theirs: RETRO(**setting.network))
+    seconds = network.training(toy(network), "somewhere", 2)
+    assert set(seconds) == {"bfloat16 autocast"}
+    assert set(seconds["bfloat16 autocast"]) == {"ours", "theirs", "without neighbors", "packed documents"}
+    assert all(value > 0 for value in seconds["bfloat16 autocast"].values())
+    text = capsys.readouterr().out
+    assert "RATIO of tokens a second, ours to theirs" in text
+    assert "retrieval costs a factor of" in text
+
+
+def test_a_compiled_model_is_measured_beside_the_eager_one(
+    network: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []
+
+    def spy(model: nn.Module) -> nn.Module:
+        compiled.append(model)
+        return model
+
+    monkeypatch.setattr(torch, "compile", spy)
+    seconds = network.training(toy(network, compiled=True), None, 1)
+    assert list(seconds["bfloat16 autocast"])[:2] == ["ours", "ours, compiled"]
+    assert len(compiled) == 1 and isinstance(compiled[0], RETRO)
+
+
+def test_writing(network: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    found = network.writing(toy(network), None, 2)
+    assert set(found) == {"ours", "early", "late"}
+    assert "a token at position 8" in capsys.readouterr().out
+
+
+def test_pace_is_of_the_tokens_around_a_place(network: ModuleType) -> None:
+    stamps = [5.0]  # one piece, the prompt of 10 tokens; then 100 tokens, twice as slow from 60 on
+    for place in range(10, 110):
+        stamps.append(stamps[-1] + (1.0 if place < 60 else 2.0))
+    assert network.pace(stamps, 10, 110, 20) == 1.0
+    assert network.pace(stamps, 10, 110, 60) == 1.5  # as many before as after
+    assert network.pace(stamps, 10, 110, 100) == 2.0
+
+
+def test_peak_memory(network: ModuleType) -> None:
+    setting = toy(network)
+    setting = dataclasses.replace(setting, network={**setting.network, "max_seq_len": 2048}, memory_length=2048)
+    assert network.peak_memory("ours", setting, None, torch.float32) > 0
+
+
+def test_products_are_those_that_torch_counts(network: ModuleType) -> None:
+    """Forward and backward, without the attention, which torch does not count the causal half of."""
+    setting = toy(network)
+    seq, retrieved = network.random_batch(setting, 2, 16)
+    model = network.build("ours", setting, None)
+    for neighbors, given in ((2, retrieved), (0, None)):
+        with FlopCounterMode(display=False) as counter:
+            model(seq[:, :-1], given)
+        counts = counter.get_flop_counts()["Global"]
+        linear = counts[torch.ops.aten.mm] + counts.get(torch.ops.aten.addmm, 0)
+        scores = sum(count for name, count in counts.items() if name not in (torch.ops.aten.mm, torch.ops.aten.addmm))
+        # causal attention in one block computes all scores; `products` counts the half that is needed
+        unneeded = 2 * 16 * setting.config.dec_depth * 2 * 8 * 16
+        assert 3 * (linear + scores - unneeded) == network.products(setting.config, 2, 16, neighbors)
+
+
+def test_known_chips(network: ModuleType) -> None:
+    assert network.data_sheet("NVIDIA H100 80GB HBM3") == network.data_sheet("NVIDIA H200") == 989e12
+    assert network.data_sheet("NVIDIA A100-SXM4-40GB") == 312e12
+    assert network.data_sheet("AMD EPYC") is None
+    assert network.chip_of("cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_settings_are_networks(network: ModuleType, device: str) -> None:
+    setting = network.SETTINGS[device]
+    assert setting.device == device
+    assert setting.config.max_seq_len >= max(setting.length, setting.memory_length, setting.prompt + setting.written)
+
+
+def test_cuda_is_waited_for(network: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock starts and stops when the device has nothing left to do."""
+    events: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    network.in_turns({"a": lambda: events.append("a")}, 1, "cuda")
+    assert events == ["wait", "a", "wait"] * 2
