@@ -103,10 +103,7 @@ def chunk(folder: Path, turns: int) -> None:
     config = TokenizerConfig(vocab_size=4096)
     make_tokenizer(documents, CORPUS, config, folder / "tokenizer")
     tokenizer = Tokenizer.open(folder / "tokenizer")
-    texts = [
-        [document.text for document in batch]
-        for batch in batches(Corpus(documents, CORPUS).documents())
-    ]
+    texts = [[document.text for document in batch] for batch in batches(Corpus(documents, CORPUS).documents())]
     num_bytes = sum(len(text.encode()) for batch in texts for text in batch)
 
     def alone() -> None:
@@ -165,9 +162,7 @@ def embed(folder: Path, turns: int, rows: int) -> None:
     for name, seconds in took.items():
         print(f"    {name:34} {seconds:7.2f} s  {rows / seconds:7.1f} chunks/s")
     best = min(seconds for name, seconds in took.items() if name != whole)
-    print(
-        f"    RATIO of the stage to the best forward pass: {best / took[whole]:.2f}"
-    )
+    print(f"    RATIO of the stage to the best forward pass: {best / took[whole]:.2f}")
 
 
 # ---- the curve -------------------------------------------------------------------------------------------
