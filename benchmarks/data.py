@@ -229,8 +229,10 @@ def made_up_vectors(folder: Path, num_chunks: int) -> None:
 
 def stage(name: str, folder: Path) -> None:
     """One stage of the curve, in this process; prints seconds and the memory that it took beyond its start."""
+    from retro_model.distances import import_faiss
     from retro_model.embedding import EmbedConfig, make_embeddings
-    from retro_model.index import IndexConfig, import_faiss, make_index
+    from retro_model.index_building import make_index
+    from retro_model.index_keys import IndexConfig
     from retro_model.neighbors import NeighborsConfig, make_neighbors
 
     import_faiss()

@@ -48,6 +48,13 @@ class Part(NamedTuple):
     facts: dict[str, Any]
 
 
+class Outcome(NamedTuple):
+    """What there is to say of finished work: `metrics` follow from the input, `timings` from the machine too."""
+
+    metrics: dict[str, float]
+    timings: dict[str, float]
+
+
 def row_parts(split: str, rows: int, size: int, **facts: Any) -> Iterator[Part]:
     """Ranges of `size` rows of a split, the last one shorter; one of none where there are no rows.
 
@@ -71,11 +78,14 @@ def work_or_temporary(work: Path | None, out: Path) -> Iterator[Path]:
 class Job(Protocol[Opened]):
     """What is to be done. It travels to other processes and machines, so it holds settings and full paths.
 
-    `kind` is the kind of artifact that a part is; `uses_gpus` says whether it gains by a process for each GPU.
+    `kind` is the kind of artifact that a part is.
     """
 
     kind: ClassVar[str]
-    uses_gpus: ClassVar[bool]
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether it gains by a process for each GPU."""
 
     def open(self) -> Opened:
         """Loads what all parts need. Called once in each process."""
@@ -92,7 +102,8 @@ class EngineConfig(Config, section="runtime"):
     """Who makes the parts.
 
     `workers` of the local engine are processes; 0 is one for each GPU, or one where there is none: a
-    process keeps all cores busy. A Ray task takes `ray_cpus` of its node, and `ray_gpus` if it embeds.
+    process keeps all cores busy. A Ray task takes `ray_cpus` of its node, and `ray_gpus` if it embeds, or
+    searches with a faiss for GPUs.
     """
 
     engine: str = setting("local", choices=("local", "ray"))

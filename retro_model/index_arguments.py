@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from retro_model.distances import import_faiss
 from retro_model.errors import ConfigError
-from retro_model.index import IndexConfig, import_faiss
+from retro_model.index_keys import IndexConfig
 from retro_model.memmaps import check_counts
 
 _MEMORY = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmgtp]?)b?", re.IGNORECASE)

@@ -10,6 +10,7 @@ the query's document, the nearest by (distance of the code, id); as many as the 
 or CODES_PER_NEIGHBOR for each neighbor, if that is more.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,7 @@ import numpy.typing as npt
 
 from retro_model.artifacts import SPLITS, Artifact, ArtifactWriter, ShardedArray, rows_per_part, whole_folder
 from retro_model.config import Config, setting
-from retro_model.engine import Engine, row_parts, work_or_temporary
-from retro_model.index import (
+from retro_model.distances import (
     RECALL_AT,
     RECALL_QUERIES,
     ROWS_PER_BLOCK,
@@ -29,17 +29,19 @@ from retro_model.index import (
     BoolArray,
     FloatArray,
     IdArray,
-    Index,
+    Vectors,
     as_float32,
     float_blocks,
     import_faiss,
     largest_square,
-    nearest_by_code,
     pair_distances,
     rounding_margin,
     smallest,
     stored_distances,
 )
+from retro_model.engine import Engine, Outcome, row_parts, work_or_temporary
+from retro_model.index import Index, gpu_build, nearest_by_code
+from retro_model.index_keys import code_of
 from retro_model.progress import Progress
 
 IntArray = npt.NDArray[np.integer[Any]]
@@ -66,15 +68,18 @@ class Database:
     """What is searched: the index over the train chunks, their stored vectors and their document ids."""
 
     index: Index
-    vectors: ShardedArray
+    vectors: Vectors
     documents: IntArray
 
     @classmethod
-    def open(cls, embeddings: Artifact, index: Index, chunks: Artifact) -> "Database":
-        """The three, after a check that they were made from one another (MismatchError)."""
+    def open(cls, embeddings: Artifact, index: Artifact, chunks: Artifact, device: str = "cpu") -> "Database":
+        """The three, after a check that they were made from one another (MismatchError).
+
+        `device` is where faiss searches: auto, cpu or cuda. Raises what `Index.open` does.
+        """
         embeddings.require(chunks=chunks.fingerprint)
-        index.artifact.require(embeddings=embeddings.fingerprint, chunks=chunks.fingerprint)
-        return cls(index, embeddings["vectors"], chunks["documents"][:])
+        index.require(embeddings=embeddings.fingerprint, chunks=chunks.fingerprint)
+        return cls(Index.open(index, device), embeddings["vectors"], chunks["documents"][:])
 
     def nearest(
         self, queries: FloatArray, query_documents: IntArray, k: int, surplus: int = SURPLUS
@@ -84,6 +89,14 @@ class Database:
         `query_documents` (n,) names the document whose chunks a query must not get, -1 for none. An id
         of -1, at distance inf, stands behind the last neighbor. `surplus` changes speed only.
         """
+
+        return self.index.in_threads(
+            lambda share: self._nearest(queries[share], query_documents[share], k, surplus), len(queries)
+        )
+
+    def _nearest(
+        self, queries: FloatArray, query_documents: IntArray, k: int, surplus: int
+    ) -> tuple[IdArray, FloatArray]:
         ids, distances = _no_neighbors(len(queries), k)
         among = self._among_lists if self.index.rescored is None else self._among_codes
         pending, probes = np.arange(len(queries)), self.index.probes
@@ -192,6 +205,7 @@ def _parts(rows: IntArray, size: int) -> Iterator[IntArray]:
 
 class _Opened(NamedTuple):
     database: Database
+    searched: Artifact
     chunks: dict[str, Artifact]
     embeddings: dict[str, Artifact]
 
@@ -207,28 +221,32 @@ class KnnJob:
     queries_per_batch: int
     device: str = "auto"
     kind: ClassVar[str] = "neighbors"
-    uses_gpus: ClassVar[bool] = False
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether faiss can search on GPUs: a build for them, and an index of rows, not of codes."""
+        key = Artifact.open(self.index, "index", verify=False).facts["key"]
+        return self.device != "cpu" and gpu_build() and code_of(key) is None
 
     def open(self) -> _Opened:
         """The database, and what the queries are."""
         chunks = {split: Artifact.open(self.chunks / split, "chunks", verify=False) for split in SPLITS}
         embeddings = {split: Artifact.open(self.embeddings / split, "embeddings", verify=False) for split in SPLITS}
-        return _Opened(
-            Database.open(embeddings["train"], Index.open(self.index, self.device), chunks["train"]), chunks, embeddings
-        )
+        index = Artifact.open(self.index, "index", verify=False)
+        database = Database.open(embeddings["train"], index, chunks["train"], self.device)
+        return _Opened(database, index, chunks, embeddings)
 
     def facts(self, opened: _Opened) -> dict[str, Any]:
         """What was searched, and how many are kept."""
-        database, chunks, _ = opened
         return {
-            "database": chunks["train"].fingerprint,
-            "index": database.index.artifact.fingerprint,
+            "database": opened.chunks["train"].fingerprint,
+            "index": opened.searched.fingerprint,
             "stored": self.config.stored,
         }
 
     def make(self, opened: _Opened, folder: Path, split: str, start: int, stop: int) -> Iterator[int]:
         """The neighbors of chunks `start` to `stop` of a split."""
-        database, chunks, embeddings = opened
+        database, _, chunks, embeddings = opened
         id_type = _id_type(database.index.rows)
         with ArtifactWriter(folder, self.kind, max(stop - start, 1)) as writer:
             for rows in _slices(start, stop, self.queries_per_batch):
@@ -261,7 +279,7 @@ def make_neighbors(
     device: str = "auto",
     engine: Engine | None = None,
     work_folder: Path | None = None,
-) -> dict[str, float]:
+) -> Outcome:
     """Writes the neighbors of every split's chunks in the train chunks, and returns what there is to say.
 
     `queries_per_batch`, `engine` and `device` (auto, cpu or cuda) change speed only. What was finished
@@ -272,6 +290,7 @@ def make_neighbors(
     """
     chunks = {split: Artifact.open(chunks_folder / split, "chunks") for split in SPLITS}
     embeddings = {split: Artifact.open(embeddings_folder / split, "embeddings") for split in SPLITS}
+    Artifact.open(index_folder, "index")
     shaping = {name: embeddings["train"].facts[name] for name in SHAPING_FACTS}
     for split in SPLITS:
         embeddings[split].require(chunks=chunks[split].fingerprint, **shaping)
@@ -279,6 +298,7 @@ def make_neighbors(
     job = KnnJob(*folders, config, queries_per_batch, device)
     total = sum(artifact.rows for artifact in chunks.values())
     metrics: dict[str, float] = {}
+    seconds = 0.0
     with (
         work_or_temporary(work_folder, out_folder) as work,
         whole_folder(out_folder) as folder,
@@ -287,15 +307,20 @@ def make_neighbors(
     ):
         for split in SPLITS:
             facts, rows = _of_split(chunks[split], embeddings[split]), chunks[split].rows
-            size = rows_per_part(rows)
+            size, started = rows_per_part(rows), time.perf_counter()
             with ArtifactWriter(folder / split, "neighbors", size) as writer:
                 for part in running.make(row_parts(split, rows, size, **facts), work, bar):
                     writer.adopt(part)
                 writer.facts.update(**running.facts, **facts)
+            seconds += time.perf_counter() - started
             found = Artifact.open(folder / split, "neighbors", verify=False)
             said = describe_neighbors(found, chunks[split], embeddings[split], chunks["train"], embeddings["train"])
             metrics |= {f"{split}_{name}": value for name, value in said.items()}
-    return metrics
+    if not bar.made:
+        return Outcome(metrics, {})
+    milliseconds = 1000 * seconds / bar.made
+    print(f"knn: {milliseconds:.3g} ms a query for its {config.stored} nearest of {chunks['train'].rows:,}", flush=True)
+    return Outcome(metrics, {"milliseconds_per_query": milliseconds})
 
 
 def describe_neighbors(

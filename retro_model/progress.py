@@ -38,6 +38,11 @@ class Progress:
             self._last_line = now
             self._line(now, note)
 
+    @property
+    def made(self) -> int:
+        """Units done since the start, those that were found done left out."""
+        return self.done - self._first
+
     def skip(self, num: int) -> None:
         """Counts `num` units as done earlier: they say nothing about how fast it goes."""
         self.done += num
@@ -47,7 +52,7 @@ class Progress:
             self._bar.update(num)
 
     def _line(self, now: float, note: str) -> None:
-        rate = (self.done - self._first) / max(now - self._started, 1e-9)
+        rate = self.made / max(now - self._started, 1e-9)
         text = f"{self.title}: {self.done:,}"
         if self.total is not None:
             text += f" of {self.total:,} {self.unit}s, {max(self.total - self.done, 0) / max(rate, 1e-9):.0f} s left"

@@ -29,8 +29,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,27 +47,13 @@ from retro_model.bert import (
     tokenize,
 )
 from retro_model.chunking import batches, cut
+from retro_model.distances import import_faiss
 from retro_model.documents import CorpusConfig
 from retro_model.embedding import Tokenized
 from retro_model.errors import ConfigError, DocumentError, SourceError
-from retro_model.index import (
-    RECALL_AT,
-    RECALL_QUERIES,
-    RESCORED,
-    Index,
-    IndexConfig,
-    _check_memory,
-    _sample,
-    _trained_index,
-    choose_effort,
-    choose_key,
-    float_blocks,
-    import_faiss,
-    largest_square,
-    num_lists,
-    packed,
-)
+from retro_model.index import Index
 from retro_model.index_arguments import IndexSettings, index_settings
+from retro_model.index_building import BuiltIndex, build_index
 from retro_model.memmaps import check_counts, check_seq_len
 from retro_model.neighbors import NONE, QUERIES_PER_BATCH, Database
 from retro_model.progress import Progress
@@ -293,8 +278,7 @@ class SearchableChunks:
 
     def database(self, documents: IntArray) -> Database:
         """What finds neighbors; `documents` (n,) are the document ids of the chunks."""
-        index = Index(cast(Any, SimpleNamespace(facts=self.index_facts)), self.faiss_index)
-        return Database(index, cast(Any, self.vectors), documents)
+        return Database(Index(self.faiss_index, self.index_facts), self.vectors, documents)
 
 
 def chunks_to_index_and_embed(
@@ -498,48 +482,13 @@ def _threads(number: int | None) -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def _built_index(vectors: FloatArray, settings: IndexSettings) -> tuple[Any, dict[str, Any]]:
-    """A faiss index over the vectors, in their order, and what `Index` must know of it."""
+def _built_index(vectors: FloatArray, settings: IndexSettings) -> BuiltIndex:
+    """The index over the vectors; what it cannot be is told with what was asked for."""
     try:
         with _threads(settings.threads):
-            return _build(cast(Any, vectors), settings)
+            built = build_index(vectors, settings.config, settings.probes)
     except ConfigError as error:
         raise ConfigError(f"{error} (given: {settings.given or 'nothing'})") from error
-
-
-def _build(vectors: Any, settings: IndexSettings) -> tuple[Any, dict[str, Any]]:
-    config = settings.config
-    key = choose_key(config, *vectors.shape)
-    lists = num_lists(key)
-    if settings.probes is not None and settings.probes > max(lists, 1):
-        raise ConfigError(
-            f"index_param: found nprobe={settings.probes}, expected <= {max(lists, 1)}, the lists of {key}"
-        )
-    _check_memory(config, key, vectors)
-    index = _trained_index(vectors, key, config)
-    largest_norm = 0.0
-    for block in float_blocks(vectors):
-        index.add(block)
-        largest_norm = max(largest_norm, largest_square(block))
-    index = packed(key, index)
-    probes = settings.probes
-    rescored: int | None = RESCORED[0]
-    if lists:
-        if probes is None:
-            probes, rescored = _enough(key, index, vectors, largest_norm, config)
-        index.nprobe = probes  # for whoever searches it without `Index`
-    print(f"index: {key} over {len(vectors):,} chunks{f', {probes} lists a search' if lists else ''}", flush=True)
-    facts = {"rows": len(vectors), "dim": vectors.shape[1], "key": key, "largest_norm": largest_norm}
-    return index, {**facts, "nprobe": probes if lists else None, "rescored": rescored}
-
-
-def _enough(key: str, index: Any, vectors: Any, largest_norm: float, config: IndexConfig) -> tuple[int, int | None]:
-    """The least effort that reaches the target recall, for queries that are rows of the index themselves.
-
-    Each finds itself, in the first list it visits. So that the others reach the target, all must reach more.
-    """
-    queries = _sample(vectors, RECALL_QUERIES, config.seed)
-    target = config.target_recall + (1 - config.target_recall) / RECALL_AT
-    effort = choose_effort(key, index, vectors, queries, largest_norm, target)
-    assert effort.probes is not None, key
-    return effort.probes, effort.rescored
+    visited = f", {built.facts['nprobe']} lists a search" if built.facts["nprobe"] else ""
+    print(f"index: {built.facts['key']} over {len(vectors):,} chunks{visited}", flush=True)
+    return built

@@ -24,7 +24,6 @@ from retro_model.chunking import chunk_text
 from retro_model.dataset import retrieved_tokens
 from retro_model.embedding import EmbedConfig, Encoder, stored_vectors
 from retro_model.errors import ConfigError, MismatchError
-from retro_model.index import Index
 from retro_model.neighbors import NONE, Database
 from retro_model.tokenizer import Tokenizer
 
@@ -70,7 +69,7 @@ class Retriever:
         tokenizer = Tokenizer.open(folder / "tokenizer")
         chunks = Artifact.open(folder / "chunks" / "train", "chunks").require(tokenizer=tokenizer.fingerprint)
         embeddings = Artifact.open(folder / "embeddings" / "train", "embeddings")
-        database = Database.open(embeddings, Index.open(folder / "index"), chunks)
+        database = Database.open(embeddings, Artifact.open(folder / "index", "index"), chunks)
         opened = _same_encoder(embeddings, encoder, device, batch_size)
         return cls(chunks, database, opened, tokenizer)
 

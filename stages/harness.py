@@ -63,13 +63,35 @@ def run_stage(name: str, main: Callable[[], None]) -> None:
     print(f"{name}: done in {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
-def record_timing(stage: str, **timings: float) -> None:
-    """Appends timings to the git-ignored file that `make repro`'s last table reads."""
-    file = project_root() / ".retro" / "timings.jsonl"
+def record_timing(stage: str, made: str = "", /, **timings: float) -> None:
+    """Appends timings to the git-ignored file that `make repro`'s last table reads.
+
+    `made` is the fingerprint of what was made meanwhile; by it `recorded_timings` finds them.
+    """
+    file = timings_file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    record = {"stage": stage, "experiment": os.environ.get("DVC_EXP_NAME", ""), **timings}
+    record = {"stage": stage, "experiment": os.environ.get("DVC_EXP_NAME", ""), "made": made, **timings}
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(record) + "\n")
+
+
+def timings_file() -> Path:
+    """Where timings are recorded: a line of JSON each."""
+    return project_root() / ".retro" / "timings.jsonl"
+
+
+def recorded_timings(made: str) -> dict[str, float]:
+    """What was last recorded of the making of an artifact, as `stage.name`; nothing of one from DVC's cache."""
+    if not timings_file().is_file():
+        return {}
+    records = map(json.loads, timings_file().read_text(encoding="utf-8").splitlines())
+    return {
+        f"{record['stage']}.{name}": value
+        for record in records
+        if record.get("made") == made
+        for name, value in record.items()
+        if isinstance(value, float)
+    }
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from retro_model.artifacts import write_json
-from retro_model.index import make_index
-from stages.harness import run_stage, work_folder
+from retro_model.artifacts import Artifact, write_json
+from retro_model.index_building import make_index
+from stages.harness import record_timing, run_stage, work_folder
 from stages.params import read_params
 
 
@@ -13,7 +13,7 @@ def main() -> None:
     params = read_params("index", "runtime")
     embeddings = Path("data/embeddings")
     with work_folder("index", [embeddings], {"index": params.index}) as work:
-        metrics = make_index(
+        outcome = make_index(
             embeddings,
             params.index,
             Path("data/index"),
@@ -21,7 +21,9 @@ def main() -> None:
             engine=params.runtime.make_engine(),
             work_folder=work,
         )
-    write_json(Path("metrics/index.json"), metrics)
+    write_json(Path("metrics/index.json"), outcome.metrics)
+    made = Artifact.open(Path("data/index"), "index", verify=False).fingerprint
+    record_timing("index.search", made, **outcome.timings)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from retro_model.artifacts import write_json
+from retro_model.artifacts import Artifact, write_json
 from retro_model.neighbors import make_neighbors
-from stages.harness import run_stage, work_folder
+from stages.harness import record_timing, run_stage, work_folder
 from stages.params import read_params
 
 
@@ -13,7 +13,7 @@ def main() -> None:
     params = read_params("neighbors", "runtime")
     embeddings, index, chunks = Path("data/embeddings"), Path("data/index"), Path("data/chunks")
     with work_folder("knn", [embeddings, index, chunks], {"neighbors": params.neighbors}) as work:
-        metrics = make_neighbors(
+        outcome = make_neighbors(
             embeddings,
             index,
             chunks,
@@ -23,7 +23,9 @@ def main() -> None:
             engine=params.runtime.make_engine(),
             work_folder=work,
         )
-    write_json(Path("metrics/knn.json"), metrics)
+    write_json(Path("metrics/knn.json"), outcome.metrics)
+    made = Artifact.open(Path("data/neighbors/train"), "neighbors", verify=False).fingerprint
+    record_timing("knn.search", made, **outcome.timings)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from retro_model.artifacts import Artifact, write_csv, write_json
 from retro_model.devices import resolve_device
 from retro_model.training import train_model
-from stages.harness import record_timing, work_folder
+from stages.harness import record_timing, recorded_timings, work_folder
 from stages.params import flat_params
 from stages.tracking import training_run
 
@@ -42,7 +42,15 @@ def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int,
             write_json(Path(f"metrics/{stage}.json"), result.metrics)
             write_csv(Path(f"plots/{stage}.csv"), result.history)
             run.log_metrics(result.metrics, step=params.train.steps)
+            if neighbors is not None:
+                run.log_metrics(_retrieval_timings(neighbors / "train"))
             run.log_folder(out, "best")
             run.log_folder(work / "last", "last")
             run.log_model(out, Artifact.open(out, "model", verify=False).fingerprint, result.metrics)
     record_timing(f"{stage}.training", **result.timings)
+
+
+def _retrieval_timings(neighbors: Path) -> dict[str, float]:
+    """How long a query took when the neighbors, and the index that found them, were made here."""
+    found = Artifact.open(neighbors, "neighbors", verify=False)
+    return recorded_timings(found.facts["index"]) | recorded_timings(found.fingerprint)

@@ -33,7 +33,7 @@ SECTIONS = {
     "corpus": "retro_model.documents:CorpusConfig",
     "tokenizer": "retro_model.tokenizer:TokenizerConfig",
     "embed": "retro_model.embedding:EmbedConfig",
-    "index": "retro_model.index:IndexConfig",
+    "index": "retro_model.index_keys:IndexConfig",
     "neighbors": "retro_model.neighbors:NeighborsConfig",
     "model": "retro_model.training:ModelConfig",
     "train": "retro_model.training:TrainConfig",

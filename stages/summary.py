@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.harness import project_root
+from stages.harness import timings_file
 
 # (stage, what its line says, from the metrics in metrics/<stage>.json)
 LINES = (
@@ -33,7 +33,7 @@ look next:
 
 def main() -> None:
     """Prints a line for each stage, the test's bits per byte, and where to look next."""
-    seconds = _last_seconds(project_root() / ".retro" / "timings.jsonl")
+    seconds = _last_seconds(timings_file())
     print("\nstage      seconds  what came out")
     for stage, text in LINES:
         print(f"{stage:<10} {seconds.get(stage, '-'):>7}  {text.format(**_metrics(stage))}")

@@ -11,7 +11,7 @@ from retro_model.artifacts import SPLITS, Artifact
 from retro_model.chunking import locate, make_chunks
 from retro_model.documents import Corpus
 from retro_model.embedding import make_embeddings
-from retro_model.index import make_index
+from retro_model.index_building import make_index
 from retro_model.neighbors import make_neighbors
 from retro_model.sample import write_sample
 from retro_model.tokenizer import make_tokenizer

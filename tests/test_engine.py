@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,13 +23,21 @@ from retro_model.errors import ConfigError, RetroError
 TESTS = Path(__file__).parent
 
 
+def wait_until(happened: Callable[[], object]) -> None:
+    """For what must come about, however busy the machine is; gives up long after it should have."""
+    deadline = time.monotonic() + 300
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 @dataclass(frozen=True)
 class SquareJob:
     """Squares a range of numbers; writes down which process did it."""
 
     diary: Path
     offset: int = 0
-    seconds: float = 0.0
+    together: int = 1  # so many processes must have opened the job before a part is made
     broken: str = ""  # what happens in the part that begins at 20
     kind: ClassVar[str] = "embeddings"
     uses_gpus: ClassVar[bool] = False
@@ -47,15 +55,17 @@ class SquareJob:
     def make(self, opened: int, folder: Path, start: int, stop: int) -> Iterator[int]:
         with (self.diary / f"made-{start}").open("a") as stream:
             stream.write("x")
+        wait_until(lambda: len(list(self.diary.glob("opened-*"))) >= self.together)
         if start == 20 and self.broken == "user":
             raise ConfigError("numbers: found 20, expected another")
         if start == 20 and self.broken == "bug":
             raise KeyError("a bug")
         if start == 20 and self.broken == "death":
+            wait_until((folder.parent / "p-00" / "artifact.json").exists)
             os.kill(os.getpid(), signal.SIGKILL)
         if start == 20 and self.broken == "hangs":
-            time.sleep(600)
-        time.sleep(self.seconds)
+            (self.diary / f"hangs-{os.getpid()}").touch()
+            wait_until((self.diary / "go on").exists)
         with ArtifactWriter(folder, self.kind, 10) as writer:
             writer.append(squares=np.arange(start, stop, dtype=np.int64) ** 2 + opened)
             yield stop - start
@@ -94,7 +104,7 @@ def test_parts_come_in_order_and_are_made_once(config: EngineConfig, diary: Path
 
 
 def test_a_pool_works_in_other_processes_and_opens_the_job_once_in_each(diary: Path, tmp_path: Path) -> None:
-    run(SquareJob(diary, seconds=0.3), tmp_path / "work", EngineConfig(workers=2))
+    run(SquareJob(diary, together=2), tmp_path / "work", EngineConfig(workers=2))
     opened = list(diary.glob("opened-*"))
     assert len(opened) == 2 and diary / f"opened-{os.getpid()}" not in opened
     assert all(path.read_text() == "x" for path in opened)
@@ -120,7 +130,7 @@ def test_each_process_sees_one_gpu(
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert run(GpuJob(diary, seconds=0.5), tmp_path / "work") == [x * x for x in range(50)]
+    assert run(GpuJob(diary, together=2), tmp_path / "work") == [x * x for x in range(50)]
     assert {path.name for path in diary.glob("gpus-*")} == expected
     run(SquareJob(diary), tmp_path / "other")  # a job that gains nothing by GPUs stays here
     assert diary / f"opened-{os.getpid()}" in diary.iterdir()
@@ -179,12 +189,9 @@ def test_what_a_kill_left_is_cleared_and_the_rest_goes_on(diary: Path, tmp_path:
         run(SquareJob(Path({str(diary)!r}), broken="hangs"), Path({str(work)!r}))
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], cwd=TESTS.parent)
-    deadline = time.monotonic() + 60
-    while not (diary / "made-20").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: list(diary.glob("hangs-*")) or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     assert len(list(work.glob("p-20.*.partial"))) == 1
     assert run(SquareJob(diary), work) == [x * x for x in range(50)]
     assert times_made(diary) == [1, 1, 2, 1, 1]

@@ -12,29 +12,24 @@ from fixtures import write_vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retro_model import distances as distances_module
 from retro_model import index as index_module
+from retro_model import index_building, index_effort
 from retro_model.artifacts import Artifact, ArtifactWriter
-from retro_model.errors import ArtifactError, ConfigError, DamagedArtifactError, MismatchError
-from retro_model.index import (
-    INDEX_FILE,
-    Centroids,
-    Index,
-    IndexConfig,
+from retro_model.distances import (
     as_float32,
-    choose_key,
     exact_distances,
-    fewest_probes,
     import_faiss,
-    make_index,
-    nearest_by_code,
-    needed_bytes,
-    num_lists,
-    on_gpu,
     pair_distances,
     rounding_margin,
     smallest,
     stored_distances,
 )
+from retro_model.errors import ArtifactError, ConfigError, DamagedArtifactError, MismatchError
+from retro_model.index import INDEX_FILE, Centroids, Index, nearest_by_code, on_gpu
+from retro_model.index_building import make_index
+from retro_model.index_effort import fewest_probes
+from retro_model.index_keys import IndexConfig, choose_key, needed_bytes, num_lists
 
 faiss = import_faiss()
 DIM = 16
@@ -58,6 +53,10 @@ def write_data(folder: Path, num_train: int = 3000, rows_per_shard: int = 700) -
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))
+
+
+def open_index(folder: Path, device: str = "cpu") -> Index:
+    return Index.open(Artifact.open(folder, "index"), device)
 
 
 def brute_force(queries: Floats, vectors: Floats) -> npt.NDArray[np.float64]:
@@ -167,7 +166,7 @@ def test_the_margin_covers_what_matrix_products_round() -> None:
 
 
 def test_exact_distances_go_through_all_shards(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "ROWS_PER_BLOCK", 999)
+    monkeypatch.setattr(distances_module, "ROWS_PER_BLOCK", 999)
     vectors = Artifact.open(data / "embeddings" / "train", "embeddings")["vectors"]
     queries = clustered(5, 7)
     expected = np.sort(brute_force(queries, clustered(3000, 1)), axis=1)[:, :10]
@@ -187,7 +186,7 @@ def test_stored_rows_in_single_precision() -> None:
 def test_distances_of_stored_rows_are_those_of_the_pairs(
     data: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr(index_module, "ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(distances_module, "ROWS_AT_ONCE", at_once)
     vectors = Artifact.open(data / "embeddings" / "train", "embeddings")["vectors"]
     queries, ids = clustered(40, 5), np.random.default_rng(0).integers(-1, 3000, size=(40, 7))
     ids[3] = -1
@@ -204,7 +203,7 @@ def test_lists_of_rows_report_distances_without_rounding(tmp_path: Path) -> None
     vectors = {split: 100 + clustered(800, seed) for seed, split in enumerate(("train", "valid", "test"))}
     write_vectors(tmp_path, vectors, {split: np.arange(800) for split in vectors})
     make_index(tmp_path / "embeddings", IndexConfig(key="IVF16,Flat"), tmp_path / "index")
-    index, queries = Index.open(tmp_path / "index"), vectors["valid"]
+    index, queries = open_index(tmp_path / "index"), vectors["valid"]
     stored = Artifact.open(tmp_path / "embeddings" / "train", "embeddings")["vectors"]
     for size in (1, 33, 800):
         for k in (5, 150):
@@ -217,7 +216,7 @@ def test_lists_of_rows_report_distances_without_rounding(tmp_path: Path) -> None
 def test_distinct_ids_and_their_places(first_id: int) -> None:
     for size in (0, 1, 40):
         ids = first_id + np.random.default_rng(size).integers(0, 20, size=(size, 3))
-        distinct, places = index_module._distinct(ids)
+        distinct, places = distances_module._distinct(ids)
         assert distinct.tolist() == sorted(set(ids.ravel().tolist()))
         np.testing.assert_array_equal(distinct[places], ids)
 
@@ -335,12 +334,15 @@ def test_the_fewest_lists_that_reach_the_target(lists: int, needed: int) -> None
 
 
 def test_an_exact_index(data: Path, tmp_path: Path) -> None:
-    metrics = make_index(data / "embeddings", IndexConfig(), tmp_path / "index")
+    metrics, timings = make_index(data / "embeddings", IndexConfig(), tmp_path / "index")
+    assert list(timings) == ["milliseconds_per_query"] and timings["milliseconds_per_query"] > 0
     assert metrics.pop("bytes_per_vector") == pytest.approx(4 * DIM, rel=0.01)
     assert metrics == {"recall": 1.0, "lists": 0, "probes": 0, "code_bytes": 0, "rescored": 0, "rows": 3000}
-    index = Index.open(tmp_path / "index")
+    index = open_index(tmp_path / "index")
     train = Artifact.open(data / "embeddings" / "train", "embeddings")
-    index.artifact.require(embeddings=train.fingerprint, chunks=train.facts["chunks"], key="Flat", nprobe=None)
+    Artifact.open(tmp_path / "index", "index").require(
+        embeddings=train.fingerprint, chunks=train.facts["chunks"], key="Flat", nprobe=None
+    )
     queries, vectors = clustered(30, 5), clustered(3000, 1)
     assert index.largest_norm == pytest.approx(float((vectors**2).sum(1).max()))
     distances, ids = index.search(queries, 10)
@@ -352,7 +354,7 @@ def test_an_exact_index(data: Path, tmp_path: Path) -> None:
 def test_fewer_rows_than_asked_for_are_none_and_infinity(data: Path, tmp_path: Path) -> None:
     small = write_data(tmp_path / "data", num_train=3)
     make_index(small / "embeddings", IndexConfig(), tmp_path / "index")
-    distances, ids = Index.open(tmp_path / "index").search(clustered(4, 5), 5)
+    distances, ids = open_index(tmp_path / "index").search(clustered(4, 5), 5)
     assert (np.sort(ids[:, :3]) == [0, 1, 2]).all()
     assert (ids[:, 3:] == -1).all() and np.isinf(distances[:, 3:]).all()
 
@@ -360,8 +362,8 @@ def test_fewer_rows_than_asked_for_are_none_and_infinity(data: Path, tmp_path: P
 @pytest.mark.parametrize("target", [0.5, 0.95, 1.0])
 def test_ivf_visits_the_fewest_lists_that_reach_the_target(data: Path, tmp_path: Path, target: float) -> None:
     config = IndexConfig(key="IVF32,Flat", target_recall=target)
-    metrics = make_index(data / "embeddings", config, tmp_path / "index")
-    index = Index.open(tmp_path / "index")
+    metrics = make_index(data / "embeddings", config, tmp_path / "index").metrics
+    index = open_index(tmp_path / "index")
     queries = clustered(200, 2)
     exact = np.argsort(brute_force(queries, clustered(3000, 1)), axis=1)[:, :10]
 
@@ -371,7 +373,7 @@ def test_ivf_visits_the_fewest_lists_that_reach_the_target(data: Path, tmp_path:
 
     assert metrics["recall"] >= target
     assert recall(index.probes) == pytest.approx(metrics["recall"], abs=2e-3)
-    assert metrics["probes"] == index.probes == index.artifact.facts["nprobe"]
+    assert metrics["probes"] == index.probes == Artifact.open(tmp_path / "index", "index").facts["nprobe"]
     if index.probes > 1:
         assert recall(index.probes - 1) < target
     assert recall(index.lists) == 1.0 and index.lists == 32
@@ -379,13 +381,13 @@ def test_ivf_visits_the_fewest_lists_that_reach_the_target(data: Path, tmp_path:
 
 @pytest.mark.parametrize("key", ["Flat", "IVF16,Flat", "IVF16,PQ8x4fs"])
 def test_equal_input_gives_equal_bytes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    monkeypatch.setattr(index_module, "ROWS_PER_ADDED_PART", 1000)
+    monkeypatch.setattr(index_building, "ROWS_PER_ADDED_PART", 1000)
     threads = faiss.omp_get_max_threads()
     fingerprints = set()
     try:
         for number, (num_threads, block) in enumerate(((1, 65_536), (1, 65_536), (2, 425))):
             faiss.omp_set_num_threads(num_threads)
-            monkeypatch.setattr(index_module, "ROWS_PER_BLOCK", block)
+            monkeypatch.setattr(distances_module, "ROWS_PER_BLOCK", block)
             make_index(data / "embeddings", IndexConfig(key=key), tmp_path / str(number))
             fingerprints.add(Artifact.open(tmp_path / str(number), "index").fingerprint)
     finally:
@@ -405,13 +407,13 @@ def test_the_training_sample_is_random_and_not_the_first_rows(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = []
-    build: Callable[[str, str, bool], Any] = index_module._build_with_autofaiss
+    build: Callable[[str, str, bool], Any] = index_building._build_with_autofaiss
 
     def watched(folder: str, key: str, gpu: bool) -> Any:
         samples.append(np.load(Path(folder) / "sample.npy"))
         return build(folder, key, gpu)
 
-    monkeypatch.setattr(index_module, "_build_with_autofaiss", watched)
+    monkeypatch.setattr(index_building, "_build_with_autofaiss", watched)
     config = IndexConfig(key="IVF4,Flat", train_points_per_list=50)
     make_index(data / "embeddings", config, tmp_path / "index")
     (sample,) = samples
@@ -423,24 +425,27 @@ def test_the_training_sample_is_random_and_not_the_first_rows(
 
 
 def test_all_rows_are_added_once_and_in_order(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "ROWS_PER_BLOCK", 999)
+    monkeypatch.setattr(distances_module, "ROWS_PER_BLOCK", 999)
     make_index(data / "embeddings", IndexConfig(key="IVF16,Flat"), tmp_path / "index")
-    index = Index.open(tmp_path / "index")
+    index = open_index(tmp_path / "index")
     distances, ids = index.search(clustered(3000, 1), 2)
     np.testing.assert_array_equal(ids[:, 0], np.arange(3000))
     assert (ids[:, 1] != ids[:, 0]).all() and (distances[:, 0] == 0).all()
 
 
 def made_with_codes(data: Path, out: Path, key: str = "IVF32,PQ8x4fs", **settings: Any) -> dict[str, float]:
-    return make_index(data / "embeddings", IndexConfig(key=key, **settings), out)
+    return make_index(data / "embeddings", IndexConfig(key=key, **settings), out).metrics
 
 
 @pytest.mark.parametrize("key", ["IVF32,PQ8x4fs", "IVF32,PQ4x4fs", "IVF120,PQ1x8"])
 def test_an_index_of_codes(tmp_path: Path, key: str) -> None:
     data = write_data(tmp_path, num_train=12_000)
     metrics = made_with_codes(data, tmp_path / "index", key, train_points_per_list=100)
-    index, queries = Index.open(tmp_path / "index"), clustered(200, 2)
-    facts, code_bytes = index.artifact.facts, {"8x4fs": 4, "4x4fs": 2, "1x8": 1}[key.partition("PQ")[2]]
+    index, queries = open_index(tmp_path / "index"), clustered(200, 2)
+    facts, code_bytes = (
+        Artifact.open(tmp_path / "index", "index").facts,
+        {"8x4fs": 4, "4x4fs": 2, "1x8": 1}[key.partition("PQ")[2]],
+    )
     assert metrics["lists"] == index.lists == facts["nprobe"] or metrics["probes"] == index.probes == facts["nprobe"]
     assert metrics["code_bytes"] == code_bytes and metrics["rescored"] == index.rescored == facts["rescored"]
     # What is in memory is as large as the file: no more than was promised, and not much less.
@@ -470,9 +475,9 @@ def test_an_index_of_codes(tmp_path: Path, key: str) -> None:
 def test_no_more_candidates_are_scored_again_than_the_target_needs(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_module, "RESCORED", (10, 20, 40, 80, 160, 320))
+    monkeypatch.setattr(index_effort, "RESCORED", (10, 20, 40, 80, 160, 320))
     metrics = made_with_codes(data, tmp_path / "index", "IVF32,PQ4x4fs")
-    index, queries = Index.open(tmp_path / "index"), clustered(200, 2)
+    index, queries = open_index(tmp_path / "index"), clustered(200, 2)
     exact = np.argsort(brute_force(queries, clustered(3000, 1)), axis=1)[:, :10]
 
     def recall(rescored: int) -> float:
@@ -485,7 +490,7 @@ def test_no_more_candidates_are_scored_again_than_the_target_needs(
 
 def test_what_codes_report_does_not_depend_on_the_batch_or_on_k(data: Path, tmp_path: Path) -> None:
     made_with_codes(data, tmp_path / "index")
-    index, queries = Index.open(tmp_path / "index"), clustered(200, 2)
+    index, queries = open_index(tmp_path / "index"), clustered(200, 2)
     distances, _ = index.search(queries, 40, 7)
     for size, k in ((1, 40), (1, 3), (33, 40), (200, 300)):
         for start in range(0, 200, size):
@@ -497,7 +502,7 @@ def test_what_codes_report_does_not_depend_on_the_batch_or_on_k(data: Path, tmp_
 def test_codes_too_coarse_for_the_target_are_an_error_with_both_numbers(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_module, "RESCORED", (10, 20))
+    monkeypatch.setattr(index_effort, "RESCORED", (10, 20))
     message = r"index.target_recall: found 0.99, expected <= 0\.\d+: IVF32,PQ1x4fs reaches no more with 20 candidates"
     with pytest.raises(ConfigError, match=message):
         made_with_codes(data, tmp_path / "index", "IVF32,PQ1x4fs", target_recall=0.99)
@@ -509,7 +514,7 @@ def test_which_lists_are_visited_does_not_depend_on_the_batch(tmp_path: Path) ->
     vectors = {split: 1000 + clustered(800, seed) for seed, split in enumerate(("train", "valid", "test"))}
     write_vectors(tmp_path, vectors, {split: np.arange(800) for split in vectors})
     make_index(tmp_path / "embeddings", IndexConfig(key="IVF16,Flat", target_recall=0.1), tmp_path / "index")
-    index, queries = Index.open(tmp_path / "index"), vectors["valid"][:200]
+    index, queries = open_index(tmp_path / "index"), vectors["valid"][:200]
     distances, ids = index.search(queries, 10, probes=1)
     for row in range(200):
         alone = index.search(queries[row : row + 1], 10, probes=1)
@@ -584,13 +589,13 @@ def test_the_gpu_is_asked_for_what_it_can_do(
     data: Path, tmp_path: Path, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     trained_on_gpu = []
-    build: Callable[[str, str, bool], Any] = index_module._build_with_autofaiss
+    build: Callable[[str, str, bool], Any] = index_building._build_with_autofaiss
 
     def watched(folder: str, key: str, gpu: bool) -> Any:
         trained_on_gpu.append(gpu)
         return build(folder, key, False)
 
-    monkeypatch.setattr(index_module, "_build_with_autofaiss", watched)
+    monkeypatch.setattr(index_building, "_build_with_autofaiss", watched)
     make_index(data / "embeddings", IndexConfig(key=key), tmp_path / "cpu", device="cpu")
     assert fake_gpu.copied == []
     make_index(data / "embeddings", IndexConfig(key=key), tmp_path / "gpu", device="auto")
@@ -599,7 +604,7 @@ def test_the_gpu_is_asked_for_what_it_can_do(
     digests = [Artifact.open(tmp_path / name, "index").files[INDEX_FILE] for name in ("cpu", "gpu")]
     assert digests[0] == digests[1]
     fake_gpu.copied.clear()
-    on_cpu, there = Index.open(tmp_path / "cpu"), Index.open(tmp_path / "gpu", "cuda")
+    on_cpu, there = open_index(tmp_path / "cpu"), open_index(tmp_path / "gpu", "cuda")
     copied = {"Flat": ["IndexFlatL2"], "IVF16,Flat": ["IndexFlatL2", "IndexIVFFlat"], "IVF16,PQ8x4fs": ["IndexFlatL2"]}
     assert fake_gpu.copied == copied[key]
     fake_gpu.searches.clear()
@@ -656,7 +661,7 @@ def test_a_damaged_index_is_refused(data: Path, tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(DamagedArtifactError, match="sha256 differs"):
-        Index.open(tmp_path / "index")
+        open_index(tmp_path / "index")
 
 
 @pytest.mark.parametrize("content", ["nonsense", "other rows", "inner product"])
@@ -672,7 +677,7 @@ def test_a_file_that_is_not_the_described_index_is_refused(tmp_path: Path, conte
         writer.add_file(INDEX_FILE)
         writer.facts.update(metric="l2", rows=5, dim=DIM, key="Flat", nprobe=None, rescored=None, largest_norm=1.0)
     with pytest.raises(DamagedArtifactError, match="stage index"):
-        Index.open(tmp_path / "index")
+        open_index(tmp_path / "index")
 
 
 def test_the_number_of_lists_is_read_from_the_key() -> None:

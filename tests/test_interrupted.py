@@ -1,23 +1,23 @@
 """Killed at any moment, a data stage goes on with its finished parts and ends with the bytes of a quiet run."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fixtures import tiny_corpus, tiny_data, tiny_encoder
 
-from retro_model import artifacts, chunking, engine, index
+from retro_model import artifacts, chunking, engine, index_building
 from retro_model.chunking import make_chunks
 from retro_model.documents import CorpusConfig
 from retro_model.embedding import EmbedConfig, make_embeddings
 from retro_model.engine import Engine, EngineConfig
-from retro_model.index import IndexConfig, make_index
+from retro_model.index_building import make_index
+from retro_model.index_keys import IndexConfig
 from retro_model.neighbors import NeighborsConfig, make_neighbors
 
 pytestmark = pytest.mark.slow
@@ -46,19 +46,37 @@ def small_parts() -> None:
     """Settings of this file's processes: parts so small that there are many."""
     artifacts.LEAST_ROWS_PER_PART = 256
     chunking.PART_CHARACTERS = 10_000
-    index.ROWS_PER_ADDED_PART = 256
+    index_building.ROWS_PER_ADDED_PART = 256
 
 
-def main(stage: str, data: str, out: str, work: str) -> None:
-    """What a child process runs: slow enough to be killed between two parts."""
+# Where a process stands when it is killed: a few finished parts lie there, and it is about to make the next
+# one, in the middle of it, or putting the whole result into its place.
+POINTS = ("before 0", "inside 0", "before 1", "inside 3", "before 5", "the end")
+
+
+def main(stage: str, data: str, out: str, work: str, point: str) -> None:
+    """What a child process runs: says when it is at the point, and goes no further."""
     small_parts()
-    quick = engine.make_part
+    make_part, replace = engine.make_part, os.replace
 
-    def slow(*arguments: object) -> object:
-        time.sleep(0.1)
-        yield from quick(*arguments)  # type: ignore[arg-type]
+    def reach(here: str) -> None:
+        if here == point:
+            print(here, flush=True)
+            signal.pause()
 
-    engine.make_part = slow  # type: ignore[assignment]
+    def making(*arguments: Any) -> Iterator[int]:
+        num_finished = len(finished(Path(work)))
+        reach(f"before {num_finished}")
+        for units in make_part(*arguments):
+            reach(f"inside {num_finished}")
+            yield units
+
+    def replacing(source: Path, target: Path) -> None:
+        if target == Path(out):
+            reach("the end")
+        replace(source, target)
+
+    engine.make_part, os.replace = making, replacing  # type: ignore[assignment]
     make(stage, Path(data), Path(out), Path(work), EngineConfig())
 
 
@@ -73,7 +91,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(artifacts, "LEAST_ROWS_PER_PART", 256)
         patch.setattr(chunking, "PART_CHARACTERS", 10_000)
-        patch.setattr(index, "ROWS_PER_ADDED_PART", 256)
+        patch.setattr(index_building, "ROWS_PER_ADDED_PART", 256)
         tiny_data(folder, tiny_corpus(folder / "documents"))
         tiny_encoder(folder / "encoder")
         for stage in STAGES[1:]:
@@ -81,11 +99,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(stage: str, data: Path, out: Path, work: Path) -> "subprocess.Popen[bytes]":
+def start(stage: str, data: Path, out: Path, work: Path, point: str = "") -> "subprocess.Popen[str]":
     program = "import sys, test_interrupted; test_interrupted.main(*sys.argv[1:])"
-    command = [sys.executable, "-c", program, stage, str(data), str(out), str(work)]
+    command = [sys.executable, "-c", program, stage, str(data), str(out), str(work), point]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
 
 
 def finished(work: Path) -> set[str]:
@@ -95,29 +113,24 @@ def finished(work: Path) -> set[str]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_again_and_again_it_ends_with_the_same_bytes(stage: str, data: Path, tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "out"
-    generator = random.Random(stage)
-    kills = 0
-    for wanted in (0, 1, 3, 5):  # finished parts at which it is killed
-        process = start(stage, data, out, work)
-        deadline = time.monotonic() + 120
-        while process.poll() is None and len(finished(work)) < wanted:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        if wanted == 0:
-            time.sleep(generator.uniform(1, 6))  # somewhere in the start
-        time.sleep(generator.uniform(0, 0.1))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-        assert not out.exists() or files_of(out) == files_of(data / OUT[stage]), "whole or absent"
-    assert kills >= 3
-    before = {path: path.stat().st_mtime_ns for name in finished(work) for path in [work / name / "artifact.json"]}
-    assert len(before) >= 5
+    made: dict[Path, int] = {}
+    for point in POINTS:
+        process = start(stage, data, out, work, point)
+        assert process.stdout is not None
+        assert any(line == f"{point}\n" for line in process.stdout), f"{stage} never came to {point}"
+        process.kill()
+        process.communicate()
+        assert bool(list(work.glob("*.partial"))) == point.startswith("inside")
+        assert not out.exists(), "whole or absent"
+        for path, time in made.items():
+            assert path.stat().st_mtime_ns == time, "a finished part was made again"
+        made = {path: path.stat().st_mtime_ns for path in work.glob("*/artifact.json")}
+        assert len(made) == int(point.split()[1]) if point != "the end" else len(made) > 5
     process = start(stage, data, out, work)
-    assert process.wait(timeout=300) == 0
+    process.communicate(timeout=600)
+    assert process.returncode == 0
     assert files_of(out) == files_of(data / OUT[stage])
-    assert {path: path.stat().st_mtime_ns for path in before} == before, "a finished part was made again"
+    assert {path: path.stat().st_mtime_ns for path in work.glob("*/artifact.json")} == made, "nothing was left to make"
     assert not list(tmp_path.glob("**/*.partial"))
 
 
@@ -127,6 +140,6 @@ def test_two_processes_write_the_same_bytes_as_one(
 ) -> None:
     monkeypatch.setattr(artifacts, "LEAST_ROWS_PER_PART", 256)
     monkeypatch.setattr(chunking, "PART_CHARACTERS", 10_000)
-    monkeypatch.setattr(index, "ROWS_PER_ADDED_PART", 256)
+    monkeypatch.setattr(index_building, "ROWS_PER_ADDED_PART", 256)
     make(stage, data, tmp_path / "out", tmp_path / "work", EngineConfig(workers=2))
     assert files_of(tmp_path / "out") == files_of(data / OUT[stage])

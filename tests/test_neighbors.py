@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,14 @@ from fixtures import write_vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_model import index as index_module
+from retro_model import distances as distances_module
 from retro_model import neighbors as neighbors_module
 from retro_model.artifacts import SPLITS, Artifact, ArtifactWriter
+from retro_model.distances import import_faiss, pair_distances
 from retro_model.errors import ConfigError, MismatchError
-from retro_model.index import Index, IndexConfig, import_faiss, make_index, pair_distances
+from retro_model.index import Index
+from retro_model.index_building import make_index
+from retro_model.index_keys import IndexConfig
 from retro_model.neighbors import Database, NeighborsConfig, describe_neighbors, make_neighbors
 
 faiss = import_faiss()
@@ -64,7 +66,7 @@ def database_of(
         "largest_norm": float((vectors**2).sum(axis=1).max()),
     }
     stored: Any = vectors.astype(np.float16) if (vectors.astype(np.float16) == vectors).all() else vectors
-    return Database(Index(SimpleNamespace(facts=facts), index), stored, documents)  # type: ignore[arg-type]
+    return Database(Index(index, facts), stored, documents)
 
 
 def brute_force(
@@ -320,7 +322,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(data: Path, out: Path, stored: int = 12, **options: Any) -> dict[str, float]:
     config = NeighborsConfig(stored=stored)
-    return make_neighbors(data / "embeddings", data / "index", data / "chunks", config, out, **options)
+    return make_neighbors(data / "embeddings", data / "index", data / "chunks", config, out, **options).metrics
 
 
 def test_every_split_finds_its_neighbors_among_the_train_chunks(data: Path, tmp_path: Path) -> None:
@@ -400,7 +402,7 @@ def test_what_is_said_of_neighbors_is_in_the_artifact(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: int, block: int
 ) -> None:
     monkeypatch.setattr(neighbors_module, "ROWS_PER_BLOCK", block)
-    monkeypatch.setattr(index_module, "ROWS_PER_BLOCK", block)
+    monkeypatch.setattr(distances_module, "ROWS_PER_BLOCK", block)
     run(data, tmp_path / "out", stored)
     tokens = {split: Artifact.open(data / "chunks" / split, "chunks")["tokens"][:][:, :-1] for split in SPLITS}
     for split in SPLITS:

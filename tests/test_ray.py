@@ -2,17 +2,17 @@
 
 import os
 import signal
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import test_interrupted
-from test_engine import PARTS, SquareJob, run, times_made
+from test_engine import SquareJob, run, times_made, wait_until
 
-from retro_model import artifacts, chunking, index
-from retro_model.engine import Engine, EngineConfig
+from retro_model import artifacts, chunking, index_building
+from retro_model.engine import EngineConfig
 from retro_model.errors import ConfigError
 
 pytestmark = [pytest.mark.slow]
@@ -44,24 +44,24 @@ def diary(tmp_path: Path) -> Path:
 
 def test_two_nodes_share_the_parts(cluster: Any, diary: Path, tmp_path: Path) -> None:
     assert len([node for node in ray.nodes() if node["Alive"]]) == 2
-    assert run(SquareJob(diary, seconds=0.5), tmp_path / "work", RAY) == [x * x for x in range(50)]
+    # A part waits until two processes are at work: a node has one core, and so the two are on both.
+    assert run(SquareJob(diary, together=2), tmp_path / "work", RAY) == [x * x for x in range(50)]
     assert times_made(diary) == [1] * 5
     assert len(list(diary.glob("opened-*"))) >= 2
 
 
 def test_a_killed_worker_costs_its_part_only(cluster: Any, diary: Path, tmp_path: Path) -> None:
-    job = SquareJob(diary, seconds=1.0)
-    with Engine(RAY).open(job) as running:
-        killed = None
-        values: list[int] = []
-        for part in running.make(PARTS, tmp_path / "work"):
-            values += [int(x) for x in part["squares"][:]]
-            if killed is None:
-                time.sleep(0.3)
-                killed = max(diary.glob("opened-*"), key=lambda path: path.stat().st_mtime).name.partition("-")[2]
-                os.kill(int(killed), signal.SIGKILL)
-    assert values == [x * x for x in range(50)]
-    assert sum(times_made(diary)) == 6, "the part that the killed worker had in hands was made again, and no other"
+    def kill() -> None:
+        wait_until(lambda: list(diary.glob("hangs-*")))
+        (worker,) = diary.glob("hangs-*")
+        os.kill(int(worker.name.partition("-")[2]), signal.SIGKILL)
+        (diary / "go on").touch()  # for whoever makes the part next
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert run(SquareJob(diary, broken="hangs"), tmp_path / "work", RAY) == [x * x for x in range(50)]
+    killer.join()
+    assert times_made(diary) == [1, 1, 2, 1, 1], "the part in the killed worker's hands was made again, and no other"
     assert len(list((tmp_path / "work").glob("p-??"))) == 5
 
 
@@ -87,7 +87,7 @@ def test_a_cluster_writes_the_bytes_of_one_process(
 ) -> None:
     monkeypatch.setattr(artifacts, "LEAST_ROWS_PER_PART", 256)
     monkeypatch.setattr(chunking, "PART_CHARACTERS", 10_000)
-    monkeypatch.setattr(index, "ROWS_PER_ADDED_PART", 256)
+    monkeypatch.setattr(index_building, "ROWS_PER_ADDED_PART", 256)
     test_interrupted.make(stage, data, tmp_path / "out", tmp_path / "work", RAY)
     expected = test_interrupted.files_of(data / test_interrupted.OUT[stage])
     assert test_interrupted.files_of(tmp_path / "out") == expected

@@ -12,7 +12,8 @@ from retro_model.artifacts import Artifact
 from retro_model.dataset import retrieved_tokens
 from retro_model.embedding import EmbedConfig, make_embeddings
 from retro_model.errors import ConfigError, MismatchError, MissingArtifactError, SourceError
-from retro_model.index import IndexConfig, make_index
+from retro_model.index_building import make_index
+from retro_model.index_keys import IndexConfig
 from retro_model.neighbors import NeighborsConfig, make_neighbors
 from retro_model.retriever import Retriever
 
