@@ -6,10 +6,12 @@ The vectors are made up, with the structure of real ones: unit vectors of docume
 lie around topics, as many as there are documents, some of them common. 28,000 of them need 32 of 512 lists
 for a recall of 0.95, as 28,000 chunks of real documentation did. With codes, faiss is asked with its own
 refine step, over the vectors in half precision, for as many candidates. Queries are chunks of the database
-itself, so the nearest are often of the query's own document and do not count. faiss is asked in one call of all queries and in batches, and the faster
-counts: for k, which is what one would need without documents, and for k and the surplus that leaves room
-for the own document. `Database.nearest` excludes that, scores again from the stored half-precision
-vectors, and sorts by (distance, id). All in one process, in turns; the medians count.
+itself, so the nearest are often of the query's own document and do not count.
+
+faiss is asked in one call of all queries and in batches, and the faster counts: for k, which is what one
+would need without documents, and for k and the surplus that leaves room for the own document.
+`Database.nearest` excludes that, scores again from the stored half-precision vectors, and sorts by
+(distance, id). All in one process, in turns; the medians count.
 """
 
 import argparse

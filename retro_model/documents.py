@@ -13,7 +13,7 @@ What counts as a document:
 
 A document's split follows from a hash of its identity (its path below the folder; for records and
 separated documents, its text), so adding documents moves none. Memory holds one document and, for each
-document of the corpus, 25 bytes; for held-out ones a MinHash signature too.
+document of the corpus, 25 bytes; for held-out ones a MinHash signature too, 1.5 kB for 700 words.
 
 Whoever needs documents goes through `Corpus`, so that the tokenizer is trained on exactly the train
 documents that the model will see.
@@ -270,7 +270,7 @@ class Corpus:
         held_out = {SPLITS.index("valid"), SPLITS.index("test")}
         for number, entry in self._readable("sign"):
             if self._fates[number] in held_out:
-                signatures.add(number, entry.text)
+                signatures.add(entry.text)
         return signatures
 
     def _count(self) -> None:

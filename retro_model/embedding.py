@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,14 +34,16 @@ from retro_model.artifacts import SPLITS, Artifact, ArtifactWriter, rows_per_par
 from retro_model.chunking import chunk_text
 from retro_model.config import Config, setting
 from retro_model.devices import resolve_device, resolve_number_type
-from retro_model.engine import Engine, row_parts, work_or_temporary
+from retro_model.engine import Engine, Outcome, row_parts, work_or_temporary
 from retro_model.errors import ConfigError, SourceError
 from retro_model.progress import Progress
 from retro_model.tokenizer import Tokenizer
 
 NUMBER_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# Rows of a full batch. On a CPU, what the second-level cache holds; on a GPU, what keeps it busy.
+# Chunks of a full batch: on a CPU, what the second-level cache holds; on a GPU, what keeps it busy. No clock
+# decides, since a probe would take longer than it saves, and finds no difference between 16 and 64 on a CPU:
+# `benchmarks/data.py embed` compares. Vectors do not depend on it (see below).
 ROWS_PER_BATCH = {"cpu": 32, "cuda": 512}
 
 # Batches are filled up to a multiple of this. On CPUs, matrix products of fewer rows take other
@@ -441,7 +444,7 @@ def make_embeddings(
     device: str = "auto",
     engine: Engine | None = None,
     work_folder: Path | None = None,
-) -> dict[str, float]:
+) -> Outcome:
     """Writes the embeddings of every split's chunks below `out_folder` and returns what there is to say.
 
     `batch_size` is in chunks (None: chosen by the device) and, like `engine`, changes speed only. What was
@@ -460,12 +463,13 @@ def make_embeddings(
         Progress("embed", total, "chunk") as bar,
     ):
         facts = running.facts
+        rows_per_batch = batch_size or ROWS_PER_BATCH[facts["device"]]
         print(
             f"embed: {facts['encoder_name']}, {facts['dim']} dimensions, on {facts['device']} in "
-            f"{facts['number_type']}, {facts['max_tokens']} tokens a chunk, "
-            f"{batch_size or ROWS_PER_BATCH[facts['device']]} chunks a batch",
+            f"{facts['number_type']}, {facts['max_tokens']} tokens a chunk, {rows_per_batch} chunks a batch",
             flush=True,
         )
+        started = time.perf_counter()
         for split, chunks in splits.items():
             size, truncated = rows_per_part(chunks.rows), 0
             with ArtifactWriter(folder / split, "embeddings", size) as writer:
@@ -475,10 +479,12 @@ def make_embeddings(
                     truncated += part.facts["truncated_chunks"]
                 writer.facts.update(chunks=chunks.fingerprint, **facts, truncated_chunks=truncated)
                 num_truncated += truncated
-    return {
+        seconds = time.perf_counter() - started
+    metrics = {
         "vectors": total,
         "dim": facts["dim"],
         "padded_length": facts["max_tokens"],
         "truncated_chunks": num_truncated,
         "truncated_share": num_truncated / max(total, 1),
     }
+    return Outcome(metrics, {"chunks_per_second": bar.made / seconds, "chunks_per_batch": float(rows_per_batch)})

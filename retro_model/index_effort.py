@@ -23,6 +23,7 @@ from retro_model.index import Searcher, nearest_by_code
 from retro_model.index_keys import code_of, num_lists
 
 RESCORED = (256, 512, 1024, 2048, 4096)  # how many candidates by code may be scored again
+SURPLUS = 32  # candidates fetched beyond those: codes are often equally near
 
 
 class Effort(NamedTuple):
@@ -69,7 +70,7 @@ def choose_effort(
 
         if rescored is None:
             return search(queries, k)[0]
-        ids = nearest_by_code(search, queries, min(rescored, len(vectors)), 0, len(vectors))
+        ids = nearest_by_code(search, queries, min(rescored, len(vectors)), SURPLUS, len(vectors))
         return smallest(stored_distances(queries, vectors, ids), ids, k)[0]
 
     def recall(rescored: int | None, probes: int) -> float:

@@ -3,12 +3,13 @@
 import math
 import re
 import zlib
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 MISSED = 0.001  # share of near duplicates at the threshold that never become candidates
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, without a pattern: it spreads what is added over 64 bits
 GRAMS_PER_BATCH = 2048  # times 128 permutations of 4 bytes: what a processor's cache holds
 
 
@@ -16,52 +17,100 @@ class NearDuplicates:
     """Finds texts whose 13-gram Jaccard similarity to one of the added texts reaches a threshold.
 
     The similarity is MinHash's estimate over 128 permutations (standard error .035 at .8); texts are
-    compared in lower case and by words only ([P] section 2.6 of Borgeaud et al. filters so).
+    compared in lower case and by words only ([P] section 2.6 of Borgeaud et al. filters so). An added text
+    of 700 words takes 1.5 kB of memory.
     """
 
     NUM_PERMUTATIONS = 128
     GRAM = 13
 
     def __init__(self, threshold: float) -> None:
-        from datasketch import MinHash, MinHashLSH
+        from datasketch import MinHash
 
         self.threshold = threshold
         self._empty = MinHash(self.NUM_PERMUTATIONS, hashfunc=int, scheme="affine32")
-        self._signatures: dict[int, MinHash] = {}
-        rows = _rows_per_band(threshold, self.NUM_PERMUTATIONS)
-        self._candidates = MinHashLSH(num_perm=self.NUM_PERMUTATIONS, params=(self.NUM_PERMUTATIONS // rows, rows))
-        self._sampled: set[int] = set()
+        self._rows = _rows_per_band(threshold, self.NUM_PERMUTATIONS)
+        self._signatures, self._samples = bytearray(), bytearray()
+        self._added: _Added | None = None  # what these hold, in order, from the first question on
         # A text at the threshold has at least that share of its grams in the other one.
         self._enough = math.log(MISSED) / math.log(1 - threshold) if threshold < 1 else 1
 
-    def add(self, number: int, text: str) -> None:
-        """Remembers a text's signature under `number`."""
+    def add(self, text: str) -> None:
+        """Remembers a text's signature."""
         grams = word_grams(text, self.GRAM)
         if len(grams):  # a text without words resembles nothing
-            self._signatures[number] = self._signature(grams)
-            self._candidates.insert(number, self._signatures[number])
-            self._sampled.update(_sample(grams))
+            self._signatures += self._signature(grams).tobytes()
+            self._samples += _sample(grams).tobytes()
+            self._added = None
 
     def repeated_by(self, text: str) -> bool:
         """Whether `text` is at least as similar to one of the added texts as the threshold."""
+        if self._added is None:
+            self._added = _Added.of(self._signatures, self._samples, self._rows)
         grams = _grams(text, self.GRAM)
         sample = _sample(grams)
-        if not len(grams) or (len(sample) >= self._enough and self._sampled.isdisjoint(sample)):
+        if not len(grams) or (len(sample) >= self._enough and not _any_in(sample, self._added.samples)):
             return False  # most texts end here, at a fraction of a signature's cost
         signature = self._signature(np.unique(grams))
-        candidates = self._candidates.query(signature)
-        return any(signature.jaccard(self._signatures[number]) >= self.threshold for number in candidates)
+        alike = (self._added.candidates(signature) == signature).mean(axis=1)
+        return bool((alike >= self.threshold).any())
 
-    def _signature(self, grams: npt.NDArray[np.uint32]) -> Any:
-        signature = self._empty.copy()
+    def _signature(self, grams: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
+        signature, halves = self._empty.copy(), grams >> np.uint64(32)  # the better half, which affine32 takes
         for start in range(0, len(grams), GRAMS_PER_BATCH):
-            signature.update_batch(grams[start : start + GRAMS_PER_BATCH].tolist())
-        return signature
+            signature.update_batch(halves[start : start + GRAMS_PER_BATCH].tolist())
+        found: npt.NDArray[np.uint32] = signature.hashvalues
+        return found
 
 
-def _sample(grams: npt.NDArray[np.uint32]) -> set[int]:
+class _Added(NamedTuple):
+    """All added texts: their signatures (n, permutations), a sample of all their grams, and for each band
+    of `rows` permutations the signatures' keys (bands, n) in order, with the number of each one's text."""
+
+    signatures: npt.NDArray[np.uint32]
+    samples: npt.NDArray[np.uint64]
+    keys: npt.NDArray[np.uint64]
+    texts: npt.NDArray[np.int64]
+    rows: int
+
+    @classmethod
+    def of(cls, signatures: bytearray, samples: bytearray, rows: int) -> "_Added":
+        matrix = np.frombuffer(bytes(signatures), np.uint32).reshape(-1, NearDuplicates.NUM_PERMUTATIONS)
+        keys = _band_keys(matrix, rows).T
+        texts = np.argsort(keys, axis=1)
+        sampled = np.unique(np.frombuffer(bytes(samples), np.uint64))
+        return cls(matrix, sampled, np.take_along_axis(keys, texts, axis=1), texts, rows)
+
+    def candidates(self, signature: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+        """The signatures (n, permutations) of the texts that share a band with this one."""
+        found = [np.empty(0, np.int64)]
+        for key, keys, texts in zip(_band_keys(signature[None], self.rows)[0], self.keys, self.texts, strict=True):
+            start, stop = np.searchsorted(keys, key), np.searchsorted(keys, key, side="right")
+            found.append(texts[start:stop])
+        return self.signatures[np.unique(np.concatenate(found))]
+
+
+def _band_keys(signatures: npt.NDArray[np.uint32], rows: int) -> npt.NDArray[np.uint64]:
+    """A number (n, bands) for every `rows` permutations of a signature; the last few may be left over."""
+    num_bands = signatures.shape[1] // rows
+    bands = signatures[:, : num_bands * rows].reshape(len(signatures), num_bands, rows)
+    keys = np.zeros(bands.shape[:2], np.uint64)
+    for row in range(rows):
+        keys = (keys + bands[:, :, row]) * MULTIPLIER
+    return keys
+
+
+def _sample(grams: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The same sixteenth of all grams in every text."""
-    return set(grams[grams % 16 == 0].tolist())
+    chosen: npt.NDArray[np.uint64] = grams[(grams >> np.uint64(32)) % np.uint64(16) == 0]
+    return chosen
+
+
+def _any_in(some: npt.NDArray[np.uint64], ordered: npt.NDArray[np.uint64]) -> bool:
+    if not len(ordered):
+        return False
+    places = np.minimum(np.searchsorted(ordered, some), len(ordered) - 1)
+    return bool((ordered[places] == some).any())
 
 
 def _rows_per_band(threshold: float, num_permutations: int) -> int:
@@ -81,19 +130,19 @@ def _words(text: str) -> list[bytes]:
     return [word.encode() for word in _WORDS.findall(text.lower())]
 
 
-def word_grams(text: str, size: int) -> npt.NDArray[np.uint32]:
-    """Sorted 32-bit hashes of the distinct runs of `size` words; a shorter text is one run."""
+def word_grams(text: str, size: int) -> npt.NDArray[np.uint64]:
+    """Sorted 64-bit hashes of the distinct runs of `size` words; a shorter text is one run."""
     return np.unique(_grams(text, size))
 
 
-def _grams(text: str, size: int) -> npt.NDArray[np.uint32]:
+def _grams(text: str, size: int) -> npt.NDArray[np.uint64]:
     words = _words(text)
     if not words:
-        return np.empty(0, np.uint32)
+        return np.empty(0, np.uint64)
     hashes = np.fromiter(map(zlib.crc32, words), np.uint64, len(words))
     size = min(size, len(words))
     grams = np.zeros(len(words) - size + 1, np.uint64)
     for place in range(size):
         # Added before it is multiplied, so that the last word too reaches the upper half.
-        grams = (grams + hashes[place : place + len(grams)]) * np.uint64(0x9E3779B97F4A7C15)
-    return (grams >> np.uint64(32)).astype(np.uint32)
+        grams = (grams + hashes[place : place + len(grams)]) * MULTIPLIER
+    return grams

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from retro_model.artifacts import write_json
+from retro_model.artifacts import Artifact, write_json
 from retro_model.embedding import make_embeddings
-from stages.harness import run_stage, work_folder
+from stages.harness import record_timing, run_stage, work_folder
 from stages.params import read_params
 
 
@@ -13,7 +13,7 @@ def main() -> None:
     params = read_params("embed", "runtime")
     chunks, tokenizer = Path("data/chunks"), Path("data/tokenizer")
     with work_folder("embed", [chunks, tokenizer], {"embed": params.embed}) as work:
-        metrics = make_embeddings(
+        outcome = make_embeddings(
             chunks,
             tokenizer,
             params.embed,
@@ -23,7 +23,9 @@ def main() -> None:
             engine=params.runtime.make_engine(),
             work_folder=work,
         )
-    write_json(Path("metrics/embed.json"), metrics)
+    write_json(Path("metrics/embed.json"), outcome.metrics)
+    made = Artifact.open(Path("data/embeddings/train"), "embeddings", verify=False).fingerprint
+    record_timing("embed.forward", made, **outcome.timings)
 
 
 if __name__ == "__main__":

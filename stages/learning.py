@@ -51,6 +51,7 @@ def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int,
 
 
 def _retrieval_timings(neighbors: Path) -> dict[str, float]:
-    """How long a query took when the neighbors, and the index that found them, were made here."""
+    """How fast these neighbors, and the vectors and index that they were found with, were made, where it was here."""
     found = Artifact.open(neighbors, "neighbors", verify=False)
-    return recorded_timings(found.facts["index"]) | recorded_timings(found.fingerprint)
+    made = found.facts["embeddings"], found.facts["index"], found.fingerprint
+    return {name: value for fingerprint in made for name, value in recorded_timings(fingerprint).items()}

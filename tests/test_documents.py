@@ -470,8 +470,8 @@ def jaccard(one: str, other: str) -> float:
 def test_near_duplicates_agree_with_the_definition(threshold: float) -> None:
     found = NearDuplicates(threshold)
     base = [text_of(seed, 500) for seed in range(10)]
-    for number, text in enumerate(base):
-        found.add(number, text)
+    for text in base:
+        found.add(text)
     for seed in range(200):
         words = base[seed % 10].split()
         start = random.Random(seed).randrange(1, 500)
@@ -482,10 +482,18 @@ def test_near_duplicates_agree_with_the_definition(threshold: float) -> None:
     assert all(found.repeated_by(text) for text in base)
 
 
+def test_a_text_may_be_added_after_a_question() -> None:
+    found = NearDuplicates(0.8)
+    assert not found.repeated_by(text_of(1, 300))
+    for seed in range(3):
+        found.add(text_of(seed, 300))
+        assert [found.repeated_by(text_of(other, 300)) for other in range(3)] == [other <= seed for other in range(3)]
+
+
 def test_texts_without_words_repeat_nothing() -> None:
     found = NearDuplicates(0.8)
-    found.add(0, "... !!! ---")
-    found.add(1, "\u2603")
+    found.add("... !!! ---")
+    found.add("\u2603")
     assert not found.repeated_by("??? ;;;")
 
 
@@ -494,7 +502,7 @@ def test_word_grams_are_as_many_as_the_definition_says(words: list[str], size: i
     runs = {tuple(words[start : start + size]) for start in range(max(1, len(words) - size + 1))} if words else set()
     grams = word_grams(" ".join(words), size)
     assert len(grams) == len(runs)
-    assert grams.dtype == np.uint32
+    assert grams.dtype == np.uint64
 
 
 @given(st.text(st.characters(max_codepoint=127), max_size=60))

@@ -261,7 +261,8 @@ def test_an_encoder_that_cannot_be_used_is_one_line(encoder_folder: Path, tmp_pa
 
 def test_chunks_become_vectors(encoder_folder: Path, data: Path, tmp_path: Path) -> None:
     config = config_for(encoder_folder, max_tokens=0, number_type="auto")
-    metrics = make_embeddings(data / "chunks", data / "tokenizer", config, tmp_path / "out")
+    metrics, timings = make_embeddings(data / "chunks", data / "tokenizer", config, tmp_path / "out")
+    assert timings["chunks_per_batch"] == 32 and timings["chunks_per_second"] > 0
     encoder = Encoder.open(config, chunk_size=16)
     tokenizer = Tokenizer.open(data / "tokenizer")
     total = truncated = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from retro_model.errors import ConfigError, RetroError
-from stages.harness import project_root, record_timing, run_stage, work_folder
+from stages.harness import project_root, record_timing, recorded_timings, run_stage, work_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,3 +141,14 @@ def test_the_root_is_the_users_repository_in_a_temporary_checkout_too(
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "elsewhere"))
     record_timing("chunk", seconds=1.0)
     assert (tmp_path / "elsewhere" / ".retro" / "timings.jsonl").read_text().startswith('{"stage": "chunk"')
+
+
+def test_timings_are_found_by_what_was_made(project: Path) -> None:
+    assert recorded_timings("abc") == {}
+    record_timing("chunk", seconds=1.0)
+    record_timing("index.search", "abc", milliseconds_per_query=2.0)
+    record_timing("index.search", "another", milliseconds_per_query=3.0)
+    record_timing("index.search", "abc", milliseconds_per_query=4.0)
+    record_timing("index", seconds=5.0)
+    assert recorded_timings("abc") == {"index.search.milliseconds_per_query": 4.0}, "the last that were recorded"
+    assert recorded_timings("restored from a remote") == {}

@@ -147,6 +147,9 @@ def test_mlflow_has_a_run_for_each_model_with_the_metrics_of_its_stage(project: 
         assert {"loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(run["metrics"])  # type: ignore[call-overload]
         assert run["params"]["train.steps"] == "6"  # type: ignore[index]
         assert run["tags"]["git.commit"] and run["tags"]["input.data/chunks/train"]  # type: ignore[index]
+        timings = {name for name in run["metrics"] if name.endswith(".milliseconds_per_query")}  # type: ignore[attr-defined]
+        searches = {"index.search.milliseconds_per_query", "knn.search.milliseconds_per_query"}
+        assert timings == (searches if stage == "train" else set()), "where they were measured, never in metrics/*.json"
     for key, value in metrics(project, "evaluate").items():  # the newest evaluation, on the model's own run
         assert run["metrics"][key] == pytest.approx(value), key  # type: ignore[index]
     children = [child for child in runs if child["tags"].get("mlflow.parentRunId") == run["id"]]  # type: ignore[attr-defined]
