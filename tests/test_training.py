@@ -81,7 +81,7 @@ def make_trainer(
     ]
     torch.manual_seed(seed)
     model = build_model(MODEL, chunks["train"].facts, SEQ_LEN, retrieval=True)
-    return Trainer(model, *data, train, seed=seed, device=torch.device("cpu"), checkpoints=checkpoints)
+    return Trainer(model, *data, train, seed=seed, checkpoints=checkpoints)
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
@@ -186,11 +186,12 @@ def test_portions_add_up_to_the_batch(woven: Woven) -> None:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # portions draw other dropout masks than the whole
     for step in range(3):
-        batches, portions = whole.batches(step), parts.batches(step)
-        assert (len(batches), len(portions)) == (1, 4)
-        assert torch.cat([batch.seq for batch in portions]).equal(batches[0].seq)
-        assert len({batch.num_labels for batch in portions}) > 1, "so that portions must be weighed"
-        a, b = whole.step(batches), parts.step(portions)
+        one, four = whole.data(step), parts.data(step)
+        assert (len(one.portions), len(four.portions)) == (1, 4)
+        assert torch.cat([batch.seq for batch in four.portions]).equal(one.portions[0].seq)
+        assert len({batch.num_labels for batch in four.portions}) > 1, "so that portions must be weighed"
+        assert one.num_labels == four.num_labels == one.portions[0].num_labels
+        a, b = whole.step(one), parts.step(four)
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
@@ -206,7 +207,7 @@ def test_gradients_are_clipped(woven: Woven) -> None:
         original()
 
     trainer.optimizer.step = spy  # type: ignore[method-assign,assignment]
-    record = trainer.step(trainer.batches(0))
+    record = trainer.step(trainer.data(0))
     assert record["grad_norm"] > 1e-3 and norms == pytest.approx([1e-3], rel=1e-2)
 
 
@@ -215,27 +216,27 @@ def test_gradients_are_clipped(woven: Woven) -> None:
 
 def test_the_first_loss_is_that_of_knowing_nothing(woven: Woven) -> None:
     trainer = make_trainer(woven)
-    assert trainer.step(trainer.batches(0))["loss"] == pytest.approx(math.log(VOCABULARY), abs=0.05)
+    assert trainer.step(trainer.data(0))["loss"] == pytest.approx(math.log(VOCABULARY), abs=0.05)
 
 
 def test_neighbors_are_dropped_for_whole_sequences_and_by_the_step_alone(woven: Woven) -> None:
     trainer = make_trainer(woven, dataclasses.replace(TRAIN, batch_size=10, accumulation=1))
     dropped = []
     for step in range(30):
-        (batch,) = trainer.batches(step)
+        (batch,) = trainer.data(step).portions
         kept = trainer.training.batch(batch.rows).retrieved
         assert batch.retrieved is not None and kept is not None
         gone = (batch.retrieved == trainer.training.pad_id).all(dim=(1, 2, 3))
         assert batch.retrieved[~gone].equal(kept[~gone])
         dropped += gone.tolist()
-        (again,) = trainer.batches(step)
+        (again,) = trainer.data(step).portions
         assert again.retrieved is not None and again.retrieved.equal(batch.retrieved)
     assert 0.2 < np.mean(dropped) < 0.4
 
 
 def test_steps_go_through_the_epoch_one_batch_after_the_other(woven: Woven) -> None:
     trainer = make_trainer(woven)
-    rows = [batch.rows for step in range(3) for batch in trainer.batches(step)]
+    rows = [batch.rows for step in range(3) for batch in trainer.data(step).portions]
     assert np.concatenate(rows).tolist() == trainer.training.training_rows(0, 0, 12).tolist()
 
 
@@ -336,7 +337,7 @@ def test_records_hold_what_a_person_watches(woven: Woven, tmp_path: Path) -> Non
     records: dict[int, Mapping[str, float]] = {}
     run(woven, tmp_path, log=records.__setitem__, log_every=4)
     assert list(records) == [4, 5, 8, 10, 12]
-    always = {"loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    always = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_share"}
     assert all(always <= record.keys() for record in records.values())
     validated = [step for step, record in records.items() if "valid_loss" in record]
     assert validated == [5, 10, 12]
@@ -434,7 +435,7 @@ def log(step, record):
     if when == f"step {{step}}":
         die()
 if when == "saving":
-    retro_model.resume.optimizer_tensors = die
+    retro_model.resume.write_json = die
 folders = [Path(folder) for folder in {[str(woven.chunks), str(woven.neighbors), str(woven.tokenizer)]!r}]
 train_model(*folders, MODEL, TRAIN, knn=2, seq_len={SEQ_LEN}, seed=0, out_folder=work.parent / "retro",
             work_folder=work, log=log, threads=1, log_every=1, checkpoint_every=3)
@@ -518,7 +519,7 @@ def test_a_torn_checkpoint_is_refused(woven: Woven, tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite_name_the_step_and_the_chunks(woven: Woven, tmp_path: Path, spoiled: str) -> None:
     checkpoints = Checkpoints(tmp_path, "fingerprint")
     trainer = make_trainer(woven, checkpoints=checkpoints)
-    trainer.step(trainer.batches(0))
+    trainer.step(trainer.data(0))
     saved = trainer.save()
     weight = trainer.model.embedding.weight
     if spoiled == "loss":
@@ -526,14 +527,13 @@ def test_numbers_that_are_not_finite_name_the_step_and_the_chunks(woven: Woven, 
     else:
         weight.register_hook(lambda gradient: gradient * torch.inf)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    batches = trainer.batches(1)
+    data = trainer.data(1)
     with pytest.raises(TrainingError) as caught:
-        trainer.step(batches)
+        trainer.step(data)
     message = str(caught.value)
     assert message.startswith("step 2: loss ") and f"last good checkpoint: {saved}" in message
-    for batch in batches:
-        for rows in batch.rows:
-            assert f"{rows[0]}-{rows[-1]}" in message
+    for rows in data.rows:
+        assert f"{rows[0]}-{rows[-1]}" in message
     after = trainer.model.state_dict()
     assert all(tensor.equal(after[name]) or tensor.isnan().all() for name, tensor in before.items())
 
