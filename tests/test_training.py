@@ -19,6 +19,7 @@ from woven import Woven, write_tokenizer, write_woven
 import retro_model.resume
 from retro_model.artifacts import Artifact, file_digest
 from retro_model.dataset import PackedSequences
+from retro_model.distributed import ALONE, World
 from retro_model.errors import ConfigError, DamagedArtifactError, MismatchError, TrainingError
 from retro_model.model import RETRO, RETROConfig
 from retro_model.optimization import learning_rate, make_optimizer
@@ -72,7 +73,11 @@ def run(woven: Woven, folder: Path, train: TrainConfig = TRAIN, **arguments: Any
 
 
 def make_trainer(
-    woven: Woven, train: TrainConfig = TRAIN, checkpoints: Checkpoints | None = None, seed: int = 0
+    woven: Woven,
+    train: TrainConfig = TRAIN,
+    checkpoints: Checkpoints | None = None,
+    seed: int = 0,
+    world: World = ALONE,
 ) -> Trainer:
     chunks = {split: Artifact.open(woven.chunks / split, "chunks") for split in ("train", "valid")}
     data = [
@@ -81,7 +86,7 @@ def make_trainer(
     ]
     torch.manual_seed(seed)
     model = build_model(MODEL, chunks["train"].facts, SEQ_LEN, retrieval=True)
-    return Trainer(model, *data, train, seed=seed, checkpoints=checkpoints)
+    return Trainer(model, *data, train, seed=seed, checkpoints=checkpoints, world=world)
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
