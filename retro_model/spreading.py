@@ -64,7 +64,8 @@ def gradients_stay(call: object) -> AbstractContextManager[object]:
 def alike(batch: Batch, pad_id: int) -> Batch:
     """The batch, and if none of its chunks has a neighbor a sequence that has one: padding, without labels.
 
-    For a process whose batch has no neighbors while another's has: both then run the same layers.
+    Then encoder and cross-attention run, and learn nothing: for a process whose batch has no neighbors while
+    another's has, and where they are all that is trained.
     """
     assert batch.retrieved is not None
     if bool((batch.retrieved != pad_id).any()):

@@ -144,6 +144,7 @@ class Trainer:
         self.number_type = resolve_number_type(config.number_type, world.device)
         self.share = _share(config, world)
         self.sharded = config.shard and world.size > 1
+        self.frozen = not model.embedding.weight.requires_grad
         self.validation_rows = _spread(validation.ordered_rows(), config.validate_sequences)
         self.state = TrainingState()
         self.best_weights: dict[str, Tensor] = {}
@@ -184,7 +185,8 @@ class Trainer:
         config, training = self.config, self.training
         rows = training.training_rows(self.seed, step * config.batch_size, config.batch_size)
         chances = random_numbers(self.seed, step, NEIGHBOR_DROPOUT).random(config.batch_size)
-        without = chances < config.neighbor_dropout
+        # A frozen decoder learns nothing from a sequence without neighbors, and need not.
+        without = chances < (0.0 if self.frozen else config.neighbor_dropout)
         portions = zip(np.split(rows, config.accumulation), np.split(without, config.accumulation), strict=True)
         return Step(rows, [self._portion(*portion) for portion in portions], training.count_labels(rows))
 
@@ -192,7 +194,10 @@ class Trainer:
         """This process's part of a portion that all share."""
         mine = slice(self.world.rank * self.share, (self.world.rank + 1) * self.share)
         batch = self.training.batch(rows[mine], without=without[mine])
-        if self.sharded and batch.retrieved is not None and (self.training.neighbor_ids(rows[~without]) >= 0).any():
+        if batch.retrieved is None or not (self.sharded or self.frozen):
+            return batch
+        # What is trained must run: if all else is frozen always, if it is cut among processes with any of them.
+        if self.frozen or (self.training.neighbor_ids(rows[~without]) != NO_ROW).any():
             return alike(batch, self.training.pad_id)
         return batch
 
