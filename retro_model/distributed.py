@@ -14,10 +14,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -103,7 +104,7 @@ def together(count: int, device: str, work: Callable[[World], object]) -> Iterat
         yield World(device=torch.device(device))
         return
     threads = max(torch.get_num_threads() // count, 1) if device == "cpu" else torch.get_num_threads()
-    store = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False)
+    store = _store(0, count, main=True)
     spawn = multiprocessing.get_context("spawn")
     others = [
         spawn.Process(target=_other, args=(rank, count, store.port, device, threads, work), daemon=True)
@@ -123,8 +124,13 @@ def together(count: int, device: str, work: Callable[[World], object]) -> Iterat
             process.join()
 
 
+def _store(port: int, size: int, main: bool) -> Any:
+    """Where the processes of this machine meet; port 0 is any that is free."""
+    return dist.TCPStore("127.0.0.1", port, size, is_master=main, wait_for_workers=False)  # type: ignore[attr-defined]
+
+
 @contextmanager
-def _group(rank: int, size: int, local: int, device: str, store: dist.Store | None) -> Iterator[World]:
+def _group(rank: int, size: int, local: int, device: str, store: Any | None) -> Iterator[World]:
     """This process as a member of the group."""
     place = torch.device(device)
     if device == "cuda":
@@ -139,7 +145,7 @@ def _group(rank: int, size: int, local: int, device: str, store: dist.Store | No
 
 
 @contextmanager
-def _ending(others: list[BaseProcess]) -> Iterator[None]:
+def _ending(others: Sequence[BaseProcess]) -> Iterator[None]:
     """Waits for the others when the block ends well; else ends them, and says if it was one of them that failed."""
     try:
         yield
@@ -158,7 +164,7 @@ def _ending(others: list[BaseProcess]) -> Iterator[None]:
         process.join()
 
 
-def _lost(others: list[BaseProcess]) -> tuple[int, int] | None:
+def _lost(others: Sequence[BaseProcess]) -> tuple[int, int] | None:
     """The first of the other processes that has ended, and its status."""
     multiprocessing.connection.wait([process.sentinel for process in others], timeout=SECONDS_TO_END)
     for rank, process in enumerate(others, start=1):
@@ -172,7 +178,7 @@ def _other(rank: int, size: int, port: int, device: str, threads: int, work: Cal
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; process 0 says when to stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
+    store = _store(port, size, main=False)
     try:
         with _group(rank, size, rank, device, store) as world:
             work(world)

@@ -84,12 +84,12 @@ class TrainingWrapper:
         self.tokenizer = open_tokenizer(encoder)
         _check_model(retro, chunk_size, self.tokenizer)
         force = _reprocess()
-        files = {
+        files: dict[str, Any] = {
             "chunks_memmap_path": Path(chunks_memmap_path),
             "seqs_memmap_path": Path(seqs_memmap_path),
             "doc_ids_memmap_path": Path(doc_ids_memmap_path),
         }
-        settings = {
+        settings: dict[str, Any] = {
             "chunk_size": chunk_size,
             "seq_len": retro.config.max_seq_len,
             "glob": glob,
