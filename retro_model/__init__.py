@@ -12,10 +12,11 @@ _PUBLIC = {
     "RETROConfig": "retro_model.model",
     "RETRODataset": "retro_model.memmaps",
     "Retriever": "retro_model.retriever",
+    "TrainingWrapper": "retro_model.training_wrapper",
     "generate": "retro_model.generation",
 }
 
-__all__ = ["RETRO", "RETROConfig", "RETRODataset", "Retriever", "generate"]
+__all__ = ["RETRO", "RETROConfig", "RETRODataset", "Retriever", "TrainingWrapper", "generate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ is whole. Readers refuse what they do not know.
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,21 @@ def save_pretrained(model: RETRO, folder: str | os.PathLike[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).unlink(missing_ok=True)  # what is there is no model until the end
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / f"{WEIGHTS_NAME}.part", metadata={"format": "pt"})
+    write_tensors(weights, folder / f"{WEIGHTS_NAME}.part", metadata={"format": "pt"})
     os.replace(folder / f"{WEIGHTS_NAME}.part", folder / WEIGHTS_NAME)
     (folder / f"{CONFIG_NAME}.part").write_text(config, encoding="utf-8")
     os.replace(folder / f"{CONFIG_NAME}.part", folder / CONFIG_NAME)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file; a full disk is the OSError that it is for any other file."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def load_config(folder: str | os.PathLike[str]) -> RETROConfig:

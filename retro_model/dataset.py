@@ -194,6 +194,10 @@ class PackedSequences:
             num_labels=int(np.count_nonzero(labels != self.pad_id)),
         )
 
+    def count_labels(self, rows: IntArray) -> int:
+        """How many labels the sequences of the given rows have."""
+        return int(np.count_nonzero(self.chunks["tokens"][rows[rows != NO_ROW]][:, 1:] != self.pad_id))
+
     def neighbor_ids(self, rows: IntArray, shuffled: bool = False) -> npt.NDArray[np.int64]:
         """The nearest database rows (B, L, knn) of the given rows, -1 where there is none.
 

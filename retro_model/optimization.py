@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from retro_model.devices import NumberType
+from retro_model.spreading import part_of, whole
 
 # One stream of random numbers for each purpose, all from the seed and the step.
 NEIGHBOR_DROPOUT, DROPOUT = 1, 2
@@ -24,9 +25,9 @@ def random_numbers(seed: int, step: int, purpose: int) -> np.random.Generator:
     return np.random.default_rng([seed, step, purpose])
 
 
-def reseed(seed: int, step: int, purpose: int) -> None:
+def reseed(seed: int, step: int, purpose: int, rank: int = 0) -> None:
     """Sets torch's generators, which dropout draws from, as a function of the arguments alone."""
-    torch.manual_seed(int(random_numbers(seed, step, purpose).integers(2**63)))
+    torch.manual_seed(int(random_numbers(seed, step, purpose).integers(2**63, size=rank + 1)[rank]))
 
 
 def learning_rate(step: int, *, peak: float, steps: int, warmup: int, schedule: str, floor: float) -> float:
@@ -64,14 +65,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def gradient_norm_clipped(parameters: Iterable[Tensor], maximum: float) -> Tensor:
     """The norm of all gradients together, which are then scaled down to `maximum` at most (0: never)."""
-    return nn.utils.clip_grad_norm_(parameters, maximum or math.inf)
+    norm = nn.utils.clip_grad_norm_(parameters, maximum or math.inf)
+    full_tensor = getattr(norm, "full_tensor", None)  # of gradients that are cut among processes
+    return norm if full_tensor is None else full_tensor()
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by the parameters' names: `decoder.0.up.weight/exp_avg`."""
+    """The optimizer's state by the parameters' names: `decoder.0.up.weight/exp_avg`.
+
+    Of a model that is cut among processes it is the whole state, and all must ask.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}/{key}": value.detach().to("cpu", copy=True).contiguous()
+        f"{names[parameter]}/{key}": whole(value)
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
@@ -85,5 +91,5 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     state: dict[int, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition("/")
-        state.setdefault(places[name], {})[key] = tensor
+        state.setdefault(places[name], {})[key] = part_of(tensor, parameters[places[name]])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

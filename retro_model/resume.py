@@ -15,16 +15,15 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
 from retro_model.artifacts import whole_folder, write_json
+from retro_model.checkpoint import write_tensors
 from retro_model.errors import DamagedArtifactError
-from retro_model.optimization import optimizer_tensors, restore_optimizer
 
 Row = dict[str, float]
 
@@ -42,6 +41,15 @@ class TrainingState:
     best: Row | None = None  # the history's row with the least validation loss, the first of equals
 
 
+class Saved(NamedTuple):
+    """A checkpoint in main memory, whole, however the model was spread over processes."""
+
+    state: TrainingState
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    best_weights: dict[str, Tensor]
+
+
 class Checkpoints:
     """The checkpoints of one training run in `folder`, which nobody else writes.
 
@@ -56,8 +64,8 @@ class Checkpoints:
     def save(
         self,
         state: TrainingState,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        weights: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
         best_weights: dict[str, Tensor],
     ) -> Path:
         """Writes a checkpoint, then deletes those before it."""
@@ -65,13 +73,13 @@ class Checkpoints:
             best = self._best_file(state)
             if not best.exists():  # a step's weights never change
                 partial = best.with_suffix(".partial")
-                save_file(best_weights, partial)
+                write_tensors(best_weights, partial)
                 partial.replace(best)
         path = self.folder / f"checkpoint-{state.step:08d}"
         if not path.exists():
             with whole_folder(path) as folder:
-                save_file(cpu_weights(model), folder / "weights.safetensors")
-                save_file(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
+                write_tensors(weights, folder / "weights.safetensors")
+                write_tensors(optimizer, folder / "optimizer.safetensors")
                 write_json(folder / "state.json", {"fingerprint": self.fingerprint, **asdict(state)})
         self._delete_others(path, state)
         return path
@@ -82,26 +90,27 @@ class Checkpoints:
         same = [path for path in paths if _read_json(path)["fingerprint"] == self.fingerprint]
         return max(same, default=None)
 
-    def restore(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[TrainingState, dict[str, Tensor]] | None:
-        """Puts the newest checkpoint into model and optimizer; its state and the best weights, or None.
-
-        Raises DamagedArtifactError where a file of it is not what was written.
-        """
+    def prune(self) -> None:
+        """Deletes all but the newest checkpoint: nothing of another run may pass for a part of this one."""
         path = self.latest()
-        state = _state(path) if path is not None else TrainingState()
-        self._delete_others(path, state)  # nothing of another run may pass for a part of this one
+        self._delete_others(path, _state(path) if path is not None else TrainingState())
+
+    def load(self) -> Saved | None:
+        """The newest checkpoint, or None. Raises DamagedArtifactError where a file of it is not what was written."""
+        path = self.latest()
         if path is None:
             return None
+        state = _state(path)
         try:
-            model.load_state_dict(load_file(path / "weights.safetensors"))
-            restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
-            best_weights = load_file(self._best_file(state)) if state.best is not None else {}
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            return Saved(
+                state,
+                load_file(path / "weights.safetensors"),
+                load_file(path / "optimizer.safetensors"),
+                load_file(self._best_file(state)) if state.best is not None else {},
+            )
+        except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise DamagedArtifactError(f"{path} cannot be read ({reason}); delete {self.folder}") from error
-        return state, best_weights
 
     def _best_file(self, state: TrainingState) -> Path:
         assert state.best is not None
@@ -115,12 +124,6 @@ class Checkpoints:
         for path in self.folder.glob("best-*"):
             if path != best:
                 path.unlink()
-
-
-def cpu_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the model's weights in main memory."""
-    weights = model.state_dict()
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
 
 
 def _state(path: Path) -> TrainingState:

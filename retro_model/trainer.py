@@ -5,16 +5,18 @@ dropped, the dropout. Weights, optimizer and a few counts are therefore all that
 """
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,7 +24,9 @@ from retro_model.ahead import ahead
 from retro_model.config import Config, setting
 from retro_model.dataset import NO_ROW, Batch, IntArray, PackedSequences
 from retro_model.devices import resolve_number_type
+from retro_model.distributed import ALONE, World
 from retro_model.errors import ConfigError, TrainingError
+from retro_model.hardware import peak, products
 from retro_model.model import RETRO
 from retro_model.optimization import (
     DROPOUT,
@@ -31,12 +35,22 @@ from retro_model.optimization import (
     gradient_norm_clipped,
     learning_rate,
     make_optimizer,
+    optimizer_tensors,
     random_numbers,
     reseed,
+    restore_optimizer,
     set_learning_rate,
 )
 from retro_model.progress import Progress
-from retro_model.resume import Checkpoints, Row, TrainingState, cpu_weights
+from retro_model.resume import Checkpoints, Row, Saved, TrainingState
+from retro_model.spreading import (
+    alike,
+    checkpoint_activations,
+    gradients_stay,
+    replicate,
+    shard,
+    whole_weights,
+)
 
 Log = Callable[[int, Mapping[str, float]], None]
 
@@ -59,6 +73,11 @@ class TrainConfig(Config, section="train"):
     validate_sequences: int = setting(32, minimum=0)  # spread over the split; 0: all
     number_type: str = setting("auto", choices=("auto", "float32", "bfloat16"))
     compile: bool = setting(False)
+    checkpoint_activations: bool = setting(False)  # less memory, a third more time
+    processes: int = setting(0, minimum=0)  # that share a step; 0: one for each GPU, or one
+    shard: bool = setting(False)  # each process holds a part of the weights only
+    init_from: str = setting("")  # a trained model's folder; an empty folder, or no name: new weights
+    freeze: str = setting("nothing", choices=("nothing", "decoder"))  # of what comes from init_from
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,26 +88,44 @@ class TrainConfig(Config, section="train"):
             allowed = f"at most train.steps = {self.steps}"
             raise ConfigError(f"train.warmup: found {self.warmup}, expected {allowed}")
 
+    def of_baseline(self) -> "TrainConfig":
+        """The same for a plain decoder from new weights: the settings of retrieval as if nobody had set them."""
+        return replace(self, neighbor_dropout=0.0, init_from="", freeze="nothing")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the outcome: all but how the work is spread, which a run that goes on may change."""
+        return {name: value for name, value in vars(self).items() if name not in ("processes", "shard")}
+
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What came out, besides weights.
+    """What came out.
 
     `history` has a row for each validation and `metrics` sums up: equal for equal inputs. `timings`
-    are of this process: they never are.
+    are of this process: they never are. Weights are whole, and those of process 0 only.
     """
 
     metrics: dict[str, float]
     history: list[Row]
     timings: dict[str, float]
     best_weights: dict[str, Tensor]
+    last_weights: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The data of one update of the weights."""
+
+    rows: IntArray  # (batch_size, L): the chunk rows of all processes
+    portions: list[Batch]  # of this process, to be computed one after the other
+    num_labels: int  # of all processes
 
 
 class Trainer:
     """One training run: a network, its data, its optimizer and how far it has come.
 
     Without neighbors in the data it trains the plain decoder. `checkpoints` may be None: then a run
-    that is stopped is lost.
+    that is stopped is lost. Of several processes each has a trainer with the same arguments but `world`.
     """
 
     def __init__(
@@ -99,38 +136,77 @@ class Trainer:
         config: TrainConfig,
         *,
         seed: int,
-        device: torch.device,
+        world: World = ALONE,
         checkpoints: Checkpoints | None = None,
     ) -> None:
-        self.model, self.training, self.validation = model.to(device), training, validation
-        self.config, self.seed, self.device, self.checkpoints = config, seed, device, checkpoints
-        self.number_type = resolve_number_type(config.number_type, device)
-        self.optimizer = make_optimizer(model, config.lr, config.weight_decay)
-        self.compute_loss = torch.compile(model) if config.compile else model
+        self.training, self.validation, self.config, self.seed = training, validation, config, seed
+        self.world, self.checkpoints = world, checkpoints
+        self.number_type = resolve_number_type(config.number_type, world.device)
+        self.share = _share(config, world)
+        self.sharded = config.shard and world.size > 1
+        self.frozen = not model.embedding.weight.requires_grad
+        self.validation_rows = _spread(validation.ordered_rows(), config.validate_sequences)
         self.state = TrainingState()
         self.best_weights: dict[str, Tensor] = {}
-        self.validation_rows = _spread(validation.ordered_rows(), config.validate_sequences)
-        if checkpoints is not None and (restored := checkpoints.restore(model, self.optimizer)) is not None:
-            self.state, self.best_weights = restored
+        saved = self._saved()
+        if saved is not None:
+            self.state = saved.state
+            self.best_weights = saved.best_weights if world.main else {}
+            model.load_state_dict(saved.weights)
+        self.model = model.to(world.device)
+        self.compute_loss = self._laid_out()
+        self.optimizer = make_optimizer(self.model, config.lr, config.weight_decay)
+        if saved is not None:
+            restore_optimizer(self.model, self.optimizer, saved.optimizer)
 
-    def batches(self, step: int) -> list[Batch]:
-        """The portions of a step's batch: a function of the seed and the step."""
-        config = self.config
-        rows = self.training.training_rows(self.seed, step * config.batch_size, config.batch_size)
+    def _saved(self) -> Saved | None:
+        """Where an earlier run of the same settings and inputs stopped, as every process reads it."""
+        if self.checkpoints is None:
+            return None
+        if self.world.main:
+            self.checkpoints.prune()
+        self.world.wait_for_all()
+        return self.checkpoints.load()
+
+    def _laid_out(self) -> Callable[..., Tensor]:
+        """What computes the loss: the model, laid out over memory and processes as the settings say."""
+        if self.config.checkpoint_activations:
+            checkpoint_activations(self.model)
+        if self.config.compile:
+            self.model.compile()
+        if self.sharded:
+            shard(self.model, self.world)
+        elif self.world.size > 1:
+            return replicate(self.model, self.world)
+        return self.model
+
+    def data(self, step: int) -> Step:
+        """What a step reads: a function of the seed and the step, and of which process this is."""
+        config, training = self.config, self.training
+        rows = training.training_rows(self.seed, step * config.batch_size, config.batch_size)
         chances = random_numbers(self.seed, step, NEIGHBOR_DROPOUT).random(config.batch_size)
-        portions = zip(
-            np.split(rows, config.accumulation),
-            np.split(chances < config.neighbor_dropout, config.accumulation),
-            strict=True,
-        )
-        return [self.training.batch(portion, without=without) for portion, without in portions]
+        # A frozen decoder learns nothing from a sequence without neighbors, and need not.
+        without = chances < (0.0 if self.frozen else config.neighbor_dropout)
+        portions = zip(np.split(rows, config.accumulation), np.split(without, config.accumulation), strict=True)
+        return Step(rows, [self._portion(*portion) for portion in portions], training.count_labels(rows))
 
-    def step(self, batches: list[Batch]) -> Row:
+    def _portion(self, rows: IntArray, without: npt.NDArray[np.bool_]) -> Batch:
+        """This process's part of a portion that all share."""
+        mine = slice(self.world.rank * self.share, (self.world.rank + 1) * self.share)
+        batch = self.training.batch(rows[mine], without=without[mine])
+        if batch.retrieved is None or not (self.sharded or self.frozen):
+            return batch
+        # What is trained must run: if all else is frozen always, if it is cut among processes with any of them.
+        if self.frozen or (self.training.neighbor_ids(rows[~without]) != NO_ROW).any():
+            return alike(batch, self.training.pad_id)
+        return batch
+
+    def step(self, data: Step) -> Row:
         """One update of the weights; the mean loss of the labels and what else is worth a record.
 
         Raises TrainingError, before the weights change, when loss or gradient is not finite.
         """
-        config, state = self.config, self.state
+        config, state, world = self.config, self.state, self.world
         rate = learning_rate(
             state.step,
             peak=config.lr,
@@ -141,28 +217,29 @@ class Trainer:
         )
         set_learning_rate(self.optimizer, rate)
         self.model.train()
-        reseed(self.seed, state.step, DROPOUT)
-        num_labels = sum(batch.num_labels for batch in batches)
-        total = torch.zeros((), device=self.device)
-        for batch in batches:
-            loss = self._loss(batch.to(self.device)) * (batch.num_labels / num_labels)
-            torch.autograd.backward(loss)
+        reseed(self.seed, state.step, DROPOUT, world.rank)
+        total = torch.zeros((), device=world.device)
+        for number, portion in enumerate(data.portions, start=1):
+            weight = portion.num_labels / data.num_labels
+            with gradients_stay(self.compute_loss) if number < len(data.portions) else nullcontext():
+                loss = self._loss(portion.to(world.device)) * weight
+                torch.autograd.backward(loss * world.size)  # gradients become their mean over the processes
             total += loss.detach()
         norm = gradient_norm_clipped(self.model.parameters(), config.clip)
-        mean_loss, gradient_norm = torch.stack([total, norm]).tolist()
+        mean_loss, gradient_norm = torch.stack([world.sum(total), norm]).tolist()
         if not (np.isfinite(mean_loss) and np.isfinite(gradient_norm)):
-            raise self._not_finite(mean_loss, gradient_norm, batches)
+            raise self._not_finite(mean_loss, gradient_norm, data.rows)
         self.optimizer.step()
         self.optimizer.zero_grad()
         state.step += 1
-        state.tokens += num_labels
-        state.positions += sum(batch.labels.numel() for batch in batches)
-        state.interval_loss += mean_loss * num_labels
-        state.interval_tokens += num_labels
+        state.tokens += data.num_labels
+        state.positions += data.rows.size * self.training.chunk_size
+        state.interval_loss += mean_loss * data.num_labels
+        state.interval_tokens += data.num_labels
         return {"loss": mean_loss, "learning_rate": rate, "grad_norm": gradient_norm}
 
     def _loss(self, batch: Batch) -> Tensor:
-        with autocast(self.number_type, self.device):
+        with autocast(self.number_type, self.world.device):
             loss: Tensor = self.compute_loss(
                 batch.seq,
                 batch.retrieved,
@@ -172,12 +249,11 @@ class Trainer:
             )
         return loss
 
-    def _not_finite(self, loss: float, gradient_norm: float, batches: list[Batch]) -> TrainingError:
-        rows = ", ".join(_row_range(sequence) for batch in batches for sequence in batch.rows)
+    def _not_finite(self, loss: float, gradient_norm: float, rows: IntArray) -> TrainingError:
         latest = self.checkpoints.latest() if self.checkpoints is not None else None
         return TrainingError(
             f"step {self.state.step + 1}: loss {loss}, gradient norm {gradient_norm}, expected finite "
-            f"numbers; train chunks {rows}; last good checkpoint: {latest or 'none'}; "
+            f"numbers; train chunks {', '.join(map(_row_range, rows))}; last good checkpoint: {latest or 'none'}; "
             f"try a lower train.lr, a longer train.warmup or train.number_type float32"
         )
 
@@ -194,57 +270,89 @@ class Trainer:
         state.interval_loss, state.interval_tokens = 0.0, 0
         state.history.append(row)
         if state.best is None or row["valid_loss"] < state.best["valid_loss"]:
-            state.best, self.best_weights = row, cpu_weights(self.model)
+            state.best, self.best_weights = row, self._weights()
         return row
 
     @torch.no_grad()
     def _validation_loss(self, neighbors: Literal["own", "shuffled", "none"], suffix: str) -> Row:
         """The mean loss of the labels in nats, and what that is in bits a byte of text."""
         self.model.eval()
-        loss, num_labels, num_bytes = 0.0, 0, 0
-        size = self.config.batch_size // self.config.accumulation
-        for first in range(0, len(self.validation_rows), size):
-            rows = self.validation_rows[first : first + size]
-            batch = self.validation.batch(rows, neighbors).to(self.device)
-            with autocast(self.number_type, self.device):
+        sums = torch.zeros(3, dtype=torch.float64)  # of losses, labels and bytes
+        for rows in self._validation_portions():
+            batch = self.validation.batch(rows, neighbors)
+            if self.sharded and batch.retrieved is not None:
+                batch = alike(batch, self.validation.pad_id)
+            batch = batch.to(self.world.device)
+            with autocast(self.number_type, self.world.device):
                 losses = self.model.token_losses(batch.seq, batch.retrieved, batch.labels, batch.documents)
-            loss += float(losses.double().sum())
-            num_labels += batch.num_labels
-            num_bytes += int(batch.bytes.sum())
+            sums += torch.tensor([float(losses.double().sum()), batch.num_labels, int(batch.bytes.sum())]).double()
+        loss, num_labels, num_bytes = self.world.sum(sums.to(self.world.device)).tolist()
         found = {f"valid_loss{suffix}": loss / num_labels}
         if not suffix:
             found["valid_bits_per_byte"] = loss / np.log(2) / max(num_bytes, 1)
         return found
 
+    def _validation_portions(self) -> Iterator[IntArray]:
+        """This process's part of the validation sequences; as many portions as the others have."""
+        rows, together = self.validation_rows, self.share * self.world.size
+        if self.world.size > 1 and len(rows) % together:
+            rows = np.concatenate([rows, np.full((-len(rows) % together, rows.shape[1]), NO_ROW)])
+        for first in range(self.world.rank * self.share, len(rows), together):
+            yield rows[first : first + self.share]
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The whole weights, in process 0."""
+        if not (self.world.main or self.sharded):
+            return {}
+        weights = whole_weights(self.model)  # if they are cut among the processes, all must ask
+        return weights if self.world.main else {}
+
     def save(self) -> Path | None:
         """Writes a checkpoint, if there is a place for it."""
-        if self.checkpoints is None:
+        if self.checkpoints is None or not (self.world.main or self.sharded):
             return None
-        return self.checkpoints.save(self.state, self.model, self.optimizer, self.best_weights)
+        weights, optimizer = self._weights(), optimizer_tensors(self.model, self.optimizer)
+        if not self.world.main:
+            return None
+        return self.checkpoints.save(self.state, weights, optimizer, self.best_weights)
 
     def run(self, title: str, log: Log, log_every: int, checkpoint_every: int) -> TrainingResult:
         """Trains to the last step. Neither interval changes what comes out."""
+        config, main = self.config, self.world.main
         clock = _Clock(self.state)
-        bar = Progress(title, self.config.steps, unit="step", done=self.state.step)
-        with torch.random.fork_rng(), _StopSignals(self.checkpoints is not None) as stop, bar:
-            for batches in ahead(map(self.batches, range(self.state.step, self.config.steps))):
-                record = self.step(batches)
-                validates = self._done or self.state.step % self.config.validate_every == 0
+        bar = Progress(title, config.steps, unit="step", done=self.state.step) if main else nullcontext()
+        with torch.random.fork_rng(), _StopSignals(self.checkpoints is not None) as stop, bar as shown:
+            for data in ahead(map(self.data, range(self.state.step, config.steps))):
+                record = self.step(data)
+                validates = self._done or self.state.step % config.validate_every == 0
                 if validates:
                     with clock.apart():
                         record |= _without_step(self.validate())
-                bar.update(1, f"loss {record['loss']:.3f}, {clock.rate():,.0f} tokens/s")
-                if validates or self.state.step % log_every == 0:
-                    log(self.state.step, {**record, "tokens_per_second": clock.lap()})
-                if self._done or stop.asked or self.state.step % checkpoint_every == 0:
+                if shown is not None:
+                    shown.update(1, f"loss {record['loss']:.3f}, {clock.rate():,.0f} tokens/s")
+                if main and (validates or self.state.step % log_every == 0):
+                    log(self.state.step, {**record, **self._speed(clock.lap())})
+                stopped = self.world.largest(stop.asked)
+                if self._done or stopped or self.state.step % checkpoint_every == 0:
                     with clock.apart():
-                        self.save()
-                stop.obey()
+                        path = self.save()
+                if stopped:
+                    if main:
+                        print(f"{title}: stops after step {self.state.step:,}, saved in {path}", file=sys.stderr)
+                    stop.obey(stopped, main)
         return self._result(clock)
 
     @property
     def _done(self) -> bool:
         return self.state.step == self.config.steps
+
+    def _speed(self, tokens_per_second: float) -> Row:
+        """Labels a second, and which share of the hardware's peak the products are that this takes."""
+        neighbors = self.training.knn if self.training.neighbors is not None else 0
+        length = self.training.seq_len
+        a_token = products(self.model.config, 1, length, neighbors) / length
+        most = peak(self.world.device, self.number_type).rate * self.world.size
+        return {"tokens_per_second": tokens_per_second, "peak_share": tokens_per_second * a_token / most}
 
     def _result(self, clock: "_Clock") -> TrainingResult:
         state, best = self.state, self.state.best
@@ -256,8 +364,19 @@ class Trainer:
             "real_token_share": state.tokens / state.positions,
             "num_weights": sum(parameter.numel() for parameter in self.model.parameters()),
         }
-        timings = {"tokens_per_second": clock.rate(), "seconds": clock.seconds()}
-        return TrainingResult(metrics, state.history, timings, self.best_weights)
+        timings = {**self._speed(clock.rate()), "seconds": clock.seconds()}
+        return TrainingResult(metrics, state.history, timings, self.best_weights, self._weights())
+
+
+def _share(config: TrainConfig, world: World) -> int:
+    """How many sequences of a portion each process takes; ConfigError where they do not share it evenly."""
+    portion = config.batch_size // config.accumulation
+    if portion % world.size:
+        raise ConfigError(
+            f"train.batch_size: found {config.batch_size} in {config.accumulation} portions, expected a multiple of "
+            f"{config.accumulation * world.size} for {world.size} processes"
+        )
+    return portion // world.size
 
 
 def _spread(rows: IntArray, count: int) -> IntArray:
@@ -313,7 +432,7 @@ class _StopSignals:
 
     def __init__(self, active: bool) -> None:
         self.active = active and threading.current_thread() is threading.main_thread()
-        self.asked: int | None = None
+        self.asked = 0  # the signal's number
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "_StopSignals":
@@ -326,10 +445,12 @@ class _StopSignals:
         self.asked = number
         self._restore()
 
-    def obey(self) -> None:
-        """Does what the signal would have done, if one came."""
-        if self.asked is not None:
-            signal.raise_signal(self.asked)
+    def obey(self, number: int, main: bool) -> None:
+        """Does what the signal would have done, which came to this process or to another that trains with it."""
+        self._restore()
+        if not main:
+            sys.exit(128 + number)
+        signal.raise_signal(number)
 
     def _restore(self) -> None:
         while self.previous:

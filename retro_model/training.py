@@ -22,14 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from retro_model.artifacts import Artifact, ArtifactWriter, whole_folder
 from retro_model.config import Config, setting
 from retro_model.dataset import PackedSequences
 from retro_model.devices import resolve_number_type
+from retro_model.distributed import World, resolve_processes, together
 from retro_model.errors import ConfigError
-from retro_model.model import RETRO
+from retro_model.model import RETRO, RETROConfig
 from retro_model.resume import Checkpoints
+from retro_model.starting import start_from, trained_model
 from retro_model.trainer import Log, TrainConfig, Trainer, TrainingResult
 
 __all__ = ["ModelConfig", "TrainConfig", "TrainingResult", "build_model", "train_model"]
@@ -106,56 +109,114 @@ def train_model(
     Without `neighbors_folder` it trains the baseline: the same decoder and data, no retrieval. With
     `work_folder` a run that was stopped continues there, and the last weights are left in
     `work_folder/last`. `log` gets a record every so often: loss, learning_rate, grad_norm,
-    tokens_per_second, and where validated train_loss, valid_loss, valid_loss_off (no neighbors) and
-    valid_loss_shuffled (those of other chunks).
+    tokens_per_second, peak_share, and where validated train_loss, valid_loss, valid_loss_off (no
+    neighbors) and valid_loss_shuffled (those of other chunks).
+
+    Several processes (`train_config.processes`) are started here, unless torchrun has started them; then
+    each calls this, and only process 0 logs, saves and writes. With them `device` is cpu or cuda.
 
     Raises MismatchError or ConfigError where settings and artifacts do not fit together, and
-    TrainingError for a loss or gradient that is not finite.
+    TrainingError for a loss or gradient that is not finite, or a process that is gone.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    tokenizer = Artifact.open(tokenizer_folder, "tokenizer")
-    inputs = _Inputs.open(chunks_folder, neighbors_folder, tokenizer)
-    training = inputs.sequences("train", seq_len, knn)
-    validation = inputs.sequences("valid", seq_len, knn)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = build_model(model_config, inputs.chunks["train"].facts, seq_len, inputs.retrieval)
-    place = torch.device(device)
-    number_type = resolve_number_type(train_config.number_type, place)
-    settings = {
-        "model": dataclasses.asdict(model_config),
-        "train": dataclasses.asdict(train_config),
-        "knn": knn if inputs.retrieval else 0,
-        "seq_len": seq_len,
-        "seed": seed,
-        "number_type": number_type,
-        "device": place.type,
-        "inputs": inputs.fingerprints(),
-    }
-    checkpoints = None
-    if work_folder is not None:
+    run = _Run(
+        chunks_folder=chunks_folder,
+        neighbors_folder=neighbors_folder,
+        tokenizer_folder=tokenizer_folder,
+        model_config=model_config,
+        train_config=train_config,
+        knn=knn,
+        seq_len=seq_len,
+        seed=seed,
+        out_folder=out_folder,
+        work_folder=work_folder,
+        log_every=log_every,
+        checkpoint_every=checkpoint_every,
+    )
+    processes = resolve_processes(train_config.processes, device)
+    with together(processes, device, run.train) as world:
+        return run.train(world, log)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The arguments of `train_model`, as each process gets them."""
+
+    chunks_folder: Path
+    neighbors_folder: Path | None
+    tokenizer_folder: Path
+    model_config: ModelConfig
+    train_config: TrainConfig
+    knn: int
+    seq_len: int
+    seed: int
+    out_folder: Path
+    work_folder: Path | None
+    log_every: int
+    checkpoint_every: int
+
+    def train(self, world: World, log: Log = _log_nothing) -> TrainingResult:
+        """Trains, and in process 0 writes the models."""
+        tokenizer = Artifact.open(self.tokenizer_folder, "tokenizer")
+        inputs = _Inputs.open(self.chunks_folder, self.neighbors_folder, tokenizer, self.train_config)
+        training = inputs.sequences("train", self.seq_len, self.knn)
+        validation = inputs.sequences("valid", self.seq_len, self.knn)
+        model = self._model(inputs)
+        trainer = Trainer(
+            model,
+            training,
+            validation,
+            self.train_config,
+            seed=self.seed,
+            world=world,
+            checkpoints=self._checkpoints(inputs, world.device),
+        )
+        title = self.out_folder.name
+        if trainer.state.step and world.main:
+            print(f"{title}: goes on after step {trainer.state.step:,}", file=sys.stderr, flush=True)
+        result = trainer.run(title, log, self.log_every, self.checkpoint_every)
+        if world.main:
+            facts = {
+                "retrieval": inputs.retrieval,
+                "knn": self.knn if inputs.retrieval else 0,
+                "chunk_size": training.chunk_size,
+                "seq_len": self.seq_len,
+                "number_type": trainer.number_type,
+                **inputs.facts(),
+            }
+            if self.work_folder is not None:
+                last = self.work_folder / "last"
+                _write_model(last, model.config, result.last_weights, tokenizer, {**facts, **result.history[-1]})
+            assert trainer.state.best is not None
+            best = {**facts, **trainer.state.best}
+            _write_model(self.out_folder, model.config, result.best_weights, tokenizer, best)
+        return result
+
+    def _model(self, inputs: "_Inputs") -> RETRO:
+        """The network with its first weights."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            model = build_model(self.model_config, inputs.chunks["train"].facts, self.seq_len, inputs.retrieval)
+        if inputs.start is not None:
+            start_from(model, inputs.start, self.train_config.freeze)
+        return model
+
+    def _checkpoints(self, inputs: "_Inputs", device: torch.device) -> Checkpoints | None:
+        if self.work_folder is None:
+            return None
+        settings = {
+            "model": dataclasses.asdict(self.model_config),
+            "train": {**self.train_config.identity(), "init_from": None},  # its fingerprint is below
+            "knn": self.knn if inputs.retrieval else 0,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "number_type": resolve_number_type(self.train_config.number_type, device),
+            "device": device.type,
+            "inputs": inputs.fingerprints(),
+        }
         fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        checkpoints = Checkpoints(work_folder / "checkpoints", fingerprint)
-    trainer = Trainer(model, training, validation, train_config, seed=seed, device=place, checkpoints=checkpoints)
-    title = out_folder.name
-    if trainer.state.step:
-        print(f"{title}: goes on after step {trainer.state.step:,}", file=sys.stderr, flush=True)
-    result = trainer.run(title, log, log_every, checkpoint_every)
-    facts = {
-        "retrieval": inputs.retrieval,
-        "knn": knn if inputs.retrieval else 0,
-        "chunk_size": training.chunk_size,
-        "seq_len": seq_len,
-        "number_type": number_type,
-        **inputs.facts(),
-    }
-    if work_folder is not None:
-        _write_model(work_folder / "last", model, tokenizer, {**facts, **result.history[-1]})
-    model.load_state_dict(result.best_weights)
-    assert trainer.state.best is not None
-    _write_model(out_folder, model, tokenizer, {**facts, **trainer.state.best})
-    return result
+        return Checkpoints(self.work_folder / "checkpoints", fingerprint)
 
 
 @dataclass(frozen=True)
@@ -164,9 +225,12 @@ class _Inputs:
 
     chunks: dict[str, Artifact]
     neighbors: dict[str, Artifact]  # empty: no retrieval
+    start: Artifact | None  # the model to start from
 
     @classmethod
-    def open(cls, chunks_folder: Path, neighbors_folder: Path | None, tokenizer: Artifact) -> "_Inputs":
+    def open(
+        cls, chunks_folder: Path, neighbors_folder: Path | None, tokenizer: Artifact, config: TrainConfig
+    ) -> "_Inputs":
         splits = ("train", "valid")
         chunks = {split: Artifact.open(chunks_folder / split, "chunks") for split in splits}
         for split in splits:
@@ -174,7 +238,15 @@ class _Inputs:
         neighbors = {}
         if neighbors_folder is not None:
             neighbors = {split: Artifact.open(neighbors_folder / split, "neighbors") for split in splits}
-        return cls(chunks, neighbors)
+        start = trained_model(config.init_from)
+        if start is not None:
+            start.require(tokenizer=tokenizer.fingerprint)
+        elif config.freeze != "nothing":
+            allowed = "nothing, or a trained model in train.init_from"
+            raise ConfigError(
+                f"train.freeze: found {config.freeze}, expected {allowed} ({config.init_from!r} has none)"
+            )
+        return cls(chunks, neighbors, start)
 
     @property
     def retrieval(self) -> bool:
@@ -190,6 +262,7 @@ class _Inputs:
         artifacts = {
             **{f"chunks/{split}": artifact for split, artifact in self.chunks.items()},
             **{f"neighbors/{split}": artifact for split, artifact in self.neighbors.items()},
+            **({} if self.start is None else {"start": self.start}),
         }
         return {name: artifact.fingerprint for name, artifact in artifacts.items()}
 
@@ -200,11 +273,18 @@ class _Inputs:
         if self.retrieval:
             facts["neighbors"] = self.neighbors["train"].fingerprint
             facts["index"] = self.neighbors["train"].facts["index"]
+        if self.start is not None:
+            facts["init_from"] = self.start.fingerprint
         return facts
 
 
-def _write_model(path: Path, model: RETRO, tokenizer: Artifact, facts: Mapping[str, Any]) -> None:
+def _write_model(
+    path: Path, config: RETROConfig, weights: dict[str, Tensor], tokenizer: Artifact, facts: Mapping[str, Any]
+) -> None:
     """Writes a model artifact: weights, config, a copy of the tokenizer, and `facts`."""
+    with torch.device("meta"):
+        model = RETRO.from_config(config)
+    model.load_state_dict(weights, assign=True)
     with whole_folder(path) as folder, ArtifactWriter(folder, "model") as writer:
         model.save_pretrained(folder)
         shutil.copytree(tokenizer.folder, folder / "tokenizer")

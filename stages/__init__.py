@@ -6,3 +6,5 @@ import os
 # that is so long that a second busy program makes training on two cores fifteen times slower; with this
 # it is two to three times, and a quiet machine loses a few percent.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+# Before torch is loaded: several processes that train would each warn that a batch used all weights.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

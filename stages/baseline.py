@@ -10,6 +10,7 @@ from stages.params import read_params
 def main() -> None:
     """Chunks in, model out."""
     params = read_params("seq_len", "seed", "model", "train", "runtime")
+    params.train = params.train.of_baseline()
     learn("baseline", params, neighbors=None, knn=0, out=Path("models/baseline"))
 
 

@@ -103,9 +103,8 @@ def work_folder(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> It
     marked as finished, and cleared when the stage starts with something else: a kill after the stage and
     before DVC noted it costs nothing.
     """
-    key = hashlib.sha256(json.dumps(_identity(stage, inputs, params), sort_keys=True).encode()).hexdigest()[:16]
-    home = project_root() / ".retro" / "work" / stage
-    folder = home / key
+    folder = work_path(stage, inputs, params)
+    home, key = folder.parent, folder.name
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(home / f"{key}.lock") as locked:
         if not locked:
@@ -113,6 +112,12 @@ def work_folder(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> It
         _prune(home, keep=key)
         yield folder
         (folder / "finished").touch()
+
+
+def work_path(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> Path:
+    """Where that folder is, for whoever only reads in it."""
+    key = hashlib.sha256(json.dumps(_identity(stage, inputs, params), sort_keys=True).encode()).hexdigest()[:16]
+    return project_root() / ".retro" / "work" / stage / key
 
 
 def _identity(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> dict[str, Any]:

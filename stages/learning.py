@@ -1,44 +1,54 @@
 """What the stages baseline and train share: one trainer, one MLflow run, one set of outputs."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 from retro_model.artifacts import Artifact, write_csv, write_json
 from retro_model.devices import resolve_device
+from retro_model.distributed import is_main_process
+from retro_model.starting import trained_model
 from retro_model.training import train_model
-from stages.harness import record_timing, recorded_timings, work_folder
+from stages.harness import record_timing, recorded_timings, work_folder, work_path
 from stages.params import flat_params
 from stages.tracking import training_run
 
 
 def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int, out: Path) -> None:
-    """Trains the model of a stage into `out`, with its metrics, its curves and its MLflow run."""
-    chunks, tokenizer = Path("data/chunks"), Path("data/tokenizer")
-    inputs = [tokenizer, chunks / "train", chunks / "valid"]
+    """Trains the model of a stage into `out`, with its metrics, its curves and its MLflow run.
+
+    Several processes are started by `train_model`. Where torchrun has started this one as another than
+    the first, it takes part in the training and does nothing else.
+    """
+    chunks, tokenizer, start = Path("data/chunks"), Path("data/tokenizer"), Path(params.train.init_from)
+    inputs = {tokenizer: "tokenizer", chunks / "train": "chunks", chunks / "valid": "chunks"}
     if neighbors is not None:
-        inputs += [neighbors / "train", neighbors / "valid"]
+        inputs |= {neighbors / "train": "neighbors", neighbors / "valid": "neighbors"}
+        inputs |= {start: "model"} if trained_model(params.train.init_from) else {}
     tracked = {name: value for name, value in vars(params).items() if name != "runtime"}
-    with work_folder(stage, inputs, tracked) as work:
-        kinds = {tokenizer: "tokenizer", chunks: "chunks", neighbors: "neighbors"}
+    tracked["train"] = params.train.identity()
+    train = partial(
+        train_model,
+        chunks,
+        neighbors,
+        tokenizer,
+        params.model,
+        params.train,
+        knn=knn,
+        seq_len=params.seq_len,
+        seed=params.seed,
+        out_folder=out,
+        device=resolve_device(params.runtime.device).type,
+    )
+    if not is_main_process():
+        train(work_folder=work_path(stage, list(inputs), tracked))
+        return
+    with work_folder(stage, list(inputs), tracked) as work:
         digests = {
-            path.as_posix(): Artifact.open(path, kinds.get(path) or kinds[path.parent], verify=False).fingerprint
-            for path in inputs
+            path.as_posix(): Artifact.open(path, kind, verify=False).fingerprint for path, kind in inputs.items()
         }
         with training_run(stage, work.name, flat_params(), digests) as run:
-            result = train_model(
-                chunks,
-                neighbors,
-                tokenizer,
-                params.model,
-                params.train,
-                knn=knn,
-                seq_len=params.seq_len,
-                seed=params.seed,
-                out_folder=out,
-                work_folder=work,
-                log=run.log_step,
-                device=resolve_device(params.runtime.device).type,
-            )
+            result = train(work_folder=work, log=run.log_step)
             write_json(Path(f"metrics/{stage}.json"), result.metrics)
             write_csv(Path(f"plots/{stage}.csv"), result.history)
             run.log_metrics(result.metrics, step=params.train.steps)

@@ -92,6 +92,43 @@ def test_a_change_runs_what_depends_on_it_and_nothing_else(
         assert project.repro() == []  # back from the run cache, without running anything
 
 
+def test_retrieval_is_trained_around_the_frozen_baseline(project: Project) -> None:
+    """RETROfit as params: one `dvc repro` trains the baseline first, and RETRO without neighbors is that baseline."""
+    before = (project.root / "params.yaml").read_bytes()
+    project.set(**{"train.init_from": "models/baseline", "train.freeze": "decoder", "train.lr": 2e-3})
+    try:
+        assert project.repro() == ["baseline", "train", "evaluate"]
+        found = metrics(project, "evaluate")
+        assert found["test_bpb_off"] == found["test_bpb_baseline"] != found["test_bpb_on"]
+        assert project.repro() == []
+        project.set(**{"train.lr": 1e-3})
+        assert project.repro() == ["baseline", "train", "evaluate"]
+    finally:
+        (project.root / "params.yaml").write_bytes(before)
+        assert project.repro() == []
+
+
+def test_the_stages_start_several_processes_themselves(project: Project) -> None:
+    before = (project.root / "params.yaml").read_bytes()
+    runs = len(mlflow_runs(project))
+    project.set(**{"train.processes": 2, "train.lr": 3e-3})
+    try:
+        assert project.repro() == LEARN
+        two = [metrics(project, stage)["valid_loss"] for stage in ("baseline", "train")]
+        assert [run["name"] for run in mlflow_runs(project)[runs:]] == [*LEARN], "process 0 alone logs"
+        project.set(**{"train.processes": 1})
+        assert project.repro("train") == ["train"]
+        project.run("rm", "-rf", ".retro/work")  # else it finds the finished run of two processes
+        project.repro("--force", "--single-item", "baseline")
+        project.repro("--force", "--single-item", "train")
+        one = [metrics(project, stage)["valid_loss"] for stage in ("baseline", "train")]
+        assert one == pytest.approx(two, rel=1e-3)
+    finally:
+        (project.root / "params.yaml").write_bytes(before)
+        project.run("dvc", "checkout", "--force")
+        project.repro()
+
+
 def test_a_changed_module_runs_the_stages_that_import_it(project: Project) -> None:
     file = project.root / "retro_model" / "evaluation.py"
     before = file.read_bytes()

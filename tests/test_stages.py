@@ -57,6 +57,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copy(ROOT / "dvc.yaml", folder)
     for name in ("retro_model", "stages"):
         (folder / name).symlink_to(ROOT / name)
+    (folder / "models" / "none").mkdir(parents=True)
     write_params(folder)
     before = os.getcwd()
     os.chdir(folder)

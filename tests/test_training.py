@@ -1,8 +1,10 @@
 """Training learns to use neighbors, is a function of its inputs, and survives being stopped at any moment."""
 
 import dataclasses
+import errno
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +18,17 @@ import torch
 from safetensors.torch import load_file
 from woven import Woven, write_tokenizer, write_woven
 
+import retro_model.checkpoint
+import retro_model.model
 import retro_model.resume
 from retro_model.artifacts import Artifact, file_digest
 from retro_model.dataset import PackedSequences
-from retro_model.errors import ConfigError, DamagedArtifactError, MismatchError, TrainingError
+from retro_model.distributed import ALONE, World
+from retro_model.errors import ConfigError, DamagedArtifactError, MismatchError, MissingArtifactError, TrainingError
 from retro_model.model import RETRO, RETROConfig
 from retro_model.optimization import learning_rate, make_optimizer
 from retro_model.resume import Checkpoints
+from retro_model.starting import start_from
 from retro_model.trainer import Trainer
 from retro_model.training import ModelConfig, TrainConfig, TrainingResult, build_model, train_model
 
@@ -72,7 +78,11 @@ def run(woven: Woven, folder: Path, train: TrainConfig = TRAIN, **arguments: Any
 
 
 def make_trainer(
-    woven: Woven, train: TrainConfig = TRAIN, checkpoints: Checkpoints | None = None, seed: int = 0
+    woven: Woven,
+    train: TrainConfig = TRAIN,
+    checkpoints: Checkpoints | None = None,
+    seed: int = 0,
+    world: World = ALONE,
 ) -> Trainer:
     chunks = {split: Artifact.open(woven.chunks / split, "chunks") for split in ("train", "valid")}
     data = [
@@ -81,7 +91,7 @@ def make_trainer(
     ]
     torch.manual_seed(seed)
     model = build_model(MODEL, chunks["train"].facts, SEQ_LEN, retrieval=True)
-    return Trainer(model, *data, train, seed=seed, device=torch.device("cpu"), checkpoints=checkpoints)
+    return Trainer(model, *data, train, seed=seed, checkpoints=checkpoints, world=world)
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
@@ -186,11 +196,12 @@ def test_portions_add_up_to_the_batch(woven: Woven) -> None:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # portions draw other dropout masks than the whole
     for step in range(3):
-        batches, portions = whole.batches(step), parts.batches(step)
-        assert (len(batches), len(portions)) == (1, 4)
-        assert torch.cat([batch.seq for batch in portions]).equal(batches[0].seq)
-        assert len({batch.num_labels for batch in portions}) > 1, "so that portions must be weighed"
-        a, b = whole.step(batches), parts.step(portions)
+        one, four = whole.data(step), parts.data(step)
+        assert (len(one.portions), len(four.portions)) == (1, 4)
+        assert torch.cat([batch.seq for batch in four.portions]).equal(one.portions[0].seq)
+        assert len({batch.num_labels for batch in four.portions}) > 1, "so that portions must be weighed"
+        assert one.num_labels == four.num_labels == one.portions[0].num_labels
+        a, b = whole.step(one), parts.step(four)
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
@@ -206,7 +217,7 @@ def test_gradients_are_clipped(woven: Woven) -> None:
         original()
 
     trainer.optimizer.step = spy  # type: ignore[method-assign,assignment]
-    record = trainer.step(trainer.batches(0))
+    record = trainer.step(trainer.data(0))
     assert record["grad_norm"] > 1e-3 and norms == pytest.approx([1e-3], rel=1e-2)
 
 
@@ -215,27 +226,27 @@ def test_gradients_are_clipped(woven: Woven) -> None:
 
 def test_the_first_loss_is_that_of_knowing_nothing(woven: Woven) -> None:
     trainer = make_trainer(woven)
-    assert trainer.step(trainer.batches(0))["loss"] == pytest.approx(math.log(VOCABULARY), abs=0.05)
+    assert trainer.step(trainer.data(0))["loss"] == pytest.approx(math.log(VOCABULARY), abs=0.05)
 
 
 def test_neighbors_are_dropped_for_whole_sequences_and_by_the_step_alone(woven: Woven) -> None:
     trainer = make_trainer(woven, dataclasses.replace(TRAIN, batch_size=10, accumulation=1))
     dropped = []
     for step in range(30):
-        (batch,) = trainer.batches(step)
+        (batch,) = trainer.data(step).portions
         kept = trainer.training.batch(batch.rows).retrieved
         assert batch.retrieved is not None and kept is not None
         gone = (batch.retrieved == trainer.training.pad_id).all(dim=(1, 2, 3))
         assert batch.retrieved[~gone].equal(kept[~gone])
         dropped += gone.tolist()
-        (again,) = trainer.batches(step)
+        (again,) = trainer.data(step).portions
         assert again.retrieved is not None and again.retrieved.equal(batch.retrieved)
     assert 0.2 < np.mean(dropped) < 0.4
 
 
 def test_steps_go_through_the_epoch_one_batch_after_the_other(woven: Woven) -> None:
     trainer = make_trainer(woven)
-    rows = [batch.rows for step in range(3) for batch in trainer.batches(step)]
+    rows = [batch.rows for step in range(3) for batch in trainer.data(step).portions]
     assert np.concatenate(rows).tolist() == trainer.training.training_rows(0, 0, 12).tolist()
 
 
@@ -336,7 +347,7 @@ def test_records_hold_what_a_person_watches(woven: Woven, tmp_path: Path) -> Non
     records: dict[int, Mapping[str, float]] = {}
     run(woven, tmp_path, log=records.__setitem__, log_every=4)
     assert list(records) == [4, 5, 8, 10, 12]
-    always = {"loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    always = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_share"}
     assert all(always <= record.keys() for record in records.values())
     validated = [step for step, record in records.items() if "valid_loss" in record]
     assert validated == [5, 10, 12]
@@ -418,15 +429,19 @@ def test_a_finished_run_is_not_trained_again(woven: Woven, tmp_path: Path, undis
     assert steps == [] and folder_digests(tmp_path / "again" / "retro") == undisturbed[1]
 
 
-def test_kill_9_while_training_or_saving(woven: Woven, tmp_path: Path, undisturbed: Outcome) -> None:
-    """Three processes in a row are killed, the second in the middle of a checkpoint."""
-    program = f"""
+CHILD = f"""
 import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
-import retro_model.resume
 from pathlib import Path
 from test_training import MODEL, TRAIN
 from retro_model.training import train_model
+"""
+
+
+def test_kill_9_while_training_or_saving(woven: Woven, tmp_path: Path, undisturbed: Outcome) -> None:
+    """Three processes in a row are killed, the second in the middle of a checkpoint."""
+    program = f"""{CHILD}
+import retro_model.resume
 when, work = sys.argv[1], Path(sys.argv[2])
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -434,7 +449,7 @@ def log(step, record):
     if when == f"step {{step}}":
         die()
 if when == "saving":
-    retro_model.resume.optimizer_tensors = die
+    retro_model.resume.write_json = die
 folders = [Path(folder) for folder in {[str(woven.chunks), str(woven.neighbors), str(woven.tokenizer)]!r}]
 train_model(*folders, MODEL, TRAIN, knn=2, seq_len={SEQ_LEN}, seed=0, out_folder=work.parent / "retro",
             work_folder=work, log=log, threads=1, log_every=1, checkpoint_every=3)
@@ -452,23 +467,65 @@ train_model(*folders, MODEL, TRAIN, knn=2, seq_len={SEQ_LEN}, seed=0, out_folder
     assert folder_digests(tmp_path / "retro") == undisturbed[1]
 
 
-def test_a_full_disk_leaves_the_last_whole_checkpoint(
+def test_a_disk_that_is_full_at_any_write_costs_what_came_after_the_last_checkpoint(
     woven: Woven, tmp_path: Path, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = tmp_path / "work"
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        save = retro_model.resume.write_json
+    """One run after another, of which the n-th finds the disk full in the middle of its n-th write."""
+    work, left = tmp_path / "work", 0
 
-        def full(path: Path, value: Any) -> None:
-            if value["step"] > 6:
-                raise OSError(28, "No space left on device")
-            save(path, value)
+    def until_full(write: Callable[..., Any], path_argument: int) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                arguments[path_argument].write_bytes(b"half of it")
+                raise OSError(errno.ENOSPC, "No space left on device", str(arguments[path_argument]))
+            return write(*arguments, **options)
 
-        patch.setattr(retro_model.resume, "write_json", full)
-        run(woven, tmp_path, work_folder=work, checkpoint_every=3)
+        return wrapped
+
+    monkeypatch.setattr(retro_model.resume, "write_tensors", until_full(retro_model.resume.write_tensors, 1))
+    monkeypatch.setattr(retro_model.checkpoint, "write_tensors", until_full(retro_model.checkpoint.write_tensors, 1))
+    monkeypatch.setattr(retro_model.resume, "write_json", until_full(retro_model.resume.write_json, 0))
+    full = 0
+    for attempt in range(1, 30):
+        left = attempt
+        try:
+            result = run(woven, tmp_path, work_folder=work, checkpoint_every=2)
+            break
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            full += 1
+        assert not list(tmp_path.rglob("checkpoint-*.partial")) and not list(tmp_path.glob("retro*"))
+    assert full >= 6
+    assert folder_digests(tmp_path / "retro") == undisturbed[1]
+    assert (result.metrics, result.history) == (undisturbed[0].metrics, undisturbed[0].history)
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("limit", [100, 10_000])
+def test_a_real_limit_of_the_disk_is_an_os_error_and_the_next_run_goes_on(
+    woven: Woven, tmp_path: Path, undisturbed: Outcome, limit: int
+) -> None:
+    """The kernel refuses what goes beyond a file size: the small JSON, or the first of the weights."""
+    program = f"""{CHILD}
+import resource
+folders = [Path(folder) for folder in {[str(woven.chunks), str(woven.neighbors), str(woven.tokenizer)]!r}]
+work = Path(sys.argv[1])
+def log(step, record):
+    if step == 7:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try:
+    train_model(*folders, MODEL, TRAIN, knn=2, seq_len={SEQ_LEN}, seed=0, out_folder=work.parent / "retro",
+                work_folder=work, log=log, threads=1, log_every=1, checkpoint_every=3)
+except OSError as error:
+    sys.exit(f"errno {{error.errno}}")
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "work")]
+    ended = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert ended.stderr.splitlines()[-1] == f"errno {errno.EFBIG}", ended.stderr
     steps: list[int] = []
-    run(woven, tmp_path, work_folder=work, log=lambda now, record: steps.append(now), log_every=1)
+    run(woven, tmp_path, work_folder=tmp_path / "work", log=lambda now, record: steps.append(now), log_every=1)
     assert steps[0] == 7 and folder_digests(tmp_path / "retro") == undisturbed[1]
 
 
@@ -511,6 +568,163 @@ def test_a_torn_checkpoint_is_refused(woven: Woven, tmp_path: Path) -> None:
         run(woven, tmp_path, work_folder=tmp_path / "work")
 
 
+# ---- laid out differently in memory and time -------------------------------------------------------
+
+
+def test_activations_that_are_computed_again_change_nothing(
+    woven: Woven, tmp_path: Path, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, whose masks are drawn again."""
+    again = []
+    feed_forward = retro_model.model.FeedForward.forward
+
+    def spy(module: retro_model.model.FeedForward, x_TD: torch.Tensor) -> torch.Tensor:
+        if module.training:
+            again.append(torch.is_grad_enabled())
+        return feed_forward(module, x_TD)
+
+    monkeypatch.setattr(retro_model.model.FeedForward, "forward", spy)
+    trainer = make_trainer(woven)
+    trainer.step(trainer.data(0))
+    calls = len(again)
+    trainer = make_trainer(woven, dataclasses.replace(TRAIN, checkpoint_activations=True))
+    trainer.step(trainer.data(0))
+    assert len(again) == 3 * calls, "once forward, and once more going backward"
+    monkeypatch.undo()
+    result = run(woven, tmp_path, dataclasses.replace(TRAIN, checkpoint_activations=True))
+    for row, expected in zip(result.history, undisturbed[0].history, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own, about other parts of torch
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_a_compiled_model_has_the_same_losses(
+    woven: Woven, monkeypatch: pytest.MonkeyPatch, checkpoint_activations: bool
+) -> None:
+    """Traced and differentiated by the compiler; C++, which takes minutes, is made in test_model.py."""
+    torch.compiler.reset()
+    compiled_models = []
+
+    def trace(model: RETRO) -> None:
+        compiled_models.append(model)
+        torch.nn.Module.compile(model, backend="aot_eager")
+
+    monkeypatch.setattr(RETRO, "compile", trace)
+    settings = dataclasses.replace(TRAIN, neighbor_dropout=0.0, checkpoint_activations=checkpoint_activations)
+    eager, compiled = make_trainer(woven, settings), make_trainer(woven, dataclasses.replace(settings, compile=True))
+    assert compiled_models == [compiled.model]
+    for trainer in (eager, compiled):
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # compiled, it draws other masks
+    a, b = eager.step(eager.data(0)), compiled.step(compiled.data(0))
+    assert b == pytest.approx(a, rel=1e-4)
+    weights, others = eager.model.state_dict(), compiled.model.state_dict()
+    assert weights.keys() == others.keys()
+    assert all(torch.allclose(weights[name], others[name], atol=1e-3) for name in weights)
+
+
+# ---- starting from a trained model -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def baseline(woven: Woven, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain decoder, trained."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("baseline")
+    run(woven, folder, neighbors=None)
+    return folder / "retro"
+
+
+def test_a_frozen_decoder_stays_and_retrieval_is_learned_around_it(
+    woven: Woven, tmp_path: Path, baseline: Path
+) -> None:
+    records: dict[int, Mapping[str, float]] = {}
+    train = dataclasses.replace(TRAIN, init_from=str(baseline), freeze="decoder")
+    result = run(woven, tmp_path, train, log=records.__setitem__, log_every=1)
+    base, found = RETRO.from_pretrained(baseline), RETRO.from_pretrained(tmp_path / "retro")
+    for name, weight in base.state_dict().items():
+        assert found.state_dict()[name].equal(weight), name
+    assert result.history[-1]["valid_loss_off"] == pytest.approx(Artifact.open(baseline, "model").facts["valid_loss"])
+    seq = torch.randint(3, VOCABULARY, (2, SEQ_LEN))
+    assert found(seq).equal(base(seq)), "without neighbors it is the model that it started from"
+    fresh = make_trainer(woven).model.state_dict()
+    new = [name for name in fresh if name not in base.state_dict()]
+    assert new and all(name.startswith("encoder.") or ".cross_attention." in name for name in new)
+    assert any(not found.state_dict()[name].equal(fresh[name]) for name in new)
+    assert Artifact.open(tmp_path / "retro", "model").facts["init_from"] == Artifact.open(baseline, "model").fingerprint
+
+
+def test_a_frozen_decoder_s_batch_without_neighbors_changes_nothing(woven: Woven, baseline: Path) -> None:
+    trainer = make_trainer(woven)
+    start_from(trainer.model, Artifact.open(baseline, "model"), "decoder")
+    trainer.frozen = True
+    assert all(bool((p.retrieved != trainer.training.pad_id).any((1, 2, 3)).all()) for p in trainer.data(1).portions)
+    trainer.training.neighbor_ids = lambda rows, shuffled=False: np.full((*rows.shape, 2), -1)  # type: ignore[method-assign]
+    trainer.optimizer = make_optimizer(trainer.model, 1e-2, 0.0)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    assert trainer.step(trainer.data(0))["grad_norm"] == 0
+    assert all(tensor.equal(before[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_without_freezing_all_of_it_is_trained(woven: Woven, tmp_path: Path, baseline: Path) -> None:
+    records: dict[int, Mapping[str, float]] = {}
+    train = dataclasses.replace(TRAIN, init_from=str(baseline), neighbor_dropout=1.0, lr=1e-6)
+    run(woven, tmp_path, train, log=records.__setitem__, log_every=1)
+    assert records[1]["loss"] < math.log(VOCABULARY) - 0.1, "it begins where the baseline ended"
+    found = RETRO.from_pretrained(tmp_path / "retro").state_dict()
+    assert any(not found[name].equal(weight) for name, weight in RETRO.from_pretrained(baseline).state_dict().items())
+
+
+def test_a_model_with_retrieval_can_be_trained_further(woven: Woven, tmp_path: Path) -> None:
+    run(woven, tmp_path / "first")
+    train = dataclasses.replace(TRAIN, init_from=str(tmp_path / "first" / "retro"), freeze="decoder")
+    run(woven, tmp_path / "second", train)
+    before, after = (RETRO.from_pretrained(tmp_path / name / "retro").state_dict() for name in ("first", "second"))
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert changed and all(name.startswith("encoder.") or ".cross_attention." in name for name in changed)
+
+
+def test_a_run_from_another_model_never_picks_up_a_checkpoint(woven: Woven, tmp_path: Path, baseline: Path) -> None:
+    train = dataclasses.replace(TRAIN, init_from=str(baseline))
+    options: dict[str, Any] = {"work_folder": tmp_path / "work", "log_every": 1, "checkpoint_every": 3}
+    with pytest.raises(Killed):
+        run(woven, tmp_path, train, log=stop_at(7), **options)
+    moved = shutil.copytree(baseline, tmp_path / "moved")
+    for settings, first in ((dataclasses.replace(train, init_from=str(moved)), 7), (TRAIN, 1)):
+        steps: list[int] = []
+        run(woven, tmp_path, settings, log=lambda now, record, steps=steps: steps.append(now), **options)
+        assert steps[0] == first
+
+
+def test_an_empty_folder_and_no_name_are_new_weights(woven: Woven, tmp_path: Path, undisturbed: Outcome) -> None:
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / ".gitkeep").touch()
+    run(woven, tmp_path, dataclasses.replace(TRAIN, init_from=str(tmp_path / "none")))
+    assert folder_digests(tmp_path / "retro") == undisturbed[1]
+
+
+def test_a_model_that_does_not_fit_names_the_key(woven: Woven, tmp_path: Path, baseline: Path) -> None:
+    train = dataclasses.replace(TRAIN, init_from=str(baseline))
+    with pytest.raises(MismatchError, match=r"made with dec_dim 16, expected 24; set model.dec_dim to 16"):
+        run(woven, tmp_path, train, model=dataclasses.replace(MODEL, dec_dim=24))
+    with pytest.raises(MismatchError, match="made for tokenizer"):
+        other = write_woven(tmp_path / "other", chunk_size=CHUNK, vocab_size=VOCABULARY + 1, num_documents=20)
+        run(other, tmp_path, train)
+    with pytest.raises(ConfigError, match=r"train.freeze: found decoder, expected nothing, or a trained model"):
+        run(woven, tmp_path, dataclasses.replace(TRAIN, freeze="decoder"))
+    with pytest.raises(MissingArtifactError, match="no finished model here"):
+        run(woven, tmp_path, dataclasses.replace(TRAIN, init_from=str(woven.chunks)))
+    with pytest.raises(MissingArtifactError, match="nowhere"):
+        run(woven, tmp_path, dataclasses.replace(TRAIN, init_from=str(tmp_path / "nowhere")))
+    run(woven, tmp_path / "retro-model")
+    train = dataclasses.replace(TRAIN, init_from=str(tmp_path / "retro-model" / "retro"))
+    with pytest.raises(MismatchError, match="a model with retrieval, expected a plain decoder"):
+        run(woven, tmp_path, train, neighbors=None)
+
+
 # ---- what goes wrong -------------------------------------------------------------------------------
 
 
@@ -518,7 +732,7 @@ def test_a_torn_checkpoint_is_refused(woven: Woven, tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite_name_the_step_and_the_chunks(woven: Woven, tmp_path: Path, spoiled: str) -> None:
     checkpoints = Checkpoints(tmp_path, "fingerprint")
     trainer = make_trainer(woven, checkpoints=checkpoints)
-    trainer.step(trainer.batches(0))
+    trainer.step(trainer.data(0))
     saved = trainer.save()
     weight = trainer.model.embedding.weight
     if spoiled == "loss":
@@ -526,14 +740,13 @@ def test_numbers_that_are_not_finite_name_the_step_and_the_chunks(woven: Woven, 
     else:
         weight.register_hook(lambda gradient: gradient * torch.inf)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    batches = trainer.batches(1)
+    data = trainer.data(1)
     with pytest.raises(TrainingError) as caught:
-        trainer.step(batches)
+        trainer.step(data)
     message = str(caught.value)
     assert message.startswith("step 2: loss ") and f"last good checkpoint: {saved}" in message
-    for batch in batches:
-        for rows in batch.rows:
-            assert f"{rows[0]}-{rows[-1]}" in message
+    for rows in data.rows:
+        assert f"{rows[0]}-{rows[-1]}" in message
     after = trainer.model.state_dict()
     assert all(tensor.equal(after[name]) or tensor.isnan().all() for name, tensor in before.items())
 
