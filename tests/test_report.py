@@ -1,5 +1,6 @@
 """The report's page: whole, quiet, and no way through it for hostile text."""
 
+import dataclasses
 import itertools
 import os
 import re
@@ -36,6 +37,12 @@ HOSTILE = (
 )
 
 
+def chart_of(values: tuple[float, ...], text: str = "t", intervals: tuple[tuple[float, float], ...] = ()) -> Chart:
+    places = (text, *map(str, range(1, len(values))))
+    series = (Series(text, values, 0, intervals), Series(text, values, 1))
+    return Chart("name", text, text, text, text, places, series, places, text)
+
+
 def report_of(text: str) -> Report:
     """A report that has `text` in every place that takes one."""
     tokens = (Token(text, 3.0, 1.0, shared=True), Token(text, 1.0, 2.0), Token(" plain", 1.0, 1.0))
@@ -44,7 +51,8 @@ def report_of(text: str) -> Report:
         title=text,
         summary=(text, text),
         tables=(Table(text, (text, "figure"), ((text, text, text),), text),),
-        charts=(Chart(text, text, text, text, (text, "2"), (Series(text, (1.0, 2.0)),)),),
+        charts=(chart_of((1.0, 2.0), text, ((0.5, 1.5), (1.0, 3.0))),),
+        details=(Table(text, (text, "figure"), ((text, text, text),), text),),
         passages=(Passage(text, text, text, tokens, (neighbor,)),),
         notes=(text,),
     )
@@ -108,7 +116,7 @@ def test_the_page_loads_nothing_and_runs_nothing() -> None:
 
 
 def test_an_empty_report_is_a_page() -> None:
-    page = render(Report("title", (), (), (), (), ()))
+    page = render(Report("title", (), (), (), (), (), ()))
     assert Page(page).text.split()[:2] == ["title", "title"]
 
 
@@ -142,7 +150,7 @@ def test_the_common_run_is_marked_across_the_continuation() -> None:
 
 def test_no_common_run_is_no_mark() -> None:
     neighbor = Neighbor("s", 1.0, ("a", "b"), continuation_at=1)
-    page = render(Report("t", (), (), (), (Passage("l", "s", "b", (Token("x", 1, 1),), (neighbor,)),), ()))
+    page = render(Report("t", (), (), (), (), (Passage("l", "s", "b", (Token("x", 1, 1),), (neighbor,)),), ()))
     assert "<mark>" not in page and "in a row" not in page
 
 
@@ -160,8 +168,11 @@ def test_ticks_are_even_and_hold_the_values(low: float, span: float) -> None:
 @settings(deadline=None)
 @given(st.lists(st.floats(0.5, 4), min_size=1, max_size=9))
 def test_a_chart_draws_every_value_inside_its_frame(values: list[float]) -> None:
-    places = tuple(map(str, range(len(values))))
-    svg = chart_svg(Chart("t", "c", "x", "y", places, (Series("a", tuple(values)),)))
+    intervals = tuple((value - 0.1, value + 0.2) for value in values)
+    chart = dataclasses.replace(chart_of(tuple(values)), series=(Series("a", tuple(values), 0, intervals),))
+    svg = chart_svg(chart)
+    ends = re.findall(r'<path class="line s0" d="M[\d.]+ ([\d.]+)V([\d.]+)"', svg)
+    assert len(ends) == len(values) and all(0 <= float(end) <= 260 for pair in ends for end in pair)
     points = [(float(x), float(y)) for x, y in re.findall(r'<circle[^>]*cx="([^"]*)" cy="([^"]*)"', svg)]
     assert len(points) == len(values)
     assert all(0 <= x <= 390 and 0 <= y <= 260 for x, y in points)
