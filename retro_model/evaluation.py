@@ -75,8 +75,8 @@ class EvaluateConfig(Config, section="evaluate"):
     from in place of the train chunks; for both, an empty folder means none.
     """
 
-    compare: str = setting("none")
-    database: str = setting("none")
+    compare: str = setting("models/none")
+    database: str = setting("data/none")
     sweep_knn: tuple[int, ...] = setting((0, 1, 2, 4, 8), minimum=0)
     max_chunks: int | None = setting(1000, minimum=1)  # null: all held-out chunks
     bootstrap_samples: int = setting(2000, minimum=1)
@@ -87,7 +87,7 @@ class EvaluateConfig(Config, section="evaluate"):
         super().__post_init__()
         for name in ("compare", "database"):
             if not getattr(self, name):
-                raise ConfigError(f"evaluate.{name}: found an empty path, expected a folder (none: an empty one)")
+                raise ConfigError(f"evaluate.{name}: found an empty path, expected a folder (an empty one: none)")
         if list(self.sweep_knn) != sorted(set(self.sweep_knn)):
             raise ConfigError(f"evaluate.sweep_knn: found {list(self.sweep_knn)}, expected rising numbers")
 

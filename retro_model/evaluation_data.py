@@ -58,7 +58,7 @@ def optional_path(key: str, value: str) -> Path | None:
     if path.is_dir() and all(file.name.startswith(".") for file in path.iterdir()):
         return None
     if not value or not path.exists():
-        raise ConfigError(f"{key}: found {value!r}, expected a folder that is there (the empty folder `none`: none)")
+        raise ConfigError(f"{key}: found {value!r}, expected a folder that is there (an empty one: none)")
     return path
 
 

@@ -69,7 +69,7 @@ def write_model(folder: Path, data: Path, *, retrieval: bool, seq_len: int = 32,
     return folder
 
 
-def small_run(root: Path, num_documents: int = 30) -> Path:
+def small_run(root: Path, num_documents: int = 40) -> Path:
     """Everything that a run has, but for the training."""
     tiny_corpus(root / "documents", num_documents=num_documents)
     tiny_encoder(root / "encoder")

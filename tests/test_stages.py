@@ -55,6 +55,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     tiny_corpus(folder / "tiny" / "documents")
     tiny_encoder(folder / "tiny" / "encoder")
     shutil.copy(ROOT / "dvc.yaml", folder)
+    for name in ("models", "data"):
+        (folder / name / "none").mkdir(parents=True, exist_ok=True)  # empty: no other model, no other database
     for name in ("retro_model", "stages"):
         (folder / name).symlink_to(ROOT / name)
     write_params(folder)
