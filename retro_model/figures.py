@@ -151,7 +151,7 @@ def metrics_of(scores: Scores, resampled: Mapping[str, FloatArray], runs: IntArr
         metrics[f"{name}_low"], metrics[f"{name}_high"] = interval(resampled[other] - resampled[one])
     few = runs <= ALPHAS[0] * scores.is_label.shape[1]
     if scores.bytes[few].any():
-        for one, other in DIFFERENCES[:2]:
+        for one, other in scores.differences[:2]:
             metrics[f"gain_{one}_vs_{other}_little_overlap"] = scores.bpb(other, few) - scores.bpb(one, few)
     metrics["share_chunks_little_overlap"] = float(np.mean(few))
     metrics |= {f"test_perplexity_{column}": scores.perplexity(column) for column in scores.columns}
