@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from browser import PHONE, needs_browser, show
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from woven import write_woven
@@ -653,6 +654,17 @@ def test_the_page_shows_sources_and_escapes_them(evaluated: tuple[EvaluationResu
     page = (evaluated[1] / "reports/evaluate.html").read_text()
     assert page.count("<article>") == 6
     assert "test/&lt;" in page and "train/&lt;" in page and "<b>" not in page and "<script" not in page
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_browser_shows_the_report_at_phone_width(evaluated: tuple[EvaluationResult, Path], tmp_path: Path) -> None:
+    """The documents hold HTML, and so do their names: none of it may become an element."""
+    shown = show(evaluated[1] / "reports/evaluate.html", tmp_path)
+    assert shown.needed_width <= shown.given_width <= PHONE
+    assert shown.tags["article"] == 6 and shown.tags["svg"] == 6 and shown.tags["table"] == 4
+    assert not {"b", "script", "img", "link"} & set(shown.tags)
+    assert shown.console == []
 
 
 @pytest.mark.parametrize(
