@@ -196,9 +196,11 @@ def _figures(
     if background.compared is not None:
         scores.add("compared", background.compared.row_losses, background.compared.num_labels)
     resampled = scores.bootstrap(config.bootstrap_samples, seed)
-    runs = _shared_runs(train, scorer)  # whatever the database, what was trained on can be repeated by heart
+    runs = runs_shared_with_nearest(
+        train, scorer
+    )  # whatever the database, what was trained on can be repeated by heart
     if inputs is not train:
-        runs = np.maximum(runs, _shared_runs(inputs, scorer))
+        runs = np.maximum(runs, runs_shared_with_nearest(inputs, scorer))
     metrics = metrics_of(scores, resampled, runs)
     metrics |= {"test_lossy_documents": inputs.chunks.facts["lossy_documents"], "database_chunks": inputs.database.rows}
     if counts := background.counts:
@@ -206,7 +208,7 @@ def _figures(
     curves = {
         "columns": columns_curve(scores, resampled),
         "leakage": leakage_curve(scores, runs),
-        "overlap": overlap_curve(scores, _read_runs(inputs, scorer, background.knn)),
+        "overlap": overlap_curve(scores, runs_shared_with_read(inputs, scorer, background.knn)),
         **_sweep_curves(run, scorer, inputs, config, background.knn),
         "documents": documents_curve(scores, document_names(inputs.chunks, scorer.documents)),
     }
@@ -357,12 +359,12 @@ def _sweep_curves(run: _Run, scorer: Scorer, inputs: Inputs, config: EvaluateCon
     }
 
 
-def _shared_runs(inputs: Inputs, scorer: Scorer) -> IntArray:
-    """The longest run of tokens that each row's labels share with its nearest neighbors in the database."""
+def runs_shared_with_nearest(inputs: Inputs, scorer: Scorer) -> IntArray:
+    """The longest run of tokens (rows,) that each row's labels share with its ten nearest in the database."""
     return _longest_runs(inputs, scorer, inputs.neighbors["ids"][scorer.rows][:, :LEAKAGE_NEIGHBORS])
 
 
-def _read_runs(inputs: Inputs, scorer: Scorer, knn: int) -> IntArray:
+def runs_shared_with_read(inputs: Inputs, scorer: Scorer, knn: int) -> IntArray:
     """The same with the neighbors that were read beside each row: those of the row before, if it is scored."""
     ids = np.full((len(scorer.rows), knn), NO_ROW)
     (rows,) = np.nonzero((np.diff(scorer.rows) == 1) & (np.diff(scorer.documents) == 0))

@@ -28,9 +28,11 @@ from retro_model.evaluation import (
     evaluate_models,
     neighbors_of_share,
     random_neighbors,
+    runs_shared_with_nearest,
+    runs_shared_with_read,
     spans_with_text,
 )
-from retro_model.evaluation_data import Searching
+from retro_model.evaluation_data import Inputs, Searching
 from retro_model.figures import (
     ALPHAS,
     Scores,
@@ -559,6 +561,26 @@ def test_the_runs_of_many_chunks_are_those_of_each(seed: int, num: int, knn: int
 def test_a_run_longer_than_a_byte_counts() -> None:
     tokens = np.arange(1, 400)
     assert longest_shared_runs(tokens[None], np.stack([[tokens[::-1], tokens]]), 0).tolist() == [399]
+
+
+def test_overlap_is_with_ones_own_ten_nearest_or_with_what_was_read(world: World) -> None:
+    inputs = Inputs.open(world.root)
+    scorer = scorer_of(world)
+    ids, documents = inputs.neighbors["ids"], inputs.chunks["documents"][:]
+
+    def longest(row: int, neighbors: npt.NDArray[Any]) -> int:
+        retrieved = retrieved_tokens(inputs.database, neighbors)
+        labels, pad_id = inputs.chunks["tokens"][row][1:], inputs.chunks.facts["pad_id"]
+        return max(longest_shared_run(labels, each, pad_id).length for each in retrieved)
+
+    def read_beside(row: int) -> int:
+        follows = row > 0 and documents[row] == documents[row - 1]
+        return longest(row, ids[row - 1][:KNN]) if follows else 0
+
+    nearest, read = runs_shared_with_nearest(inputs, scorer), runs_shared_with_read(inputs, scorer, KNN)
+    assert nearest.tolist() == [longest(row, ids[row][:10]) for row in scorer.rows]
+    assert read.tolist() == [read_beside(row) for row in scorer.rows]
+    assert len({*nearest}) > 3 and len({*read}) > 3
 
 
 def scores_of(scorer: Scorer, **losses: npt.NDArray[Any]) -> Scores:
