@@ -42,6 +42,7 @@ from retro_model.figures import (
     bits_per_byte,
     columns_curve,
     documents_curve,
+    gains_curve,
     leakage_curve,
     metrics_of,
     overlap_curve,
@@ -207,6 +208,7 @@ def _figures(
         metrics |= {f"database_documents_{name}": counts[name] for name in ("kept", "held_out")}
     curves = {
         "columns": columns_curve(scores, resampled),
+        "gains": gains_curve(scores, resampled),
         "leakage": leakage_curve(scores, runs),
         "overlap": overlap_curve(scores, runs_shared_with_read(inputs, scorer, background.knn)),
         **_sweep_curves(run, scorer, inputs, config, background.knn),

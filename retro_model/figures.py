@@ -182,6 +182,15 @@ def columns_curve(scores: Scores, resampled: Mapping[str, FloatArray]) -> Curve:
     return Curve(("column", "test_bpb", "low", "high", "test_perplexity"), tuple(rows))
 
 
+def gains_curve(scores: Scores, resampled: Mapping[str, FloatArray]) -> Curve:
+    """The bits per byte that one column saves against another, with their intervals."""
+    rows = []
+    for one, other in scores.differences:
+        gain = scores.bpb(other) - scores.bpb(one)
+        rows.append((one, other, *_rounded(gain, *interval(resampled[other] - resampled[one]))))
+    return Curve(("one", "other", "gain", "low", "high"), tuple(rows))
+
+
 def leakage_curve(scores: Scores, runs: IntArray) -> Curve:
     """bpb(alpha) of section 2.6: over chunks that share at most alpha * M tokens in a row with a neighbor.
 

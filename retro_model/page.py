@@ -177,7 +177,7 @@ def signed(value: float) -> str:
 
 
 def _charts(curves: Mapping[str, Curve], background: Background) -> Iterator[Chart]:
-    yield _columns_chart(curves["columns"])
+    yield _gains_chart(curves["gains"])
     if curves["leakage"].rows:
         yield _leakage_chart(curves["leakage"], background)
     if curves["overlap"].rows:
@@ -203,18 +203,18 @@ def _charts(curves: Mapping[str, Curve], background: Background) -> Iterator[Cha
     yield _database_chart(curves["database"], background)
 
 
-def _columns_chart(curve: Curve) -> Chart:
-    columns = curve.column("column")
+def _gains_chart(curve: Curve) -> Chart:
     intervals = tuple(zip(curve.column("low"), curve.column("high"), strict=True))
+    pairs = zip(curve.column("one"), curve.column("other"), strict=True)
     return Chart(
-        "columns",
-        "Bits per byte",
-        "With 95% intervals over documents. The columns share these documents, so that differences between them "
-        "are far more certain than each one alone: see what is saved.",
-        "column",
-        "bits per byte",
-        columns,
-        (Series("bits per byte", curve.column("test_bpb"), COLORS["on"], intervals),),
+        "gains",
+        "What is saved, with 95% intervals",
+        "Paired over the same documents; above 0 the first of the two is better. random / off is the control: "
+        "it belongs at 0 or below.",
+        "one column against another",
+        "bits per byte saved",
+        tuple(f"{one} / {other}" for one, other in pairs),
+        (Series("bits per byte saved", curve.column("gain"), COLORS["on"], intervals),),
         joined=False,
     )
 

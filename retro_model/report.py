@@ -136,9 +136,9 @@ def render(report: Report) -> str:
                 f'<p class="{"lead" if place == 0 else "facts"}">{safe(text)}</p>'
                 for place, text in enumerate(report.summary)
             ),
-            *(_table(table) for table in report.tables),
+            *_tables(report.tables),
             *_charts(report.charts),
-            *(_table(table) for table in report.details),
+            *_tables(report.details),
             *_passages(report.passages),
             "<section>",
             "<h2>How this was measured</h2>",
@@ -155,6 +155,13 @@ def render(report: Report) -> str:
 def safe(text: str) -> str:
     """`text` as HTML that shows it and does nothing else, in elements and in quoted attributes."""
     return escape(text.translate(_VISIBLE), quote=True)
+
+
+def _tables(tables: Sequence[Table]) -> Iterator[str]:
+    if tables:
+        yield '<div class="tables">'
+        yield from (_table(table) for table in tables)
+        yield "</div>"
 
 
 def _table(table: Table) -> str:
@@ -338,9 +345,12 @@ thead th { color: var(--soft); font-weight: 500; font-size: .88rem; }
 tbody th { font-weight: 600; }
 small { display: block; font-weight: 400; font-size: .85rem; line-height: 1.35; color: var(--soft); }
 td { white-space: nowrap; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
-  gap: 0 2rem; }
+.charts, .tables { display: grid; gap: 0 2.5rem; }
+.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+.tables { grid-template-columns: repeat(auto-fit, minmax(min(100%, 29rem), 1fr)); }
+.tables section { min-width: 0; }
 figure { margin: 0; }
+figcaption { margin-top: .35rem; }
 svg { display: block; width: 100%; max-width: 34rem; height: auto; }
 svg text { fill: var(--soft); font-size: 12px; }
 svg .end { text-anchor: end; }

@@ -384,10 +384,11 @@ def test_files_are_equal_for_equal_inputs(
     first = {file.relative_to(evaluated[1]): file.read_bytes() for file in evaluated[1].rglob("*.*")}
     again = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*.*")}
     assert first == again
-    curves = ("columns", "leakage", "overlap", "knn", "part", "database")
+    curves = ("gains", "leakage", "overlap", "knn", "part", "database")
     assert set(map(str, first)) == {
         "metrics/evaluate.json",
         "reports/evaluate.html",
+        "plots/evaluate_columns.csv",
         "plots/evaluate_documents.csv",
         *(f"plots/evaluate_{name}.{suffix}" for name in curves for suffix in ("csv", "png")),
     }
@@ -414,6 +415,8 @@ def test_metrics_are_flat_finite_numbers_and_agree_with_each_other(
         assert written[f"gain_{one}_vs_{other}"] == pytest.approx(gain, abs=2e-6)
         assert written[f"gain_{one}_vs_{other}_low"] <= gain <= written[f"gain_{one}_vs_{other}_high"]
     curves = evaluated[0].curves
+    for one, other, *figures in curves["gains"].rows:
+        assert figures == [written[f"gain_{one}_vs_{other}{end}"] for end in ("", "_low", "_high")]
     parts = dict(curves["part"].rows)
     assert parts["none"] == written["test_bpb_off"] and parts["both"] == written["test_bpb_on"]
     assert list(parts) == ["none", "neighbor", "continuation", "both"] and len({*parts.values()}) == 4

@@ -18,7 +18,7 @@ from retro_model.comparing import lay_on_rows
 from retro_model.documents import Corpus
 from retro_model.embedding import EmbedConfig
 from retro_model.errors import ConfigError, DocumentError, MismatchError, MissingArtifactError
-from retro_model.evaluation import EvaluateConfig, EvaluationResult, evaluate_models
+from retro_model.evaluation import EvaluateConfig, EvaluationResult, evaluate_models, time_retrieval
 from retro_model.evaluation_data import Inputs, Searching, cut_anew, document_texts, optional_path, swapped_database
 from retro_model.index import IndexConfig
 from retro_model.model import RETRO
@@ -170,6 +170,12 @@ def test_an_empty_folder_is_none_and_a_missing_one_a_mistake(run: Path, tmp_path
         optional_path("evaluate.database", str(tmp_path / "nowhere"))
     with pytest.raises(MissingArtifactError, match="no finished model here"):
         evaluate(run, tmp_path, compare=str(run / "documents"))
+
+
+def test_what_retrieval_costs_is_measured(run: Path) -> None:
+    timings = time_retrieval(run / "data", searching_of(run), 2)
+    assert set(timings) == {"retrieval_ms_per_chunk_alone", "retrieval_ms_per_chunk_batched"}
+    assert all(0 < value < 1e6 for value in timings.values())
 
 
 # ---- another model ---------------------------------------------------------------------------------
