@@ -1,21 +1,25 @@
 """What retrieval gave, on documents that no training saw (sections 2.6 and 4 of the paper).
 
-    result = evaluate_models(Path("models/baseline"), Path("models/retro"), Path("data/chunks"), ...)
+    result = evaluate_models(Path("data"), Path("models/baseline"), Path("models/retro"), config, ...)
     result.metrics["gain_on_vs_off"]          # bits per byte that retrieval saves
 
-Four columns over the same documents: `baseline`, the decoder trained without retrieval; `off`, RETRO
-with nothing retrieved; `on`, RETRO with its nearest neighbors; `random`, RETRO with neighbors drawn
-from the database, which must not help. Bits are those of every label, the end of the document
-included; bytes are those of the original text, so that models with other tokenizers compare.
+Columns over the same documents: `baseline`, the decoder trained without retrieval; `off`, RETRO with
+nothing retrieved; `on`, RETRO with its nearest neighbors; `random`, RETRO with neighbors drawn from the
+database, which must not help. With another database, `on` and `random` are of that one, and `on_train`
+has the neighbors from the train chunks beside them; `compared` is another trained model. Bits are those
+of every label, the end of the document included; bytes are those of the original text, so that models
+with other tokenizers compare.
 """
 
 import csv
 import io
+import math
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,35 +27,57 @@ import torch
 
 from retro_model.artifacts import Artifact, write_json, write_whole
 from retro_model.checkpoint import from_pretrained
+from retro_model.comparing import Comparison
 from retro_model.config import Config, setting
-from retro_model.dataset import retrieved_tokens
+from retro_model.dataset import NO_ROW, retrieved_tokens
 from retro_model.devices import resolve_number_type
 from retro_model.errors import ConfigError, DocumentError
+from retro_model.evaluation_data import Inputs, Searching, optional_path, swapped_database
 from retro_model.figures import (
+    COLUMNS,
     DIGITS,
     LEAKAGE_NEIGHBORS,
     Curve,
     Scores,
+    bits_per_byte,
     columns_curve,
+    documents_curve,
+    gains_curve,
     leakage_curve,
     metrics_of,
+    overlap_curve,
 )
 from retro_model.model import RETRO
 from retro_model.overlap import longest_shared_runs
-from retro_model.page import make_page
-from retro_model.passages import build_passages, choose_passages
+from retro_model.page import Background, make_page
+from retro_model.passages import build_passages, choose_passages, document_names
+from retro_model.plotting import draw_charts
 from retro_model.progress import Progress
 from retro_model.report import Passage, render
-from retro_model.scoring import Scorer, Span, choose_spans
-from retro_model.tokenizer import Tokenizer
+from retro_model.retriever import Retriever
+from retro_model.scoring import Part, Scorer, Span, choose_spans
 
 IntArray = npt.NDArray[np.integer[Any]]
+FloatArray = npt.NDArray[np.floating[Any]]
+
+# What of the database is left in the sweep over its size: documents by a hash of their numbers.
+DATABASE_SHARES = (0.1, 1 / 3, 1.0)
+PARTS: tuple[Part, ...] = ("neighbor", "continuation", "both")
+
+# Held-out chunks that retrieval is timed on: so many at once, and the first of them one after the other.
+TIMED_CHUNKS, TIMED_ALONE = 256, 16
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(Config, section="evaluate"):
-    """How much is evaluated, and what of it is shown."""
+    """How much is evaluated, beside what, and what of it is shown.
 
+    `compare` is the folder of another trained model, `database` a folder or file of documents to retrieve
+    from in place of the train chunks; for both, an empty folder means none.
+    """
+
+    compare: str = setting("models/none")
+    database: str = setting("data/none")
     sweep_knn: tuple[int, ...] = setting((0, 1, 2, 4, 8), minimum=0)
     max_chunks: int | None = setting(1000, minimum=1)  # null: all held-out chunks
     bootstrap_samples: int = setting(2000, minimum=1)
@@ -60,6 +86,9 @@ class EvaluateConfig(Config, section="evaluate"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("compare", "database"):
+            if not getattr(self, name):
+                raise ConfigError(f"evaluate.{name}: found an empty path, expected a folder (an empty one: none)")
         if list(self.sweep_knn) != sorted(set(self.sweep_knn)):
             raise ConfigError(f"evaluate.sweep_knn: found {list(self.sweep_knn)}, expected rising numbers")
 
@@ -72,14 +101,24 @@ class EvaluationResult:
     curves: Mapping[str, Curve]
     timings: Mapping[str, float]
 
+    def lines(self) -> Iterator[str]:
+        """The result for a terminal."""
+        for column, bpb, low, high, perplexity in self.curves["columns"].rows:
+            figures = f"{bpb:.4f} bits per byte ({low:.4f} to {high:.4f}), perplexity {perplexity:.2f}"
+            yield f"evaluate: {column:<9} {figures}"
+        for name, title in (("gain_on_vs_off", "off"), ("gain_on_vs_baseline", "baseline")):
+            low, high = self.metrics[f"{name}_low"], self.metrics[f"{name}_high"]
+            yield f"evaluate: on saves {self.metrics[name]:+.4f} against {title} ({low:+.4f} to {high:+.4f})"
+        speeds = ", ".join(f"{self.timings[f'tokens_per_second_{name}']:,.0f} {name}" for name in ("off", "on"))
+        yield f"evaluate: tokens a second: {speeds}"
+
 
 def evaluate_models(
+    data_folder: Path,
     baseline_folder: Path,
     retro_folder: Path,
-    chunks_folder: Path,
-    neighbors_folder: Path,
-    tokenizer_folder: Path,
     config: EvaluateConfig,
+    searching: Searching,
     *,
     knn: int,
     seq_len: int,
@@ -87,85 +126,112 @@ def evaluate_models(
     out_metrics: Path,
     out_plots: Path,
     out_report: Path,
+    work_folder: Path,
     device: str = "cpu",
     batch_size: int = 8,
 ) -> EvaluationResult:
-    """Evaluates both models on the test split: `out_metrics`, `out_plots`/evaluate_*.csv and `out_report`.
+    """Evaluates both models on the test split: `out_metrics`, `out_plots`/evaluate_* and `out_report`.
 
-    `chunks_folder` and `neighbors_folder` hold a folder for each split; the training chunks are the
-    database. Equal inputs give equal files; what differs between batch sizes lies behind the digits
-    that are written.
+    `data_folder` holds tokenizer, chunks and neighbors as the stages write them. `searching` is how another
+    database is searched, and what is made for that lies in `work_folder`. Equal inputs give equal files;
+    what differs between batch sizes lies behind the digits that are written.
 
     Raises an ArtifactError where the inputs do not belong together, ConfigError for a `knn` or a sweep
-    that is not stored, DocumentError where there is nothing to score, TrainingError where a loss is
-    not finite.
+    that is not stored, DocumentError where there is nothing to score or to retrieve from, TrainingError
+    where a loss is not finite.
     """
     started = time.perf_counter()
-    inputs = Inputs.open(baseline_folder, retro_folder, chunks_folder, neighbors_folder, tokenizer_folder)
-    _check_knn(inputs.neighbors, knn, config)
+    compared_folder = optional_path("evaluate.compare", config.compare)
+    documents = optional_path("evaluate.database", config.database)
+    train = Inputs.open(data_folder)
+    models = _open_models({"baseline": baseline_folder, "retro": retro_folder}, train, device)
+    _check_knn(train.neighbors, knn, config)
     number_type = resolve_number_type(config.number_type, torch.device(device))
-    scorer = Scorer(
-        inputs.chunks,
-        inputs.database,
-        spans_with_text(inputs.chunks, config.max_chunks, seed),
-        seq_len,
-        device=device,
-        batch_size=batch_size,
-        number_type=number_type,
+    options: dict[str, Any] = {"device": device, "batch_size": batch_size, "number_type": number_type}
+    comparison = None
+    if compared_folder is not None:  # opened first: what is wrong with it is said before hours of work
+        comparison = Comparison(compared_folder, data_folder, searching, work_folder / "compare", **options)
+    inputs, counts = train, Counter[str]()
+    if documents is not None:
+        inputs, counts = swapped_database(documents, data_folder, searching, work_folder / "database")
+    spans = spans_with_text(inputs.chunks, config.max_chunks, seed)
+    scorer = Scorer(inputs.chunks, inputs.database, spans, seq_len, **options)
+    on_train = None if documents is None else Scorer(train.chunks, train.database, spans, seq_len, **options)
+    run = _score(models, [*_columns(inputs, train, scorer, on_train, knn, seed), *_sweeps(inputs, scorer, config, knn)])
+    background = Background(
+        chunks=inputs.chunks,
+        database_chunks=inputs.database.rows,
+        knn=knn,
+        seq_len=seq_len,
+        leakage_neighbors=min(LEAKAGE_NEIGHBORS, train.neighbors["ids"].shape[1]),
+        documents=None if documents is None else documents.name,
+        counts=counts,
+        compared=None if comparison is None else comparison.score(inputs, spans),
     )
-    run = _score(inputs, scorer, config, knn, seed, device)
-    scores = Scores(scorer, run.losses)
-    resampled = scores.bootstrap(config.bootstrap_samples, seed)
-    metrics = metrics_of(scores, resampled)
-    curves = {
-        "columns": columns_curve(scores, resampled),
-        "knn": Curve(("knn", "test_bpb"), tuple(run.sweep.items())),
-        "leakage": leakage_curve(scores, _shared_runs(inputs, scorer), inputs.chunks.facts["chunk_size"]),
-    }
-    passages = _passages(inputs, scores, config.passages, knn, seed)
-    page = make_page(metrics, curves, passages, inputs.chunks, inputs.database.rows, knn=knn, seq_len=seq_len)
+    metrics, curves = _figures(inputs, train, scorer, run, background, config, seed)
+    passages = _passages(inputs, scorer, run, config.passages, knn, seed)
+    page = make_page(metrics, curves, passages, background)
     write_json(out_metrics, metrics)
     for name, curve in curves.items():
         write_whole(out_plots / f"evaluate_{name}.csv", to_csv(curve))
+    draw_charts(page.charts, out_plots)
     write_whole(out_report, render(page))
     return EvaluationResult(metrics, curves, {**run.timings, "seconds": time.perf_counter() - started})
+
+
+def _figures(
+    inputs: Inputs,
+    train: Inputs,
+    scorer: Scorer,
+    run: "_Run",
+    background: Background,
+    config: EvaluateConfig,
+    seed: int,
+) -> tuple[dict[str, float | int], dict[str, Curve]]:
+    """The flat figures and the curves."""
+    saved = (run.losses["off"].astype(np.float64) - run.losses["on"]) / math.log(2)
+    scores = Scores(scorer.documents, scorer.bytes, scorer.is_label, saved)
+    for column in COLUMNS:
+        if column in run.row_losses:
+            scores.add(column, run.row_losses[column], int(scorer.is_label.sum()))
+    if background.compared is not None:
+        scores.add("compared", background.compared.row_losses, background.compared.num_labels)
+    resampled = scores.bootstrap(config.bootstrap_samples, seed)
+    runs = runs_shared_with_nearest(
+        train, scorer
+    )  # whatever the database, what was trained on can be repeated by heart
+    if inputs is not train:
+        runs = np.maximum(runs, runs_shared_with_nearest(inputs, scorer))
+    metrics = metrics_of(scores, resampled, runs)
+    metrics |= {"test_lossy_documents": inputs.chunks.facts["lossy_documents"], "database_chunks": inputs.database.rows}
+    if counts := background.counts:
+        metrics |= {f"database_documents_{name}": counts[name] for name in ("kept", "held_out")}
+    curves = {
+        "columns": columns_curve(scores, resampled),
+        "gains": gains_curve(scores, resampled),
+        "leakage": leakage_curve(scores, runs),
+        "overlap": overlap_curve(scores, runs_shared_with_read(inputs, scorer, background.knn)),
+        **_sweep_curves(run, scorer, inputs, config, background.knn),
+        "documents": documents_curve(scores, document_names(inputs.chunks, scorer.documents)),
+    }
+    return metrics, curves
 
 
 # ---- inputs ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The artifacts of an evaluation, which belong together."""
-
-    baseline: Artifact
-    retro: Artifact
-    chunks: Artifact
-    database: Artifact
-    neighbors: Artifact
-    tokenizer: Tokenizer
-
-    @classmethod
-    def open(cls, baseline: Path, retro: Path, chunks: Path, neighbors: Path, tokenizer: Path) -> "Inputs":
-        """Opens all and checks that each was made from the others; raises an ArtifactError."""
-        words = Tokenizer.open(tokenizer)
-        test = Artifact.open(chunks / "test", "chunks").require(split="test", tokenizer=words.fingerprint)
-        chunk_size = test.facts["chunk_size"]
-        train = Artifact.open(chunks / "train", "chunks").require(
-            split="train", tokenizer=words.fingerprint, chunk_size=chunk_size
-        )
-        trained_on = {"tokenizer": words.fingerprint, "chunks": train.fingerprint, "chunk_size": chunk_size}
-        retro_model = Artifact.open(retro, "model").require(retrieval=True, **trained_on)
-        return cls(
-            baseline=Artifact.open(baseline, "model").require(retrieval=False, **trained_on),
-            retro=retro_model,
-            chunks=test,
-            database=train,
-            neighbors=Artifact.open(neighbors / "test", "neighbors").require(
-                chunks=test.fingerprint, database=train.fingerprint, index=retro_model.facts["index"]
-            ),
-            tokenizer=words,
-        )
+def _open_models(folders: Mapping[str, Path], inputs: Inputs, device: str) -> dict[str, RETRO]:
+    """Both models, after a check that they were trained on these chunks and neighbors."""
+    trained_on = {
+        "tokenizer": inputs.tokenizer.fingerprint,
+        "chunks": inputs.database.fingerprint,
+        "chunk_size": inputs.chunks.facts["chunk_size"],
+    }
+    for name, folder in folders.items():
+        model = Artifact.open(folder, "model").require(retrieval=name == "retro", **trained_on)
+        if name == "retro":
+            inputs.neighbors.require(index=model.facts["index"])
+    return {name: from_pretrained(folder, device=device) for name, folder in folders.items()}
 
 
 def spans_with_text(chunks: Artifact, max_chunks: int | None, seed: int) -> list[Span]:
@@ -192,64 +258,140 @@ def random_neighbors(num_rows: int, knn: int, database_rows: int, seed: int) -> 
     return np.random.default_rng(seed).integers(database_rows, size=(num_rows, knn))
 
 
+def neighbors_of_share(ids: IntArray, documents: IntArray, share: float) -> npt.NDArray[np.int64]:
+    """The neighbors (rows, K) that a share of the database's documents holds, nearest first, then -1.
+
+    `documents` (database rows,) are the numbers of documents; which of them a share has follows from a hash
+    of the number, so a smaller share is a part of a larger one. Nothing is searched again: of K stored, a
+    tenth of the database leaves K / 10 on average.
+    """
+    kept = (ids != NO_ROW) & (_hash_shares(documents[np.maximum(ids, 0)]) < share)
+    order = np.argsort(~kept, axis=1, kind="stable")
+    left = np.where(np.take_along_axis(kept, order, axis=1), np.take_along_axis(ids, order, axis=1), NO_ROW)
+    return left.astype(np.int64)
+
+
+def _hash_shares(numbers: IntArray) -> npt.NDArray[np.float64]:
+    """A hash of each number, from 0 to 1 (the mixing of splitmix64)."""
+    mixed = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return (mixed ^ (mixed >> np.uint64(31))) / 2.0**64
+
+
 # ---- scoring ---------------------------------------------------------------------------------------
+
+
+class _Pass(NamedTuple):
+    """One reading of all held-out rows."""
+
+    name: str
+    model: str
+    scorer: Scorer
+    neighbors: IntArray | None
+    part: Part = "both"
 
 
 @dataclass(frozen=True)
 class _Run:
-    losses: dict[str, npt.NDArray[np.floating[Any]]]
-    sweep: dict[int, float]
+    losses: dict[str, FloatArray]  # of off and on, nats (rows, M)
+    row_losses: dict[str, npt.NDArray[np.float64]]  # of every pass, nats (rows,)
     timings: dict[str, float]
 
 
-def _score(inputs: Inputs, scorer: Scorer, config: EvaluateConfig, knn: int, seed: int, device: str) -> _Run:
-    """The losses of every column, and bits per byte for each k of the sweep."""
-    baseline = from_pretrained(inputs.baseline.folder, device=device)
-    retro = from_pretrained(inputs.retro.folder, device=device)
+def _columns(
+    inputs: Inputs, train: Inputs, scorer: Scorer, on_train: Scorer | None, knn: int, seed: int
+) -> Iterator[_Pass]:
+    yield _Pass("baseline", "baseline", scorer, None)
+    yield _Pass("off", "retro", scorer, None)
+    yield _Pass("on", "retro", scorer, inputs.neighbors["ids"][scorer.rows][:, :knn])
+    yield _Pass("random", "retro", scorer, random_neighbors(len(scorer.rows), knn, inputs.database.rows, seed))
+    if on_train is not None:
+        yield _Pass("on_train", "retro", on_train, train.neighbors["ids"][on_train.rows][:, :knn])
+
+
+def _sweeps(inputs: Inputs, scorer: Scorer, config: EvaluateConfig, knn: int) -> Iterator[_Pass]:
     nearest = inputs.neighbors["ids"][scorer.rows]
-    drawn = random_neighbors(len(scorer.rows), knn, inputs.database.rows, seed)
-    columns: dict[str, tuple[RETRO, IntArray | None]] = {
-        "baseline": (baseline, None),
-        "off": (retro, None),
-        "on": (retro, nearest[:, :knn]),
-        "random": (retro, drawn),
-    }
-    further = [k for k in config.sweep_knn if k not in (0, knn)]
-    losses, timings, sweep = {}, {}, {}
-    with Progress("evaluate", (len(columns) + len(further)) * scorer.num_sequences, unit="sequence") as shown:
-        for name, (model, neighbors) in columns.items():
+    for k in config.sweep_knn:
+        if k not in (0, knn):
+            yield _Pass(f"knn {k}", "retro", scorer, nearest[:, :k])
+    for part in PARTS:
+        if part != "both":
+            yield _Pass(f"part {part}", "retro", scorer, nearest[:, :knn], part)
+    documents = inputs.database["documents"][:]
+    for share in DATABASE_SHARES:
+        if share < 1:
+            yield _Pass(f"share {share}", "retro", scorer, neighbors_of_share(nearest, documents, share)[:, :knn])
+
+
+def _score(models: Mapping[str, RETRO], passes: list[_Pass]) -> _Run:
+    """The losses of every pass."""
+    run = _Run({}, {}, {})
+    with Progress("evaluate", sum(each.scorer.num_sequences for each in passes), unit="sequence") as shown:
+        for each in passes:
             started = time.perf_counter()
-            losses[name] = scorer.losses(model, neighbors, shown)
+            losses = each.scorer.losses(models[each.model], each.neighbors, shown, each.part)
             seconds = time.perf_counter() - started
-            timings[f"tokens_per_second_{name}"] = float(scorer.is_label.sum()) / seconds
-        for k in config.sweep_knn:
-            same = {0: "off", knn: "on"}.get(k)
-            found = losses[same] if same else scorer.losses(retro, nearest[:, :k], shown)
-            sweep[k] = round(Scores(scorer, {"on": found}).bpb("on"), DIGITS)
-    return _Run(losses, sweep, timings)
+            run.row_losses[each.name] = losses.sum(axis=1, dtype=np.float64)
+            if each.name in COLUMNS:
+                run.timings[f"tokens_per_second_{each.name}"] = float(each.scorer.is_label.sum()) / seconds
+            if each.name in ("off", "on"):
+                run.losses[each.name] = losses
+    return run
 
 
-def _shared_runs(inputs: Inputs, scorer: Scorer) -> IntArray:
-    """The longest run of tokens that each row's labels share with its nearest neighbors in the database."""
+def _sweep_curves(run: _Run, scorer: Scorer, inputs: Inputs, config: EvaluateConfig, knn: int) -> dict[str, Curve]:
+    """Bits per byte by number of neighbors, by what of them is shown, and by share of the database."""
+
+    def bpb(name: str) -> float:
+        return round(float(bits_per_byte(run.row_losses[name].sum(), scorer.bytes.sum())), DIGITS)
+
+    by_knn = [(k, bpb({0: "off", knn: "on"}.get(k, f"knn {k}"))) for k in config.sweep_knn]
+    by_part = [("none", bpb("off")), *((part, bpb("on" if part == "both" else f"part {part}")) for part in PARTS)]
+    nearest, documents = inputs.neighbors["ids"][scorer.rows], inputs.database["documents"][:]
+    by_share = []
+    for share in DATABASE_SHARES:
+        left = (neighbors_of_share(nearest, documents, share) != NO_ROW).sum(axis=1)
+        figures = (round(float(left.mean()), DIGITS), round(float((left < knn).mean()), DIGITS))
+        by_share.append((round(share, 3), bpb("on" if share == 1 else f"share {share}"), *figures))
+    return {
+        "knn": Curve(("knn", "test_bpb"), tuple(by_knn)),
+        "part": Curve(("part", "test_bpb"), tuple(by_part)),
+        "database": Curve(("share", "test_bpb", "neighbors_left", "chunks_short"), tuple(by_share)),
+    }
+
+
+def runs_shared_with_nearest(inputs: Inputs, scorer: Scorer) -> IntArray:
+    """The longest run of tokens (rows,) that each row's labels share with its ten nearest in the database."""
+    return _longest_runs(inputs, scorer, inputs.neighbors["ids"][scorer.rows][:, :LEAKAGE_NEIGHBORS])
+
+
+def runs_shared_with_read(inputs: Inputs, scorer: Scorer, knn: int) -> IntArray:
+    """The same with the neighbors that were read beside each row: those of the row before, if it is scored."""
+    ids = np.full((len(scorer.rows), knn), NO_ROW)
+    (rows,) = np.nonzero((np.diff(scorer.rows) == 1) & (np.diff(scorer.documents) == 0))
+    ids[rows + 1] = inputs.neighbors["ids"][scorer.rows[rows]][:, :knn]
+    return _longest_runs(inputs, scorer, ids)
+
+
+def _longest_runs(inputs: Inputs, scorer: Scorer, ids: IntArray) -> IntArray:
     pad_id = inputs.database.facts["pad_id"]
     runs = []
     for start in range(0, len(scorer.rows), 1024):  # retrieved tokens are large: few rows at a time
         some = slice(start, start + 1024)
-        ids = inputs.neighbors["ids"][scorer.rows[some]][:, :LEAKAGE_NEIGHBORS]
-        runs.append(longest_shared_runs(scorer.labels[some], retrieved_tokens(inputs.database, ids), pad_id))
+        runs.append(longest_shared_runs(scorer.labels[some], retrieved_tokens(inputs.database, ids[some]), pad_id))
     return np.concatenate(runs)
 
 
-def _passages(inputs: Inputs, scores: Scores, num: int, knn: int, seed: int) -> tuple[Passage, ...]:
-    scorer = scores.scorer
+def _passages(inputs: Inputs, scorer: Scorer, run: _Run, num: int, knn: int, seed: int) -> tuple[Passage, ...]:
     nearest = inputs.neighbors["ids"][scorer.rows][:, :knn]
-    chosen = choose_passages(scorer, scores.saved_bits().sum(axis=1), nearest, num, seed)
+    saved = run.row_losses["off"] - run.row_losses["on"]
     return tuple(
         build_passages(
-            chosen,
+            choose_passages(scorer, saved, nearest, num, seed),
             scorer,
-            scores.losses["off"],
-            scores.losses["on"],
+            run.losses["off"],
+            run.losses["on"],
             nearest,
             inputs.neighbors["distances"][scorer.rows],
             inputs.tokenizer,
@@ -262,3 +404,27 @@ def to_csv(curve: Curve) -> str:
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows([curve.head, *curve.rows])
     return stream.getvalue()
+
+
+# ---- what retrieval costs --------------------------------------------------------------------------
+
+
+def time_retrieval(data_folder: Path, searching: Searching, knn: int) -> dict[str, float]:
+    """Milliseconds that a chunk takes to be embedded and searched, one alone and many at once.
+
+    Raises SourceError where the encoder cannot be loaded here.
+    """
+    retriever = Retriever.open(data_folder, encoder=searching.embed.encoder, device=searching.device)
+    chunks = Artifact.open(data_folder / "chunks" / "test", "chunks", verify=False)
+    tokens = chunks["tokens"][:TIMED_CHUNKS][:, :-1]
+    retriever.retrieve(tokens[:1], knn)  # the first call loads what later ones do not
+    started = time.perf_counter()
+    for row in tokens[:TIMED_ALONE]:
+        retriever.retrieve(row[None], knn)
+    alone, started = time.perf_counter() - started, time.perf_counter()
+    retriever.retrieve(tokens, knn)
+    together = time.perf_counter() - started
+    return {
+        "retrieval_ms_per_chunk_alone": 1000 * alone / len(tokens[:TIMED_ALONE]),
+        "retrieval_ms_per_chunk_batched": 1000 * together / len(tokens),
+    }

@@ -1,30 +1,43 @@
-"""The figures of an evaluation: bits per byte, perplexity, gains with intervals, the leakage curve.
+"""The figures of an evaluation: bits per byte, perplexity, gains with intervals, and curves over parts of the text.
 
-All are functions of the summed losses of chunk rows, so that none needs a model or a file.
+All are functions of the losses of chunk rows, so that none needs a model or a file.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from retro_model.scoring import Scorer
-
 IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 
-COLUMNS = ("baseline", "off", "on", "random")
-DIFFERENCES = (("on", "off"), ("on", "baseline"), ("random", "off"))
+# Every column that there can be, in the order in which they are shown; the last two only where asked for.
+COLUMNS = ("baseline", "off", "on", "random", "on_train", "compared")
+# Which of two columns gains against which.
+DIFFERENCES = (
+    ("on", "off"),
+    ("on", "baseline"),
+    ("random", "off"),
+    ("on", "on_train"),
+    ("on", "compared"),
+)
 
 # The paper's leakage curve: the neighbors of a chunk that it looks at, and the steps of alpha.
 LEAKAGE_NEIGHBORS = 10
 ALPHAS = tuple(eighth / 8 for eighth in range(1, 9))
 
+# Tokens that a chunk shares in a row with what was read beside it, from which each class of overlap begins.
+OVERLAP_CLASSES = (0, 2, 4, 8, 16, 32)
+
 # A token counts as helped or hurt from this change of its loss on, in bits.
 NOTICEABLE_BITS = 0.1
+
+# Documents that gained and that lost most are shown, so many of each.
+DOCUMENTS_SHOWN = 5
 
 # Digits that are written: what lies behind them depends on the order of floating-point sums.
 DIGITS = 6
@@ -36,6 +49,10 @@ class Curve:
 
     head: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
+
+    def column(self, name: str) -> tuple[Any, ...]:
+        """The values of one column, from top to bottom."""
+        return tuple(row[self.head.index(name)] for row in self.rows)
 
 
 def bits_per_byte(loss_sum: Any, byte_sum: Any) -> Any:
@@ -71,76 +88,160 @@ def interval(samples: FloatArray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scores:
-    """Losses in nats of the same rows in every column, and what they are divided by."""
+    """Losses in nats of the same chunk rows in every column, and what they are divided by.
 
-    scorer: Scorer
-    losses: Mapping[str, npt.NDArray[np.floating[Any]]]
+    `row_losses` (rows,) and `num_labels` are filled column by column. `saved` (rows, M) is by how many bits
+    retrieval lowered the loss of each label, 0 where there is none.
+    """
 
-    def row_losses(self, column: str) -> FloatArray:
-        """The summed loss of each row."""
-        sums: FloatArray = self.losses[column].sum(axis=1, dtype=np.float64)
-        return sums
+    documents: IntArray  # (rows,)
+    bytes: IntArray  # (rows,)
+    is_label: BoolArray  # (rows, M)
+    saved: FloatArray
+    row_losses: dict[str, FloatArray] = field(default_factory=dict)
+    num_labels: dict[str, int] = field(default_factory=dict)
 
-    def bpb(self, column: str, rows: npt.NDArray[np.bool_] | slice = slice(None)) -> float:
+    def add(self, column: str, row_losses: FloatArray, num_labels: int) -> None:
+        """Adds a column; `num_labels` is of its own tokenizer."""
+        assert column in COLUMNS and row_losses.shape == self.bytes.shape, column
+        self.row_losses[column], self.num_labels[column] = row_losses, num_labels
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that there are, in the order in which they are shown."""
+        return tuple(column for column in COLUMNS if column in self.row_losses)
+
+    @property
+    def differences(self) -> tuple[tuple[str, str], ...]:
+        """The pairs of columns that there are and that are compared."""
+        return tuple(pair for pair in DIFFERENCES if set(pair) <= self.row_losses.keys())
+
+    def bpb(self, column: str, rows: BoolArray | slice = slice(None)) -> float:
         """Bits per byte over all rows, or over the given ones."""
-        return float(bits_per_byte(self.row_losses(column)[rows].sum(), self.scorer.bytes[rows].sum()))
+        return float(bits_per_byte(self.row_losses[column][rows].sum(), self.bytes[rows].sum()))
 
     def perplexity(self, column: str) -> float:
         """exp of the mean loss of a label."""
-        return math.exp(self.row_losses(column).sum() / self.scorer.is_label.sum())
-
-    def saved_bits(self) -> FloatArray:
-        """By how many bits retrieval lowered the loss of each label."""
-        return (self.losses["off"].astype(np.float64) - self.losses["on"]) / math.log(2)
+        return math.exp(self.row_losses[column].sum() / self.num_labels[column])
 
     def bootstrap(self, samples: int, seed: int) -> dict[str, FloatArray]:
         """Bits per byte of each column over resampled documents."""
-        per_row = [*(self.row_losses(column) for column in COLUMNS), self.scorer.bytes]
-        per_document = [sum_by_document(values, self.scorer.documents) for values in per_row]
+        per_row = [*(self.row_losses[column] for column in self.columns), self.bytes]
+        per_document = [sum_by_document(values, self.documents) for values in per_row]
         sums = bootstrap_sums(np.stack(per_document, axis=1), samples, seed)
-        return {column: bits_per_byte(sums[:, place], sums[:, -1]) for place, column in enumerate(COLUMNS)}
+        return {column: bits_per_byte(sums[:, place], sums[:, -1]) for place, column in enumerate(self.columns)}
 
 
-def metrics_of(scores: Scores, resampled: Mapping[str, FloatArray]) -> dict[str, float | int]:
-    """The flat figures of metrics/evaluate.json; gains are bits per byte saved, positive is better."""
-    scorer = scores.scorer
-    metrics: dict[str, float | int] = {f"test_bpb_{column}": scores.bpb(column) for column in COLUMNS}
-    for one, other in DIFFERENCES:
+# ---- the flat figures ------------------------------------------------------------------------------
+
+
+def metrics_of(scores: Scores, resampled: Mapping[str, FloatArray], runs: IntArray) -> dict[str, float | int]:
+    """The flat figures of metrics/evaluate.json; gains are bits per byte saved, positive is better.
+
+    `runs` (rows,) is the longest run of tokens that each row shares with the database. Its chunks of little
+    overlap are those of the leakage curve's first step, at most an eighth; their gains are left out where
+    there is no such text.
+    """
+    metrics: dict[str, float | int] = {f"test_bpb_{column}": scores.bpb(column) for column in scores.columns}
+    for one, other in scores.differences:
         name = f"gain_{one}_vs_{other}"
         metrics[name] = scores.bpb(other) - scores.bpb(one)
         metrics[f"{name}_low"], metrics[f"{name}_high"] = interval(resampled[other] - resampled[one])
-    metrics |= {f"test_perplexity_{column}": scores.perplexity(column) for column in COLUMNS}
-    saved = scores.saved_bits()[scorer.is_label]
-    metrics["share_tokens_helped"] = float(np.mean(saved >= NOTICEABLE_BITS))
-    metrics["share_tokens_hurt"] = float(np.mean(saved <= -NOTICEABLE_BITS))
-    metrics["test_documents"] = len(np.unique(scorer.documents))
-    metrics["test_chunks"] = len(scorer.rows)
-    metrics["test_tokens"] = int(scorer.is_label.sum())
-    metrics["test_bytes"] = int(scorer.bytes.sum())
+    few = runs <= ALPHAS[0] * scores.is_label.shape[1]
+    if scores.bytes[few].any():
+        for one, other in scores.differences[:2]:
+            metrics[f"gain_{one}_vs_{other}_little_overlap"] = scores.bpb(other, few) - scores.bpb(one, few)
+    metrics["share_chunks_little_overlap"] = float(np.mean(few))
+    metrics |= {f"test_perplexity_{column}": scores.perplexity(column) for column in scores.columns}
+    metrics["share_tokens_helped"], metrics["share_tokens_hurt"] = helped_and_hurt(scores.saved[scores.is_label])
+    metrics["test_documents"] = len(np.unique(scores.documents))
+    metrics["test_chunks"] = len(scores.bytes)
+    metrics["test_tokens"] = int(scores.is_label.sum())
+    metrics["test_bytes"] = int(scores.bytes.sum())
     return {name: round(value, DIGITS) for name, value in metrics.items()}
 
 
-def leakage_curve(scores: Scores, runs: IntArray, chunk_size: int) -> Curve:
+def helped_and_hurt(saved: FloatArray) -> tuple[float, float]:
+    """The shares of tokens whose loss retrieval lowered, and raised, noticeably."""
+    if not len(saved):
+        return 0.0, 0.0
+    return float(np.mean(saved >= NOTICEABLE_BITS)), float(np.mean(saved <= -NOTICEABLE_BITS))
+
+
+# ---- curves ----------------------------------------------------------------------------------------
+
+
+def columns_curve(scores: Scores, resampled: Mapping[str, FloatArray]) -> Curve:
+    """Bits per byte of all columns with their intervals."""
+    rows = []
+    for column in scores.columns:
+        figures = (scores.bpb(column), *interval(resampled[column]), scores.perplexity(column))
+        rows.append((column, *_rounded(*figures)))
+    return Curve(("column", "test_bpb", "low", "high", "test_perplexity"), tuple(rows))
+
+
+def gains_curve(scores: Scores, resampled: Mapping[str, FloatArray]) -> Curve:
+    """The bits per byte that one column saves against another, with their intervals."""
+    rows = []
+    for one, other in scores.differences:
+        gain = scores.bpb(other) - scores.bpb(one)
+        rows.append((one, other, *_rounded(gain, *interval(resampled[other] - resampled[one]))))
+    return Curve(("one", "other", "gain", "low", "high"), tuple(rows))
+
+
+def leakage_curve(scores: Scores, runs: IntArray) -> Curve:
     """bpb(alpha) of section 2.6: over chunks that share at most alpha * M tokens in a row with a neighbor.
 
     `runs` is the longest run of each row. An alpha under which no text is left has no row.
     """
-    columns = ("baseline", "off", "on")
+    columns = tuple(column for column in scores.columns if column != "random")
     rows = []
     for alpha in ALPHAS:
-        below = runs <= alpha * chunk_size
-        if scores.scorer.bytes[below].any():
-            figures = (round(scores.bpb(column, below), DIGITS) for column in columns)
-            rows.append((alpha, int(below.sum()), *figures))
+        below = runs <= alpha * scores.is_label.shape[1]
+        if scores.bytes[below].any():
+            figures = (scores.bpb(column, below) for column in columns)
+            rows.append((alpha, int(below.sum()), *_rounded(*figures)))
     return Curve(("alpha", "chunks", *columns), tuple(rows))
 
 
-def columns_curve(scores: Scores, resampled: Mapping[str, FloatArray]) -> Curve:
-    """Bits per byte of the four columns with their intervals."""
+def overlap_curve(scores: Scores, runs: IntArray) -> Curve:
+    """What retrieval gave, by the longest run that a chunk shares with the neighbors that were read with it.
+
+    A row for each class of `runs` that has text: the tokens from which it begins, its chunks, off and on,
+    the gain in bits per byte, and the shares of tokens helped and hurt.
+    """
     rows = []
-    for column in COLUMNS:
-        figures = (scores.bpb(column), *interval(resampled[column]), scores.perplexity(column))
-        rows.append((column, *(round(figure, DIGITS) for figure in figures)))
-    return Curve(("column", "test_bpb", "low", "high", "test_perplexity"), tuple(rows))
+    classes = np.searchsorted(OVERLAP_CLASSES, runs, side="right") - 1
+    for number, first in enumerate(OVERLAP_CLASSES):
+        here = classes == number
+        if scores.bytes[here].any():
+            off, on = scores.bpb("off", here), scores.bpb("on", here)
+            shares = helped_and_hurt(scores.saved[here][scores.is_label[here]])
+            rows.append((first, int(here.sum()), *_rounded(off, on, off - on, *shares)))
+    return Curve(("shared_tokens", "chunks", "off", "on", "gain", "share_helped", "share_hurt"), tuple(rows))
+
+
+def documents_curve(scores: Scores, names: Mapping[int, str]) -> Curve:
+    """The documents that gained and that lost most by retrieval, in bits, the greatest gain first.
+
+    `names` says where each document comes from. A document is in the table once.
+    """
+    numbers = np.unique(scores.documents)
+    sums = [scores.row_losses["off"], scores.row_losses["on"], scores.bytes, np.ones(len(scores.bytes))]
+    off, on, size, chunks = (sum_by_document(values, scores.documents) for values in sums)
+    saved = np.round((off - on) / math.log(2), DIGITS)
+    order = np.argsort(-saved, kind="stable")
+    order = order[size[order] > 0]
+    if len(order) > 2 * DOCUMENTS_SHOWN:
+        order = np.concatenate([order[:DOCUMENTS_SHOWN], order[-DOCUMENTS_SHOWN:]])
+    rows = []
+    for place in order:
+        figures = (bits_per_byte(off[place], size[place]), bits_per_byte(on[place], size[place]), saved[place])
+        rows.append((names[int(numbers[place])], int(chunks[place]), int(size[place]), *_rounded(*figures)))
+    return Curve(("document", "chunks", "bytes", "off", "on", "saved_bits"), tuple(rows))
+
+
+def _rounded(*values: float) -> tuple[float, ...]:
+    return tuple(round(float(value), DIGITS) for value in values)

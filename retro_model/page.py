@@ -1,9 +1,11 @@
 """The evaluation's figures in words, tables and charts: what reports/evaluate.html says."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from retro_model.artifacts import Artifact
-from retro_model.figures import LEAKAGE_NEIGHBORS, NOTICEABLE_BITS, Curve
+from retro_model.comparing import Compared
+from retro_model.figures import DOCUMENTS_SHOWN, NOTICEABLE_BITS, OVERLAP_CLASSES, Curve
 from retro_model.report import Chart, Passage, Report, Series, Table
 
 MEANING = {
@@ -11,46 +13,80 @@ MEANING = {
     "off": "RETRO, nothing retrieved",
     "on": "RETRO, with the nearest neighbors",
     "random": "RETRO, with random neighbors (the control)",
+    "on_train": "RETRO, with neighbors from the train chunks",
+    "compared": "another trained model",
 }
-COLORS = {"on": 0, "off": 1, "baseline": 2, "random": 3}
+COLORS = {"on": 0, "off": 1, "baseline": 2, "random": 3, "on_train": 4, "compared": 5}
 GAINS = {
     "gain_on_vs_off": ("on, against off", "the same model with and without its neighbors"),
     "gain_on_vs_baseline": ("on, against baseline", "what having retrieval is worth"),
     "gain_random_vs_off": ("random, against off", "the control: no gain is right"),
+    "gain_on_vs_on_train": ("on, against on_train", "what the other database is worth"),
+    "gain_on_vs_compared": ("on, against compared", "this model and the other one"),
 }
+PART_NAMES = {"none": "nothing", "neighbor": "neighbor", "continuation": "continuation", "both": "both"}
+
+
+@dataclass(frozen=True)
+class Background:
+    """What the figures are of, as far as the page says it.
+
+    `documents` is the name of the other database, if there is one, and `counts` what came of its documents.
+    """
+
+    chunks: Artifact
+    database_chunks: int
+    knn: int
+    seq_len: int
+    leakage_neighbors: int
+    documents: str | None
+    counts: Mapping[str, int]
+    compared: Compared | None
+
+    def meaning(self, column: str) -> str:
+        """What a column is, in a few words."""
+        if column == "on" and self.documents:
+            return f"RETRO, with neighbors from {self.documents}"
+        if column == "compared" and self.compared:
+            how = f"with its {self.compared.knn} nearest neighbors" if self.compared.knn else "which has no retrieval"
+            return f"the model {self.compared.name}, {how}"
+        return MEANING[column]
 
 
 def make_page(
     metrics: Mapping[str, float | int],
     curves: Mapping[str, Curve],
     passages: Sequence[Passage],
-    chunks: Artifact,
-    database_rows: int,
-    *,
-    knn: int,
-    seq_len: int,
+    background: Background,
 ) -> Report:
     """The report for a person to read, from the figures that are written."""
+    knn = background.knn
     size = (
         f"{metrics['test_documents']:,} documents, {metrics['test_chunks']:,} chunks, "
         f"{metrics['test_tokens']:,} tokens, {metrics['test_bytes']:,} bytes of held-out text; "
-        f"a database of {database_rows:,} chunks; {knn} neighbor{'' if knn == 1 else 's'}."
+        f"a database of {background.database_chunks:,} chunks{_from_where(background)}; "
+        f"{knn} neighbor{'' if knn == 1 else 's'}."
     )
     return Report(
         title="What retrieval gave",
         summary=(headline(metrics), size),
-        tables=(_columns_table(curves["columns"]), _gains_table(metrics)),
-        charts=tuple(_charts(curves, knn)),
+        tables=(_columns_table(curves["columns"], background), _gains_table(metrics)),
+        charts=tuple(_charts(curves, background)),
+        details=(_overlap_table(curves["overlap"]), _documents_table(curves["documents"])),
         passages=tuple(passages),
-        notes=tuple(_notes(metrics, chunks, seq_len)),
+        notes=tuple(_notes(metrics, background)),
     )
+
+
+def _from_where(background: Background) -> str:
+    return f" from {background.documents}, which no training saw" if background.documents else ""
 
 
 def headline(metrics: Mapping[str, float | int]) -> str:
     """The result in words; an interval that holds 0 is no difference."""
     on, off, baseline = (metrics[f"test_bpb_{column}"] for column in ("on", "off", "baseline"))
     return (
-        f"Held-out text costs {on:.3f} bits per byte with retrieval, {off:.3f} without, and {baseline:.3f} "
+        f"Held-out text costs {on:.4f} bits per byte with retrieval, {off:.4f} without, and {baseline:.4f} "
         f"in a decoder that never had it: {_verdict(metrics, 'gain_on_vs_off', 'retrieval')} against the "
         f"same model without neighbors, and {_verdict(metrics, 'gain_on_vs_baseline', 'it')} against the "
         "baseline."
@@ -60,28 +96,31 @@ def headline(metrics: Mapping[str, float | int]) -> str:
 def _verdict(metrics: Mapping[str, float | int], name: str, subject: str) -> str:
     gain, low, high = metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"]
     if low > 0:
-        return f"{subject} saves {gain:.3f}"
+        return f"{subject} saves {gain:.4f}"
     if high < 0:
-        return f"{subject} costs {-gain:.3f} more"
+        return f"{subject} costs {-gain:.4f} more"
     return f"{subject} makes no difference that these documents can show"
 
 
-def _columns_table(curve: Curve) -> Table:
+# ---- tables ----------------------------------------------------------------------------------------
+
+
+def _columns_table(curve: Curve, background: Background) -> Table:
     rows = tuple(
-        (column, MEANING[column], f"{bpb:.4f}", f"{low:.4f} to {high:.4f}", f"{perplexity:.2f}")
+        (column, background.meaning(column), f"{bpb:.4f}", f"{low:.4f} to {high:.4f}", f"{perplexity:.2f}")
         for column, bpb, low, high, perplexity in curve.rows
     )
-    return Table(
-        "Four columns",
-        ("", "bits per byte", "95% interval", "perplexity"),
-        rows,
-        "The same held-out text for each; perplexity is per token. Lower is better.",
-    )
+    caption = "The same held-out text for each; perplexity is per token. Lower is better."
+    if background.compared and not background.compared.same_tokens:
+        caption += " The compared model has other tokens: its perplexity does not compare, its bits per byte do."
+    return Table("All columns", ("", "bits per byte", "95% interval", "perplexity"), rows, caption)
 
 
 def _gains_table(metrics: Mapping[str, float | int]) -> Table:
     rows = []
     for name, (title, note) in GAINS.items():
+        if name not in metrics:
+            continue
         gain, low, high = metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"]
         verdict = "better" if low > 0 else "worse" if high < 0 else "not told apart"
         rows.append((title, note, signed(gain), f"{signed(low)} to {signed(high)}", verdict))
@@ -96,53 +135,179 @@ def _gains_table(metrics: Mapping[str, float | int]) -> Table:
     )
 
 
+def _overlap_table(curve: Curve) -> Table:
+    rows = []
+    for first, chunks, off, on, gain, helped, hurt in curve.rows:
+        figures = (f"{off:.4f}", f"{on:.4f}", signed(gain), f"{helped:.1%}", f"{hurt:.1%}")
+        rows.append((overlap_name(first), f"{chunks:,} chunks", *figures))
+    return Table(
+        "Where it helps: by overlap",
+        ("tokens shared in a row", "off", "on", "saved", "tokens helped", "tokens hurt"),
+        tuple(rows),
+        "Chunks by the longest run of tokens that they share with what was read beside them; in bits per byte.",
+    )
+
+
+def _documents_table(curve: Curve) -> Table:
+    rows = []
+    for name, chunks, size, off, on, saved in curve.rows:
+        note = f"{chunks:,} chunk{'' if chunks == 1 else 's'}, {size:,} bytes"
+        rows.append((name, note, f"{off:.4f}", f"{on:.4f}", f"{saved:+.1f}".replace("-", "\u2212")))
+    return Table(
+        "Where it helps: by document",
+        ("", "off", "on", "bits saved"),
+        tuple(rows),
+        f"The documents that gained and that lost most, {DOCUMENTS_SHOWN} of each where there are more; "
+        "bits per byte, and bits saved in all of the document.",
+    )
+
+
+def overlap_name(first: int) -> str:
+    """The class of overlap that begins at so many tokens, in words."""
+    later = [start for start in OVERLAP_CLASSES if start > first]
+    return f"{first} to {later[0] - 1}" if later else f"{first} or more"
+
+
 def signed(value: float) -> str:
     """Four digits with a sign that is as wide as a plus."""
     return f"{value:+.4f}".replace("-", "\u2212")
 
 
-def _charts(curves: Mapping[str, Curve], knn: int) -> Iterator[Chart]:
-    if curves["knn"].rows:
-        ks, figures = zip(*curves["knn"].rows, strict=True)
-        yield Chart(
-            "By number of neighbors",
-            f"The model was trained with {knn}; 0 is retrieval off.",
-            "neighbors",
-            "bits per byte",
-            tuple(str(k) for k in ks),
-            (Series("RETRO", figures, COLORS["on"]),),
-        )
+# ---- charts ----------------------------------------------------------------------------------------
+
+
+def _charts(curves: Mapping[str, Curve], background: Background) -> Iterator[Chart]:
+    yield _gains_chart(curves["gains"])
     if curves["leakage"].rows:
-        alphas, counts, *lines = zip(*curves["leakage"].rows, strict=True)
-        names = curves["leakage"].head[2:]
-        numbers = ", ".join(f"{count:,}" for count in counts)
-        yield Chart(
-            "By overlap with the database",
-            "Chunks that share no longer run of tokens with one of their "
-            f"{LEAKAGE_NEIGHBORS} nearest neighbors than this part of a chunk ({numbers} chunks). "
-            "A gain at the left is no copy.",
-            "longest shared run, at most",
-            "bits per byte",
-            tuple(f"{alpha:.1%}".replace(".0%", "%") for alpha in alphas),
-            tuple(Series(name, figures, COLORS[name]) for name, figures in zip(names, lines, strict=True)),
+        yield _leakage_chart(curves["leakage"], background)
+    if curves["overlap"].rows:
+        yield _overlap_chart(curves["overlap"])
+    if curves["knn"].rows:
+        yield _sweep_chart(
+            "knn",
+            "By number of neighbors",
+            f"The model was trained with {background.knn}; 0 is retrieval off.",
+            "neighbors",
+            tuple(map(str, curves["knn"].column("knn"))),
+            curves["knn"].column("test_bpb"),
         )
+    yield _sweep_chart(
+        "part",
+        "By what is shown of a neighbor",
+        "The retrieved chunk alone, the chunk that follows it in its document alone, or both, as in training.",
+        "shown",
+        tuple(PART_NAMES[part] for part in curves["part"].column("part")),
+        curves["part"].column("test_bpb"),
+        joined=False,
+    )
+    yield _database_chart(curves["database"], background)
 
 
-def _notes(metrics: Mapping[str, float | int], chunks: Artifact, seq_len: int) -> Iterator[str]:
-    chunk_size = chunks.facts["chunk_size"]
+def _gains_chart(curve: Curve) -> Chart:
+    intervals = tuple(zip(curve.column("low"), curve.column("high"), strict=True))
+    pairs = zip(curve.column("one"), curve.column("other"), strict=True)
+    return Chart(
+        "gains",
+        "What is saved, with 95% intervals",
+        "Paired over the same documents; above 0 the first of the two is better. random / off is the control: "
+        "it belongs at 0 or below.",
+        "one column against another",
+        "bits per byte saved",
+        tuple(f"{one} / {other}" for one, other in pairs),
+        (Series("bits per byte saved", curve.column("gain"), COLORS["on"], intervals),),
+        joined=False,
+    )
+
+
+def _leakage_chart(curve: Curve, background: Background) -> Chart:
+    names = curve.head[2:]
+    where = "in the train chunks or in the other database" if background.documents else "in the train chunks"
+    return Chart(
+        "leakage",
+        "By overlap with the database",
+        "Chunks whose longest run of tokens shared with one of their "
+        f"{background.leakage_neighbors} nearest neighbors {where} is at most this part of a chunk. "
+        "What is gained at the left is no copy.",
+        "longest shared run, at most",
+        "bits per byte",
+        tuple(f"{alpha:.1%}".replace(".0%", "%") for alpha in curve.column("alpha")),
+        tuple(Series(name, curve.column(name), COLORS[name]) for name in names),
+        tuple(f"{count:,}" for count in curve.column("chunks")),
+        "below: chunks",
+    )
+
+
+def _overlap_chart(curve: Curve) -> Chart:
+    return Chart(
+        "overlap",
+        "What is saved, by overlap",
+        "By the longest run of tokens that a chunk shares with the neighbors that were read beside it.",
+        "tokens shared in a row, from",
+        "bits per byte saved",
+        tuple(map(str, curve.column("shared_tokens"))),
+        (Series("on, against off", curve.column("gain"), COLORS["on"]),),
+        tuple(f"{count:,}" for count in curve.column("chunks")),
+        "below: chunks",
+    )
+
+
+def _sweep_chart(
+    name: str,
+    title: str,
+    caption: str,
+    x_label: str,
+    places: tuple[str, ...],
+    values: tuple[float, ...],
+    joined: bool = True,
+) -> Chart:
+    series = (Series("RETRO", values, COLORS["on"]),)
+    return Chart(name, title, caption, x_label, "bits per byte", places, series, joined=joined)
+
+
+def _database_chart(curve: Curve, background: Background) -> Chart:
+    short = curve.column("chunks_short")[0]
+    return Chart(
+        "database",
+        "By size of the database",
+        "Documents are left out by a hash of their numbers, and nothing is searched again: of the neighbors that "
+        f"are stored those remain whose documents do. {short:.1%} of the chunks have fewer than {background.knn} left "
+        "in the smallest part and are read with those.",
+        "part of the database",
+        "bits per byte",
+        tuple(f"{share:.0%}" for share in curve.column("share")),
+        (Series("RETRO", curve.column("test_bpb"), COLORS["on"]),),
+        tuple(f"{left:.1f}" for left in curve.column("neighbors_left")),
+        "below: neighbors left",
+    )
+
+
+# ---- notes -----------------------------------------------------------------------------------------
+
+
+def _notes(metrics: Mapping[str, float | int], background: Background) -> Iterator[str]:
+    chunks = background.chunks
     yield (
-        f"Each document of the test split is read in windows of up to {seq_len:,} tokens, each of which "
-        f"starts half of that after the last, in whole chunks of {chunk_size}; each token is scored once, in "
-        "the earliest window that holds it. The end of a document is a token that costs bits and has no "
+        f"Each document of the test split is read in windows of up to {background.seq_len:,} tokens, each of which "
+        f"starts half of that after the last, in whole chunks of {chunks.facts['chunk_size']}; each token is scored "
+        "once, in the earliest window that holds it. The end of a document is a token that costs bits and has no "
         "bytes. Bytes are those of the original text."
     )
     yield (
-        "Neighbors come from the training documents alone. The first chunk of a document is read without "
-        "any, the others with those of the chunk before. The control draws neighbors from the whole "
-        "database, each as likely as any other."
+        "The first chunk of a document is read without any neighbors, the others with those of the chunk before. "
+        "The control draws neighbors from the whole database, each as likely as any other."
     )
-    lossy = chunks.facts["lossy_documents"]
-    if lossy:
+    if background.documents:
+        counts = background.counts
+        yield (
+            f"Neighbors come from {background.documents}: {counts['read']:,} documents read, {counts['kept']:,} kept. "
+            f"{counts['held_out']:,} were dropped because they are, or nearly are, held-out documents, and "
+            f"{counts['copies']:,} as copies of each other."
+        )
+    else:
+        yield "Neighbors come from the training documents alone."
+    if background.compared:
+        yield from _notes_on_compared(background.compared)
+    if lossy := chunks.facts["lossy_documents"]:
         yield (
             f"Careful: the tokenizer cannot spell {lossy:,} of the {chunks.facts['documents']:,} test "
             "documents exactly. What it drops is not predicted, so their bits per byte are too low."
@@ -151,4 +316,21 @@ def _notes(metrics: Mapping[str, float | int], chunks: Artifact, seq_len: int) -
         yield (
             f"Scored: {metrics['test_chunks']:,} of {chunks.rows:,} test chunks, whole documents in a "
             "random order, the last one cut (evaluate.max_chunks)."
+        )
+
+
+def _notes_on_compared(compared: Compared) -> Iterator[str]:
+    how = (
+        "reads the same tokens" if compared.same_tokens else "reads the same documents in tokens and chunks of its own"
+    )
+    yield f"The compared model, {compared.name}, {how}, in windows of its own training length."
+    if not compared.same_training:
+        yield (
+            f"Careful: {compared.name} was trained on other chunks than these models. Whether the test documents "
+            "were among them is not known here."
+        )
+    if compared.lossy_documents:
+        yield (
+            f"Careful: its tokenizer cannot spell {compared.lossy_documents:,} of the test documents exactly; "
+            "what it drops is not predicted, so its bits per byte are too low."
         )

@@ -77,6 +77,7 @@ def build_passages(
 ) -> Iterator[Passage]:
     """The chosen passages with their texts; losses are in nats (rows, M), neighbors (rows, K)."""
     chunks, database = scorer.sequences.chunks, scorer.database
+    assert database is not None
     befores = [place - 1 for _, place in chosen]
     shown = [[row for row in neighbors[place][:NEIGHBORS_SHOWN] if row != NO_ROW] for place in befores]
     query_names = describe_rows(chunks, scorer.rows[[place for _, place in chosen]])
@@ -107,6 +108,7 @@ def _neighbor(
     name: str, row: int, distance: float, scorer: Scorer, place: int, tokenizer: Tokenizer
 ) -> tuple[Neighbor, slice]:
     """A retrieved neighbor, and which tokens of the passage it shares."""
+    assert scorer.database is not None
     pad_id = scorer.database.facts["pad_id"]
     retrieved = retrieved_tokens(scorer.database, np.array([row]))[0]
     num_tokens = len(retrieved) // 2
@@ -144,6 +146,14 @@ def describe_rows(chunks: Artifact, rows: Iterable[int] | IntArray) -> dict[int,
         record = "" if entry["record"] is None else f", record {entry['record']}"
         names[row] = f"{entry['source']}{record}, chunk {row - entry['first_chunk'] + 1} of {entry['chunks']}"
     return names
+
+
+def document_names(chunks: Artifact, documents: IntArray) -> dict[int, str]:
+    """Where each of the documents comes from: source, and record where there is one."""
+    return {
+        number: entry["source"] + ("" if entry["record"] is None else f", record {entry['record']}")
+        for number, entry in _document_entries(chunks, set(documents.tolist())).items()
+    }
 
 
 def _document_entries(chunks: Artifact, wanted: set[int]) -> dict[int, dict[str, Any]]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import chain, pairwise
 
 # Change of a token's loss in bits from which each shade is used.
 SHADES = (0.1, 0.5, 1.5, 3.0)
@@ -38,23 +38,32 @@ class Table:
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart: a value at each of the chart's places, and which of four colors it has."""
+    """A line of a chart: a value at each of the chart's places, its interval there, and which of six colors."""
 
     name: str
     values: tuple[float, ...]
     color: int = 0
+    intervals: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over places that stand evenly, whatever their labels: one line and one place at least."""
+    """Lines over places that stand evenly, whatever their labels: one line and one place at least.
 
+    `name` is that of its file. `counts` stand in small print below the places and say of how much each is;
+    `count_label` says what is counted. Points that are not `joined` are of things, not of amounts.
+    """
+
+    name: str
     title: str
     caption: str
     x_label: str
     y_label: str
     places: tuple[str, ...]
     series: tuple[Series, ...]
+    counts: tuple[str, ...] = ()
+    count_label: str = ""
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,7 @@ class Report:
     summary: tuple[str, ...]
     tables: tuple[Table, ...]
     charts: tuple[Chart, ...]
+    details: tuple[Table, ...]
     passages: tuple[Passage, ...]
     notes: tuple[str, ...]
 
@@ -126,8 +136,9 @@ def render(report: Report) -> str:
                 f'<p class="{"lead" if place == 0 else "facts"}">{safe(text)}</p>'
                 for place, text in enumerate(report.summary)
             ),
-            *(_table(table) for table in report.tables),
+            *_tables(report.tables),
             *_charts(report.charts),
+            *_tables(report.details),
             *_passages(report.passages),
             "<section>",
             "<h2>How this was measured</h2>",
@@ -144,6 +155,13 @@ def render(report: Report) -> str:
 def safe(text: str) -> str:
     """`text` as HTML that shows it and does nothing else, in elements and in quoted attributes."""
     return escape(text.translate(_VISIBLE), quote=True)
+
+
+def _tables(tables: Sequence[Table]) -> Iterator[str]:
+    if tables:
+        yield '<div class="tables">'
+        yield from (_table(table) for table in tables)
+        yield "</div>"
 
 
 def _table(table: Table) -> str:
@@ -163,7 +181,7 @@ def _table(table: Table) -> str:
 # ---- charts ----------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 390, 260
-RIGHT, TOP, BOTTOM = 12, 12, 46
+RIGHT, TOP, BOTTOM, COUNTS = 12, 12, 46, 14  # COUNTS: more at the bottom where places have counts
 AXIS_TITLE, DIGIT = 24, 7  # room for the vertical axis' title, and for each character of its numbers
 
 
@@ -176,42 +194,48 @@ def _charts(charts: Sequence[Chart]) -> Iterator[str]:
 
 def _chart(chart: Chart) -> str:
     legend = "".join(f'<span><i class="key s{line.color}"></i>{safe(line.name)}</span>' for line in chart.series)
-    return (
-        f"<figure><h2>{safe(chart.title)}</h2>{chart_svg(chart)}"
-        f'<p class="legend">{legend}</p><figcaption>{safe(chart.caption)}</figcaption></figure>'
-    )
+    shown = f'<p class="legend">{legend}</p>' if len(chart.series) > 1 else ""
+    caption = f"<figcaption>{safe(chart.caption)}</figcaption>"
+    return f"<figure><h2>{safe(chart.title)}</h2>{shown}{chart_svg(chart)}{caption}</figure>"
 
 
 def chart_svg(chart: Chart) -> str:
     """The chart's lines and axes, colored by the page's style."""
-    found = [value for line in chart.series for value in line.values]
+    found = [value for line in chart.series for value in (*line.values, *chain(*line.intervals))]
     ticks = axis_ticks(min(found), max(found))
     digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
-    numbers = [f"{tick:.{digits}f}" for tick in ticks]
+    numbers = [f"{tick:.{digits}f}".replace("-", "\u2212") for tick in ticks]
     left = AXIS_TITLE + DIGIT * max(map(len, numbers))
+    floor = HEIGHT - BOTTOM - (COUNTS if chart.counts else 0)
     step = (WIDTH - left - RIGHT) / len(chart.places)
 
     def x(place: int) -> float:
         return left + step * (place + 0.5)
 
     def y(value: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - ticks[0]) / (ticks[-1] - ticks[0]))
+        return TOP + (floor - TOP) * (1 - (value - ticks[0]) / (ticks[-1] - ticks[0]))
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{safe(chart.title)}">']
     for tick, number in zip(ticks, numbers, strict=True):
-        parts.append(f'<path class="grid" d="M{left} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
+        zero = " zero" if abs(tick) < 1e-12 else ""
+        parts.append(f'<path class="grid{zero}" d="M{left} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text class="end" x="{left - 6}" y="{y(tick) + 4:.1f}">{number}</text>')
     for place, label in enumerate(chart.places):
-        parts.append(f'<text class="middle" x="{x(place):.1f}" y="{HEIGHT - BOTTOM + 18}">{safe(label)}</text>')
+        parts.append(f'<text class="middle" x="{x(place):.1f}" y="{floor + 17}">{safe(label)}</text>')
+    for place, count in enumerate(chart.counts):
+        parts.append(f'<text class="middle count" x="{x(place):.1f}" y="{floor + 31}">{safe(count)}</text>')
     for line in chart.series:
         points = [(x(place), y(value)) for place, value in enumerate(line.values)]
-        path = "L".join(f"{across:.1f} {down:.1f}" for across, down in points)
-        parts.append(f'<path class="line s{line.color}" d="M{path}"/>')
-        parts.extend(f'<circle class="dot s{line.color}" cx="{a:.1f}" cy="{d:.1f}" r="3"/>' for a, d in points)
+        if chart.joined:
+            path = "L".join(f"{across:.1f} {down:.1f}" for across, down in points)
+            parts.append(f'<path class="line s{line.color}" d="M{path}"/>')
+        for place, (low, high) in enumerate(line.intervals):
+            parts.append(f'<path class="line s{line.color}" d="M{x(place):.1f} {y(low):.1f}V{y(high):.1f}"/>')
+        parts.extend(f'<circle class="dot s{line.color}" cx="{a:.1f}" cy="{d:.1f}" r="3.5"/>' for a, d in points)
     middle = (left + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="middle" x="{middle:.1f}" y="{HEIGHT - 6}">{safe(chart.x_label)}</text>')
-    height = (TOP + HEIGHT - BOTTOM) / 2
-    turned = f"translate(11 {height:.1f}) rotate(-90)"
+    below = chart.x_label + (f" ({chart.count_label})" if chart.counts else "")
+    parts.append(f'<text class="middle" x="{middle:.1f}" y="{HEIGHT - 5}">{safe(below)}</text>')
+    turned = f"translate(11 {(TOP + floor) / 2:.1f}) rotate(-90)"
     parts.append(f'<text class="middle" transform="{turned}">{safe(chart.y_label)}</text>')
     return "".join([*parts, "</svg>"])
 
@@ -297,10 +321,12 @@ def _neighbor(neighbor: Neighbor) -> str:
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #fdfdfb; --ink: #1d2126; --soft: #5d6670; --rule: #dcdfe3; --card: #f4f5f6; --mark: #fbe48a;
-  --s0: #2166c2; --s1: #c8791b; --s2: #6c757f; --s3: #93459b; --less: 38 120 200; --more: 222 110 30; }
+  --s0: #2166c2; --s1: #c8791b; --s2: #6c757f; --s3: #93459b; --s4: #1b8a78; --s5: #c23b4e;
+  --less: 38 120 200; --more: 222 110 30; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #15181b; --ink: #e6e8ea; --soft: #9aa4ae; --rule: #343a40; --card: #1e2226; --mark: #6b5a12;
-  --s0: #6aa9f4; --s1: #eaa04e; --s2: #a1abb5; --s3: #d08ad8; --less: 70 150 235; --more: 235 130 50; } }
+  --s0: #6aa9f4; --s1: #eaa04e; --s2: #a1abb5; --s3: #d08ad8; --s4: #58c4b0; --s5: #f0808f;
+  --less: 70 150 235; --more: 235 130 50; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif; }
@@ -319,20 +345,26 @@ thead th { color: var(--soft); font-weight: 500; font-size: .88rem; }
 tbody th { font-weight: 600; }
 small { display: block; font-weight: 400; font-size: .85rem; line-height: 1.35; color: var(--soft); }
 td { white-space: nowrap; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
-  gap: 0 2rem; }
+.charts, .tables { display: grid; gap: 0 2.5rem; }
+.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+.tables { grid-template-columns: repeat(auto-fit, minmax(min(100%, 29rem), 1fr)); }
+.tables section { min-width: 0; }
 figure { margin: 0; }
+figcaption { margin-top: .35rem; }
 svg { display: block; width: 100%; max-width: 34rem; height: auto; }
 svg text { fill: var(--soft); font-size: 12px; }
 svg .end { text-anchor: end; }
 svg .middle { text-anchor: middle; }
 .grid { stroke: var(--rule); stroke-width: 1; fill: none; }
+.grid.zero { stroke: var(--soft); }
+svg .count { font-size: 10px; opacity: .85; }
 .line { stroke: var(--series); stroke-width: 2; stroke-linejoin: round; fill: none; }
 .dot { fill: var(--series); }
 .key { background: var(--series); display: inline-block; width: .9rem; height: .2rem; border-radius: .1rem;
   margin-right: .4rem; vertical-align: middle; }
 .s0 { --series: var(--s0); } .s1 { --series: var(--s1); }
 .s2 { --series: var(--s2); } .s3 { --series: var(--s3); }
+.s4 { --series: var(--s4); } .s5 { --series: var(--s5); }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .88rem; align-items: center; }
 .shades { gap: .2rem .25rem; }
 .shades span { padding: 0 .4rem; border-radius: .2rem; }

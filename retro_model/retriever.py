@@ -56,20 +56,23 @@ class Retriever:
         encoder: str | None = None,
         device: str = "auto",
         batch_size: int | None = None,
+        verify: bool = True,
     ) -> "Retriever":
         """Opens tokenizer, train chunks, embeddings, index and encoder, and checks that they are one set.
 
         `encoder` says where the encoder is now, as `embed.encoder` does, where the recorded name does
-        not lead to it.
+        not lead to it. `verify` compares every byte of chunks and embeddings with what was written, about a
+        second a gigabyte.
 
         Raises SourceError where the encoder cannot be loaded, MismatchError where it is not the one
         that made the embeddings or where the artifacts were not made from one another.
         """
         folder = Path(data_folder)
         tokenizer = Tokenizer.open(folder / "tokenizer")
-        chunks = Artifact.open(folder / "chunks" / "train", "chunks").require(tokenizer=tokenizer.fingerprint)
-        embeddings = Artifact.open(folder / "embeddings" / "train", "embeddings")
-        database = Database.open(embeddings, Artifact.open(folder / "index", "index"), chunks)
+        chunks = Artifact.open(folder / "chunks" / "train", "chunks", verify)
+        chunks.require(tokenizer=tokenizer.fingerprint)
+        embeddings = Artifact.open(folder / "embeddings" / "train", "embeddings", verify)
+        database = Database.open(embeddings, Artifact.open(folder / "index", "index", verify), chunks)
         opened = _same_encoder(embeddings, encoder, device, batch_size)
         return cls(chunks, database, opened, tokenizer)
 

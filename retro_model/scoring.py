@@ -8,7 +8,7 @@ has the loss that its window would give it alone.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from retro_model.progress import Progress
 
 IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.floating[Any]]
+
+# What of each neighbor the network is shown: the retrieved chunk, the chunk after it, or both.
+Part = Literal["both", "neighbor", "continuation"]
 
 
 class Span(NamedTuple):
@@ -118,13 +121,14 @@ def _lay_out(sequences: Sequence[Sequence[Window]], length: int) -> Layout:
 class Scorer:
     """Scores the same rows with any model and any neighbors.
 
-    `rows` are the chunk rows that are scored, sorted; losses and neighbors come in their order.
+    `rows` are the chunk rows that are scored, sorted; losses and neighbors come in their order. Without a
+    database nothing can be retrieved.
     """
 
     def __init__(
         self,
         chunks: Artifact,
-        database: Artifact,
+        database: Artifact | None,
         spans: Sequence[Span],
         seq_len: int,
         *,
@@ -149,11 +153,14 @@ class Scorer:
         return len(self.layout.rows)
 
     @torch.no_grad()
-    def losses(self, model: RETRO, neighbors: IntArray | None, shown: Progress | None = None) -> FloatArray:
+    def losses(
+        self, model: RETRO, neighbors: IntArray | None, shown: Progress | None = None, part: Part = "both"
+    ) -> FloatArray:
         """The loss in nats of each label (rows, M) float32, 0 where there is no label.
 
-        `neighbors` (rows, K) are database rows, -1 for none; None is no retrieval. The batch size
-        changes no more than the last bits of floating-point sums.
+        `neighbors` (rows, K) are database rows, -1 for none; None is no retrieval. Only `part` of each is
+        shown; the other is padding. The batch size changes no more than the last bits of floating-point
+        sums.
 
         Raises TrainingError where a loss is not finite.
         """
@@ -163,14 +170,14 @@ class Scorer:
             some = slice(start, start + self.batch_size)
             rows, scored = self.layout.rows[some], self.layout.scored[some]
             places = np.searchsorted(self.rows, rows[scored])
-            losses[places] = self._batch_losses(model, rows, neighbors)[scored]
+            losses[places] = self._batch_losses(model, rows, neighbors, part)[scored]
             if shown is not None:
                 shown.update(len(rows))
         if not np.isfinite(losses).all():
             raise TrainingError("evaluate: a loss on held-out text is not finite; train again with a lower train.lr")
         return losses
 
-    def _batch_losses(self, model: RETRO, rows: IntArray, neighbors: IntArray | None) -> FloatArray:
+    def _batch_losses(self, model: RETRO, rows: IntArray, neighbors: IntArray | None, part: Part) -> FloatArray:
         """The losses (B, L, M) of the sequences made of the rows (B, L)."""
         batch = self.sequences.batch(rows, neighbors="none").to(self.device)
         retrieved = None
@@ -178,7 +185,18 @@ class Scorer:
             real = rows != NO_ROW
             ids = np.full((*rows.shape, neighbors.shape[1]), NO_ROW, dtype=np.int64)
             ids[real] = neighbors[np.searchsorted(self.rows, rows[real])]
-            retrieved = torch.from_numpy(retrieved_tokens(self.database, ids)).to(self.device)
+            retrieved = torch.from_numpy(self._retrieved(ids, part)).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.number_type == "bfloat16"):
             losses = model.token_losses(batch.seq, retrieved, labels=batch.labels, documents=batch.documents)
         return losses.float().cpu().numpy().reshape(*rows.shape, -1)
+
+    def _retrieved(self, ids: IntArray, part: Part) -> npt.NDArray[np.int64]:
+        """The tokens (..., K, R) of the database rows, all but the wanted part of each padded."""
+        assert self.database is not None, "neighbors are rows of a database"
+        tokens = retrieved_tokens(self.database, ids)
+        chunk_size = tokens.shape[-1] // 2
+        if part == "neighbor":
+            tokens[..., chunk_size:] = self.database.facts["pad_id"]
+        elif part == "continuation":
+            tokens[..., :chunk_size] = self.database.facts["pad_id"]
+        return tokens

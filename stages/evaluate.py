@@ -4,41 +4,71 @@ from pathlib import Path
 
 from retro_model.artifacts import Artifact
 from retro_model.devices import resolve_device
-from retro_model.evaluation import evaluate_models
-from stages.harness import record_timing, run_stage
+from retro_model.errors import SourceError
+from retro_model.evaluation import evaluate_models, time_retrieval
+from retro_model.evaluation_data import Searching
+from stages.harness import record_timing, run_stage, work_folder
 from stages.params import flat_params, read_params
 from stages.tracking import evaluation_run
 
 
 def main() -> None:
     """Both models, test chunks and their neighbors in; figures, curves and a report out."""
-    params = read_params("knn", "seq_len", "seed", "evaluate", "runtime")
-    retro, baseline = (Artifact.open(Path("models") / name, "model", verify=False) for name in ("retro", "baseline"))
-    digests = {"models/retro": retro.fingerprint, "models/baseline": baseline.fingerprint}
+    params = read_params("knn", "seq_len", "seed", "corpus", "embed", "index", "neighbors", "evaluate", "runtime")
+    data, retro, baseline = Path("data"), Path("models/retro"), Path("models/baseline")
     plots, report = Path("plots/evaluate"), Path("reports/evaluate.html")
-    with evaluation_run(retro.fingerprint, flat_params(), digests) as (model_run, run):
+    models = [Artifact.open(folder, "model", verify=False) for folder in (retro, baseline)]
+    digests = {model.folder.as_posix(): model.fingerprint for model in models}
+    searching = Searching(
+        params.corpus,
+        params.embed,
+        params.index,
+        params.neighbors,
+        device=params.runtime.device,
+        embed_batch_size=params.runtime.embed_batch_size or None,
+        engine=params.runtime.make_engine(),
+    )
+    tracked = {"evaluate": params.evaluate, "embed": params.embed, "index": params.index, "neighbors": params.neighbors}
+    with (
+        work_folder("evaluate", [data / "chunks", data / "tokenizer"], tracked) as work,
+        evaluation_run(models[0].fingerprint, flat_params(), digests) as (model_run, run),
+    ):
         result = evaluate_models(
-            baseline.folder,
-            retro.folder,
-            Path("data/chunks"),
-            Path("data/neighbors"),
-            Path("data/tokenizer"),
+            data,
+            baseline,
+            retro,
             params.evaluate,
+            searching,
             knn=params.knn,
             seq_len=params.seq_len,
             seed=params.seed,
             out_metrics=Path("metrics/evaluate.json"),
             out_plots=plots,
             out_report=report,
+            work_folder=work,
             device=resolve_device(params.runtime.device).type,
             batch_size=params.runtime.evaluate_batch_size,
         )
-        run.log_metrics(result.timings)
+        print(*result.lines(), sep="\n", flush=True)
+        timings = {**result.timings, **_retrieval_timings(data, searching, params.knn)}
+        run.log_metrics(timings)
         for place in (run, model_run):  # the child has every evaluation, the model's own run the newest
             place.log_metrics(result.metrics)
             place.log_folder(plots, "evaluate")
             place.log_file(report, "evaluate")
-    record_timing("evaluate.scoring", **result.timings)
+    record_timing("evaluate.scoring", **timings)
+
+
+def _retrieval_timings(data: Path, searching: Searching, knn: int) -> dict[str, float]:
+    """What retrieval costs; nothing where the encoder is not on this machine, which no figure needs."""
+    try:
+        timings = time_retrieval(data, searching, knn)
+    except SourceError as error:
+        print(f"evaluate: retrieval was not timed: {error}", flush=True)
+        return {}
+    told = ", ".join(f"{value:.2f} {name.rpartition('_')[2]}" for name, value in timings.items())
+    print(f"evaluate: retrieval, milliseconds a chunk: {told}", flush=True)
+    return timings
 
 
 if __name__ == "__main__":

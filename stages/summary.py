@@ -21,10 +21,13 @@ TEST_LINES = (
     ("RETRO, retrieval off", "test_bpb_off"),
     ("RETRO, retrieval on", "test_bpb_on"),
     ("RETRO, random neighbors", "test_bpb_random"),
+    ("RETRO, neighbors from the train chunks", "test_bpb_on_train"),
+    ("the compared model", "test_bpb_compared"),
 )
 NEXT = """
 look next:
   reports/evaluate.html        what retrieval gave, in numbers and passages (open it in a browser)
+  retro generate --prompt TEXT watch the model write; with --show-neighbors, what it looks up
   mlflow ui                    the runs: losses, params, models
   dvc plots show               the curves
   dvc exp run -S knn=4         change one thing; only what depends on it runs again
@@ -40,7 +43,8 @@ def main() -> None:
     print(f"{'evaluate':<10} {seconds.get('evaluate', '-'):>7}  bits per byte of held-out documents:")
     metrics = _metrics("evaluate")
     for title, name in TEST_LINES:
-        print(f"{'':<19} {metrics[name]:.4f}  {title}")
+        if name in metrics:
+            print(f"{'':<19} {metrics[name]:.4f}  {title}")
     print(NEXT)
 
 

@@ -125,3 +125,14 @@ def test_cuda_is_waited_for(network: ModuleType, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
     network.in_turns({"a": lambda: events.append("a")}, 1, "cuda")
     assert events == ["wait", "a", "wait"] * 2
+
+
+def test_longest_shared_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("benchmark_evaluation", ROOT / "benchmarks" / "evaluation.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", ["evaluation.py", "--chunks", "40", "--turns", "1"])
+    module.main()
+    assert "longest shared runs: " in capsys.readouterr().out

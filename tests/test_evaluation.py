@@ -12,26 +12,46 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from browser import PHONE, needs_browser, show
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from woven import write_woven
 
 from retro_model.artifacts import Artifact, ArtifactWriter, write_description
 from retro_model.dataset import NO_ROW, retrieved_tokens
+from retro_model.documents import CorpusConfig
+from retro_model.embedding import EmbedConfig
 from retro_model.errors import ConfigError, DocumentError, MismatchError, TrainingError
 from retro_model.evaluation import (
     EvaluateConfig,
     EvaluationResult,
     evaluate_models,
+    neighbors_of_share,
     random_neighbors,
+    runs_shared_with_nearest,
+    runs_shared_with_read,
     spans_with_text,
 )
-from retro_model.figures import ALPHAS, Scores, bootstrap_sums, interval, leakage_curve, metrics_of
+from retro_model.evaluation_data import Inputs, Searching
+from retro_model.figures import (
+    ALPHAS,
+    Scores,
+    bootstrap_sums,
+    documents_curve,
+    interval,
+    leakage_curve,
+    metrics_of,
+    overlap_curve,
+)
+from retro_model.index_keys import IndexConfig
 from retro_model.model import RETRO
+from retro_model.neighbors import NeighborsConfig
 from retro_model.overlap import longest_shared_run, longest_shared_runs
 from retro_model.page import headline
 from retro_model.passages import token_texts
 from retro_model.scoring import Scorer, Span, Window, choose_spans, pack, sliding_windows
 from retro_model.tokenizer import Tokenizer, save, train
+from retro_model.training import ModelConfig, TrainConfig, train_model
 
 CHUNK_SIZE, SEQ_LEN, STORED, KNN = 8, 32, 12, 2
 LENGTH = SEQ_LEN // CHUNK_SIZE
@@ -77,13 +97,15 @@ class World:
         settings = {"sweep_knn": (0, 1, 2, 4), "max_chunks": None, "bootstrap_samples": 200, "passages": 6}
         arguments: dict[str, Any] = {"knn": KNN, "seq_len": SEQ_LEN, "seed": 0, "batch_size": 3}
         arguments |= {name: changes.pop(name) for name in tuple(changes) if name in arguments}
+        none = {name: str(self.root / "none") for name in ("compare", "database")}
+        searching = Searching(CorpusConfig(), EmbedConfig(), IndexConfig(), NeighborsConfig(stored=STORED))
         return evaluate_models(
+            self.root,
             self.root / "baseline",
             self.root / "retro",
-            self.root / "chunks",
-            self.root / "neighbors",
-            self.root / "tokenizer",
-            EvaluateConfig(**(settings | changes)),
+            EvaluateConfig(**(none | settings | changes)),
+            searching,
+            work_folder=out / "work",
             out_metrics=out / "metrics/evaluate.json",
             out_plots=out / "plots",
             out_report=out / "reports/evaluate.html",
@@ -192,6 +214,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     tokenizer = Tokenizer.open(root / "tokenizer")
     write_chunks(root / "chunks", tokenizer, train_texts, "train", 0)
     write_chunks(root / "chunks", tokenizer, test_texts, "test", len(train_texts))
+    (root / "none").mkdir()
     made = World(root)
     write_neighbors(root / "neighbors/test", made.chunks("test"), made.chunks("train"))
     write_model(root / "baseline", tokenizer, made.chunks("train"), retrieval=False)
@@ -260,7 +283,9 @@ def test_chosen_documents_are_whole_but_for_one(sizes: list[int], max_chunks: in
 # ---- losses ----------------------------------------------------------------------------------------
 
 
-def slow_losses(world: World, model: RETRO, neighbors: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+def slow_losses(
+    world: World, model: RETRO, neighbors: npt.NDArray[Any] | None, look_up: Any = retrieved_tokens
+) -> npt.NDArray[Any]:
     """Every window alone, every document alone, as the definition has it: (rows, M)."""
     chunks, database = world.chunks("test"), world.chunks("train")
     tokens, documents = chunks["tokens"][:].astype(np.int64), chunks["documents"][:]
@@ -272,7 +297,7 @@ def slow_losses(world: World, model: RETRO, neighbors: npt.NDArray[Any] | None) 
             seq = torch.from_numpy(tokens[window, :-1].reshape(1, -1))
             retrieved = None
             if neighbors is not None:
-                retrieved = torch.from_numpy(retrieved_tokens(database, neighbors[window]))[None]
+                retrieved = torch.from_numpy(look_up(database, neighbors[window]))[None]
             with torch.no_grad():
                 logits = model(seq, retrieved)[0].log_softmax(-1)
             labels = torch.from_numpy(tokens[window, 1:].reshape(-1, 1))
@@ -312,6 +337,21 @@ def test_bits_per_byte_are_those_of_the_text(world: World, evaluated: tuple[Eval
     assert metrics["test_perplexity_baseline"] == pytest.approx(math.exp(nats / metrics["test_tokens"]), rel=1e-5)
 
 
+@pytest.mark.parametrize("part", ["neighbor", "continuation"])
+def test_a_part_of_the_neighbors_is_shown_and_the_rest_is_padding(world: World, part: Any) -> None:
+    scorer, model = scorer_of(world), world.model("retro")
+    nearest = world.neighbors()["ids"][scorer.rows][:, :KNN]
+
+    def shown(database: Artifact, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        tokens = retrieved_tokens(database, ids)
+        hidden = slice(CHUNK_SIZE, None) if part == "neighbor" else slice(CHUNK_SIZE)
+        tokens[..., hidden] = database.facts["pad_id"]
+        return tokens
+
+    expected = slow_losses(world, model, nearest, shown)
+    np.testing.assert_allclose(scorer.losses(model, nearest, part=part), expected, atol=2e-5)
+
+
 def test_a_cut_of_the_documents_scores_their_rows_as_before(world: World) -> None:
     model, whole, cut = world.model("baseline"), scorer_of(world), scorer_of(world, max_chunks=17)
     assert len(cut.rows) == 17
@@ -344,13 +384,14 @@ def test_files_are_equal_for_equal_inputs(
     first = {file.relative_to(evaluated[1]): file.read_bytes() for file in evaluated[1].rglob("*.*")}
     again = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*.*")}
     assert first == again
-    assert sorted(map(str, first)) == [
+    curves = ("gains", "leakage", "overlap", "knn", "part", "database")
+    assert set(map(str, first)) == {
         "metrics/evaluate.json",
-        "plots/evaluate_columns.csv",
-        "plots/evaluate_knn.csv",
-        "plots/evaluate_leakage.csv",
         "reports/evaluate.html",
-    ]
+        "plots/evaluate_columns.csv",
+        "plots/evaluate_documents.csv",
+        *(f"plots/evaluate_{name}.{suffix}" for name in curves for suffix in ("csv", "png")),
+    }
 
 
 @pytest.mark.parametrize("batch_size", [1, 100])
@@ -373,6 +414,15 @@ def test_metrics_are_flat_finite_numbers_and_agree_with_each_other(
         gain = written[f"test_bpb_{other}"] - written[f"test_bpb_{one}"]
         assert written[f"gain_{one}_vs_{other}"] == pytest.approx(gain, abs=2e-6)
         assert written[f"gain_{one}_vs_{other}_low"] <= gain <= written[f"gain_{one}_vs_{other}_high"]
+    curves = evaluated[0].curves
+    for one, other, *figures in curves["gains"].rows:
+        assert figures == [written[f"gain_{one}_vs_{other}{end}"] for end in ("", "_low", "_high")]
+    parts = dict(curves["part"].rows)
+    assert parts["none"] == written["test_bpb_off"] and parts["both"] == written["test_bpb_on"]
+    assert list(parts) == ["none", "neighbor", "continuation", "both"] and len({*parts.values()}) == 4
+    assert curves["database"].column("share") == (0.1, 0.333, 1.0)
+    assert curves["database"].rows[-1][1] == written["test_bpb_on"]
+    assert sum(curves["overlap"].column("chunks")) == written["test_chunks"]
     sweep = dict(evaluated[0].curves["knn"].rows)
     assert sweep[0] == written["test_bpb_off"] and sweep[KNN] == written["test_bpb_on"]
     assert len({*sweep.values()}) == len(sweep)
@@ -410,6 +460,68 @@ def test_the_control_draws_rows_of_the_database_only() -> None:
     counts = np.bincount(drawn.ravel())
     assert counts.min() > 0.9 * counts.mean()
     np.testing.assert_array_equal(drawn, random_neighbors(5000, 3, 7, seed=1))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 30), st.floats(0, 1), st.floats(0, 1))
+def test_a_share_of_the_database_keeps_whole_documents_and_the_order(
+    seed: int, num_rows: int, share: float, other: float
+) -> None:
+    random = np.random.default_rng(seed)
+    documents = np.sort(random.integers(40, size=200))
+    ids = np.stack([random.permutation(200)[:20] for _ in range(num_rows)])
+    ids[random.random(ids.shape) < 0.1] = NO_ROW
+    small, large = (neighbors_of_share(ids, documents, each) for each in sorted((share, other)))
+    for before, few, more in zip(ids.tolist(), small.tolist(), large.tolist(), strict=True):
+        kept = {documents[row] for row in few if row != NO_ROW}
+        assert few == [row for row in before if row != NO_ROW and documents[row] in kept] + [NO_ROW] * few.count(NO_ROW)
+        assert few[few.index(NO_ROW) :].count(NO_ROW) == few.count(NO_ROW) if NO_ROW in few else True
+        assert {row for row in few if row != NO_ROW} <= set(more)
+    whole = neighbors_of_share(ids, documents, 1.0)
+    assert [set(row) for row in whole.tolist()] == [set(row) for row in ids.tolist()]
+
+
+def test_a_tenth_of_the_database_is_about_a_tenth() -> None:
+    documents = np.arange(20_000)
+    left = neighbors_of_share(np.arange(20_000)[None], documents, 0.1) != NO_ROW
+    assert 1800 < left.sum() < 2200
+
+
+@pytest.mark.slow
+def test_random_neighbors_give_a_trained_model_nothing(tmp_path: Path) -> None:
+    """On text whose continuations stand in the neighbors: its own save most of the loss, any others none of it."""
+    torch.set_num_threads(2)
+    woven = write_woven(tmp_path, num_documents=400)
+    train_model(
+        woven.chunks,
+        woven.neighbors,
+        woven.tokenizer,
+        ModelConfig(enc_dim=64, dec_dim=64, dec_depth=2, dec_cross_attn_layers=(1, 2), heads=2, dim_head=32),
+        TrainConfig(
+            steps=400,
+            batch_size=16,
+            lr=4e-3,
+            warmup=30,
+            validate_every=400,
+            neighbor_dropout=0.3,
+            number_type="float32",
+        ),
+        knn=2,
+        seq_len=128,
+        seed=0,
+        out_folder=tmp_path / "retro",
+    )
+    held_out, database = (Artifact.open(woven.chunks / split, "chunks") for split in ("valid", "train"))
+    scorer = Scorer(held_out, database, choose_spans(held_out["documents"][:], None, 0), 128)
+    model = RETRO.from_pretrained(tmp_path / "retro")
+    own = Artifact.open(woven.neighbors / "valid", "neighbors")["ids"][scorer.rows][:, :2]
+    drawn = random_neighbors(len(scorer.rows), 2, database.rows, seed=0)
+    columns = {"off": None, "on": own, "random": drawn}
+    losses = {name: scorer.losses(model, neighbors) for name, neighbors in columns.items()}
+    scores = scores_of(scorer, **losses)
+    metrics = metrics_of(scores, scores.bootstrap(200, 0), np.zeros(len(scorer.rows), dtype=int))
+    assert metrics["gain_on_vs_off_low"] > metrics["test_bpb_off"] / 2
+    assert metrics["gain_random_vs_off_high"] < 0.02 * metrics["test_bpb_off"]
 
 
 # ---- overlap ---------------------------------------------------------------------------------------
@@ -454,6 +566,37 @@ def test_a_run_longer_than_a_byte_counts() -> None:
     assert longest_shared_runs(tokens[None], np.stack([[tokens[::-1], tokens]]), 0).tolist() == [399]
 
 
+def test_overlap_is_with_ones_own_ten_nearest_or_with_what_was_read(world: World) -> None:
+    inputs = Inputs.open(world.root)
+    scorer = scorer_of(world)
+    ids, documents = inputs.neighbors["ids"], inputs.chunks["documents"][:]
+
+    def longest(row: int, neighbors: npt.NDArray[Any]) -> int:
+        retrieved = retrieved_tokens(inputs.database, neighbors)
+        labels, pad_id = inputs.chunks["tokens"][row][1:], inputs.chunks.facts["pad_id"]
+        return max(longest_shared_run(labels, each, pad_id).length for each in retrieved)
+
+    def read_beside(row: int) -> int:
+        follows = row > 0 and documents[row] == documents[row - 1]
+        return longest(row, ids[row - 1][:KNN]) if follows else 0
+
+    nearest, read = runs_shared_with_nearest(inputs, scorer), runs_shared_with_read(inputs, scorer, KNN)
+    assert nearest.tolist() == [longest(row, ids[row][:10]) for row in scorer.rows]
+    assert read.tolist() == [read_beside(row) for row in scorer.rows]
+    assert len({*nearest}) > 3 and len({*read}) > 3
+
+
+def scores_of(scorer: Scorer, **losses: npt.NDArray[Any]) -> Scores:
+    """Scores of columns with these losses (rows, M); all others cost nothing."""
+    nothing = np.zeros(scorer.labels.shape)
+    columns = {name: losses.get(name, nothing) for name in ("baseline", "off", "on", "random")}
+    saved = (columns["off"] - columns["on"]) / math.log(2)
+    scores = Scores(scorer.documents, scorer.bytes, scorer.is_label, saved)
+    for name, found in columns.items():
+        scores.add(name, found.sum(axis=1), int(scorer.is_label.sum()))
+    return scores
+
+
 def test_the_leakage_curve_ends_at_plain_bits_per_byte(evaluated: tuple[EvaluationResult, Path]) -> None:
     curve, metrics = evaluated[0].curves["leakage"], evaluated[0].metrics
     assert curve.head == ("alpha", "chunks", "baseline", "off", "on")
@@ -465,9 +608,9 @@ def test_the_leakage_curve_ends_at_plain_bits_per_byte(evaluated: tuple[Evaluati
 
 def test_the_leakage_curve_leaves_out_what_shares_too_much(world: World) -> None:
     scorer = scorer_of(world)
-    losses = {name: np.ones(scorer.labels.shape, np.float32) for name in ("baseline", "off", "on")}
+    ones = np.ones(scorer.labels.shape)
     runs = np.arange(len(scorer.rows)) % (CHUNK_SIZE + 1)
-    curve = leakage_curve(Scores(scorer, losses), runs, CHUNK_SIZE)
+    curve = leakage_curve(scores_of(scorer, baseline=ones, off=ones, on=ones), runs)
     for alpha, count, *figures in curve.rows:
         below = runs <= alpha * CHUNK_SIZE
         assert count == below.sum()
@@ -478,16 +621,41 @@ def test_the_leakage_curve_leaves_out_what_shares_too_much(world: World) -> None
 
 def test_tokens_that_gain_and_lose_are_counted(world: World) -> None:
     scorer = scorer_of(world)
-    losses = {name: np.zeros(scorer.labels.shape, np.float32) for name in ("baseline", "off", "on", "random")}
+    off, on = np.zeros(scorer.labels.shape), np.zeros(scorer.labels.shape)
     (rows,) = np.nonzero(scorer.is_label.all(axis=1))
-    losses["off"][rows[0], :5] = 1
-    losses["on"][rows[1], :3] = 1
-    losses["on"][rows[2]] = 0.01  # too little to count
-    scores = Scores(scorer, losses)
-    metrics = metrics_of(scores, scores.bootstrap(10, 0))
+    off[rows[0], :5] = 1
+    on[rows[1], :3] = 1
+    on[rows[2]] = 0.01  # too little to count
+    scores = scores_of(scorer, off=off, on=on)
+    runs = np.where(np.isin(np.arange(len(scorer.rows)), rows[:2]), 5, 0)
+    metrics = metrics_of(scores, scores.bootstrap(10, 0), runs)
     num_labels = int(scorer.is_label.sum())
     assert metrics["share_tokens_helped"] == pytest.approx(5 / num_labels, abs=1e-6)
     assert metrics["share_tokens_hurt"] == pytest.approx(3 / num_labels, abs=1e-6)
+    assert metrics["share_chunks_little_overlap"] == pytest.approx(1 - 2 / len(scorer.rows), abs=1e-6)
+    lost = 0.01 * CHUNK_SIZE / math.log(2) / scorer.bytes[runs == 0].sum()
+    assert metrics["gain_on_vs_off_little_overlap"] == pytest.approx(-lost, abs=1e-6)
+    curve = overlap_curve(scores, runs)
+    assert curve.column("shared_tokens") == (0, 4) and curve.column("chunks") == (len(scorer.rows) - 2, 2)
+    gain = 2 / math.log(2) / scorer.bytes[runs == 5].sum()
+    assert curve.column("gain") == pytest.approx((-lost, gain), abs=1e-6)
+    assert curve.column("share_helped")[1] == pytest.approx(5 / (2 * CHUNK_SIZE), abs=1e-6)
+    assert curve.column("share_hurt")[1] == pytest.approx(3 / (2 * CHUNK_SIZE), abs=1e-6)
+
+
+def test_the_documents_that_gained_and_lost_most_are_named(world: World) -> None:
+    scorer = scorer_of(world)
+    off, on = np.zeros(scorer.labels.shape), np.zeros(scorer.labels.shape)
+    numbers = np.unique(scorer.documents)
+    for place, number in enumerate(numbers):  # the later, the better; the first half loses
+        (rows,) = np.nonzero(scorer.documents == number)
+        off[rows[0], 0], on[rows[0], 0] = place, 5
+    curve = documents_curve(scores_of(scorer, off=off, on=on), {int(number): f"<{number}>" for number in numbers})
+    assert len(numbers) == 12 and len(curve.rows) == 10
+    expected = [*numbers[:-6:-1], *numbers[4::-1]]
+    assert curve.column("document") == tuple(f"<{number}>" for number in expected)
+    saved = [(place - 5) / math.log(2) for place in (11, 10, 9, 8, 7, 4, 3, 2, 1, 0)]
+    assert curve.column("saved_bits") == pytest.approx(saved, abs=1e-6)
 
 
 # ---- passages --------------------------------------------------------------------------------------
@@ -513,12 +681,23 @@ def test_the_page_shows_sources_and_escapes_them(evaluated: tuple[EvaluationResu
     assert "test/&lt;" in page and "train/&lt;" in page and "<b>" not in page and "<script" not in page
 
 
+@pytest.mark.slow
+@needs_browser
+def test_a_browser_shows_the_report_at_phone_width(evaluated: tuple[EvaluationResult, Path], tmp_path: Path) -> None:
+    """The documents hold HTML, and so do their names: none of it may become an element."""
+    shown = show(evaluated[1] / "reports/evaluate.html", tmp_path)
+    assert shown.needed_width <= shown.given_width <= PHONE
+    assert shown.tags["article"] == 6 and shown.tags["svg"] == 6 and shown.tags["table"] == 4
+    assert not {"b", "script", "img", "link"} & set(shown.tags)
+    assert shown.console == []
+
+
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [
-        (0.01, 0.03, "retrieval saves 0.020"),
+        (0.01, 0.03, "retrieval saves 0.0200"),
         (-0.01, 0.05, "retrieval makes no difference that these documents can show"),
-        (-0.05, -0.01, "retrieval costs 0.030 more"),
+        (-0.05, -0.01, "retrieval costs 0.0300 more"),
     ],
 )
 def test_the_headline_claims_no_more_than_the_interval(

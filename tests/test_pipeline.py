@@ -66,6 +66,8 @@ LEARN = ["baseline", "train", "evaluate"]
 CHANGES = [
     ({"runtime.evaluate_batch_size": 3}, []),
     ({"evaluate.bootstrap_samples": 40}, ["evaluate"]),
+    ({"evaluate.compare": "models/baseline"}, ["evaluate"]),
+    ({"evaluate.database": "tiny/documents"}, ["evaluate"]),
     ({"knn": 1}, ["train", "evaluate"]),
     ({"neighbors.stored": 6}, ["knn", "train", "evaluate"]),
     ({"seq_len": 32}, LEARN),

@@ -55,6 +55,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     tiny_corpus(folder / "tiny" / "documents")
     tiny_encoder(folder / "tiny" / "encoder")
     shutil.copy(ROOT / "dvc.yaml", folder)
+    for name in ("models", "data"):
+        (folder / name / "none").mkdir(parents=True, exist_ok=True)  # empty: no other model, no other database
     for name in ("retro_model", "stages"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "models" / "none").mkdir(parents=True)
@@ -226,6 +228,19 @@ def test_an_encoder_that_is_not_there_says_what_was_tried(work: Path, capsys: py
     write_params(work, embed__encoder="nobody/no-such-encoder")
     line = refuse("embed", capsys)
     assert "nobody/no-such-encoder" in line and "embed.encoder" in line
+
+
+def test_evaluation_without_the_encoder_says_that_retrieval_was_not_timed(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No figure needs the encoder: whoever pulled the artifacts may not have it."""
+    before = Path("metrics/evaluate.json").read_bytes()
+    run("evaluate")
+    assert "evaluate: retrieval, milliseconds a chunk: " in capsys.readouterr().out
+    write_params(work, embed__encoder="nobody/no-such-encoder")
+    run("evaluate")
+    assert "evaluate: retrieval was not timed: embed.encoder: nobody/no-such-encoder" in capsys.readouterr().out
+    assert Path("metrics/evaluate.json").read_bytes() == before
 
 
 def test_knn_beyond_what_is_stored_is_refused_before_any_work(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,8 @@
+"""`python -m retro_model` is the command `retro`."""
+
+import sys
+
+from retro_model.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,361 @@
+"""The command `retro`: look at a chunk's neighbors, and watch the model write.
+
+    retro neighbors --split test --chunk 123
+    retro neighbors --text "Return the indices of the largest"
+    retro generate --prompt "Return the indices of the largest" --show-neighbors
+
+Reads what the pipeline wrote (data/ and models/retro) and changes nothing. What a user can cause is one
+line on standard error and status 1; Ctrl-C ends with 130 and a reader that went away (`| head`) with 141,
+both without a word. Heavy libraries load after the arguments and the files were found to be right.
+"""
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retro_model.artifacts import SPLITS, Artifact
+from retro_model.errors import ConfigError, MismatchError, RetroError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from retro_model.retriever import Retriever
+    from retro_model.tokenizer import Tokenizer
+
+COLUMNS = 100  # that text is wrapped to
+PARAMS_FILE = Path("params.yaml")
+
+DESCRIPTION = "Look at what the pipeline made: a chunk's neighbors, and what the model writes."
+EPILOG = """\
+Run it from the folder that holds data/ and models/, after `dvc repro` or `dvc pull`:
+
+  retro neighbors --split test --chunk 123
+  retro neighbors --text "Return the indices of the largest"
+  retro generate --prompt "Return the indices of the largest" --show-neighbors
+
+`retro COMMAND --help` says what a command takes."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except RetroError as error:
+        sys.stdout.flush()
+        print(f"retro: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("retro", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_neighbors(commands)
+    _add_generate(commands)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where things are")
+    group.add_argument(
+        "--data", type=Path, default=Path("data"), metavar="FOLDER", help="what the stages wrote (default: data)"
+    )
+    group.add_argument(
+        "--encoder",
+        metavar="NAME",
+        help="where the encoder is, as embed.encoder says it (default: embed.encoder of ./params.yaml, if there "
+        "is one, else the name that data/embeddings recorded)",
+    )
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+
+
+def _at_least(least: float, kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argument's type: a number from `least` on."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"found {text}, expected {least} or more")
+        return value
+
+    parse.__name__ = "number"  # argparse says "invalid number value" where the text is none
+    return parse
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a number above 0 and at most 1")
+    return value
+
+
+# ---- neighbors -------------------------------------------------------------------------------------
+
+
+def _add_neighbors(commands: Any) -> None:
+    text = "Print a chunk, or a text, with its nearest chunks of the database: distance, document, continuation."
+    parser = commands.add_parser("neighbors", help="a chunk or a text, and what is near it", description=text)
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument(
+        "--chunk",
+        type=_at_least(0, int),
+        metavar="NUMBER",
+        help="a chunk of the split, counted from 0: stored neighbors",
+    )
+    asked.add_argument("--text", help="any text: it is embedded and searched now, as far as the encoder reads")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="of --chunk (default: test)")
+    parser.add_argument("-k", "--knn", type=_at_least(1, int), default=4, metavar="K", help="how many (default: 4)")
+    _add_common(parser)
+    parser.set_defaults(run=_neighbors)
+
+
+def _neighbors(options: argparse.Namespace) -> None:
+    if options.text is None:
+        _stored_neighbors(options)
+    else:
+        _neighbors_of_text(options)
+
+
+def _stored_neighbors(options: argparse.Namespace) -> None:
+    """A chunk of a split with the neighbors that the knn stage stored for it."""
+    chunks = Artifact.open(options.data / "chunks" / options.split, "chunks", verify=False)
+    if options.chunk >= chunks.rows:
+        raise ConfigError(f"--chunk: found {options.chunk}, expected 0 to {chunks.rows - 1} (split {options.split})")
+    neighbors = Artifact.open(options.data / "neighbors" / options.split, "neighbors", verify=False)
+    database = Artifact.open(options.data / "chunks" / "train", "chunks", verify=False)
+    neighbors.require(chunks=chunks.fingerprint, database=database.fingerprint)
+    stored = neighbors["ids"].shape[1]
+    if options.knn > stored:
+        raise ConfigError(f"--knn: found {options.knn}, expected at most {stored}, which {neighbors.folder} stores")
+    from retro_model.passages import describe_rows
+    from retro_model.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.open(options.data / "tokenizer")
+    chunks.require(tokenizer=tokenizer.fingerprint)
+    row = options.chunk
+    _print(_heading(f"{options.split} chunk {row}: {describe_rows(chunks, [row])[row]}"))
+    _print(_wrapped(tokenizer.decode(chunks["tokens"][row][:-1].tolist())))
+    ids, distances = neighbors["ids"][row][: options.knn], neighbors["distances"][row][: options.knn]
+    _print_neighbors(database, tokenizer, ids.tolist(), distances.tolist())
+
+
+def _neighbors_of_text(options: argparse.Namespace) -> None:
+    """A text with its neighbors, searched now."""
+    if not options.text.strip():
+        raise ConfigError("--text: found no text, expected some")
+    retriever = _open_retriever(options)
+    found = retriever.retrieve_text([options.text], options.knn)
+    _print(_heading("text"))
+    _print(_wrapped(options.text))
+    _print_neighbors(retriever.chunks, retriever.tokenizer, found.ids[0].tolist(), found.distances[0].tolist())
+
+
+def _print_neighbors(database: Artifact, tokenizer: "Tokenizer", ids: list[int], distances: list[float]) -> None:
+    for lines in _told(database, tokenizer, ids, distances):
+        _print("")
+        _print(lines)
+
+
+def _told(database: Artifact, tokenizer: "Tokenizer", ids: list[int], distances: list[float]) -> Iterator[str]:
+    """Each of the neighbors with these rows, in a few lines; -1, for none, is left out."""
+    import numpy as np
+
+    from retro_model.dataset import retrieved_tokens
+    from retro_model.passages import describe_rows
+
+    rows = [row for row in ids if row >= 0]
+    if not rows:
+        yield "no neighbors: the database holds no chunk of another document"
+        return
+    names = describe_rows(database, rows)
+    retrieved = retrieved_tokens(database, np.array(rows))
+    for number, (row, distance, tokens) in enumerate(zip(rows, distances, retrieved, strict=False), start=1):
+        neighbor, continuation = (tokenizer.decode(half.tolist()) for half in np.split(tokens, 2))
+        parts = [_heading(f"{number}. distance {distance:.4f}, {names[row]}"), _wrapped(neighbor)]
+        parts += ["   continued:", _wrapped(continuation)] if continuation else ["   (its document ends here)"]
+        yield "\n".join(parts)
+
+
+def _heading(text: str) -> str:
+    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
+
+
+def _wrapped(text: str) -> str:
+    """The text, indented, its own lines kept and long ones wrapped; control characters as their pictures."""
+    shown = "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    lines = [
+        part for line in shown.splitlines() for part in textwrap.wrap(line, COLUMNS, replace_whitespace=False) or [""]
+    ]
+    return textwrap.indent("\n".join(lines), "   ", lambda line: True)
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def _open_retriever(options: argparse.Namespace) -> "Retriever":
+    for kind, folder in (("index", "index"), ("embeddings", "embeddings/train"), ("chunks", "chunks/train")):
+        Artifact.open(options.data / folder, kind, verify=False)  # said at once where it is not there
+    encoder = options.encoder or _encoder_of_params()
+    from retro_model.retriever import Retriever
+
+    return Retriever.open(options.data, encoder=encoder, device=options.device, verify=False)
+
+
+def _encoder_of_params() -> str | None:
+    """`embed.encoder` of the params.yaml here; it may be a folder, of which data/ records only the name."""
+    if not PARAMS_FILE.is_file():
+        return None
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        content = YAML(typ="safe", pure=True).load(PARAMS_FILE)
+    except YAMLError as error:
+        raise ConfigError(f"{PARAMS_FILE}: not valid YAML: {' '.join(str(error).split())}") from error
+    encoder = content.get("embed", {}).get("encoder") if isinstance(content, dict) else None
+    return encoder if isinstance(encoder, str) else None
+
+
+# ---- generate --------------------------------------------------------------------------------------
+
+
+def _add_generate(commands: Any) -> None:
+    text = (
+        "Write on from a prompt, token by token, with a retrieval for every finished chunk. Ends where the model ends "
+        "the document, after --max-new-tokens, or at the length that the model was trained for."
+    )
+    parser = commands.add_parser("generate", help="what the model writes after a prompt", description=text)
+    parser.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="what the text begins with; - reads it from stdin"
+    )
+    parser.add_argument(
+        "--model", type=Path, default=Path("models/retro"), metavar="FOLDER", help="default: models/retro"
+    )
+    parser.add_argument("--max-new-tokens", type=_at_least(1, int), default=200, metavar="N", help="default: 200")
+    parser.add_argument(
+        "--temperature",
+        type=_at_least(0, float),
+        default=0.8,
+        metavar="T",
+        help="0: the likeliest token (default: 0.8)",
+    )
+    cut = parser.add_mutually_exclusive_group()
+    cut.add_argument("--top-k", type=_at_least(1, int), metavar="K", help="draw from the K likeliest tokens")
+    cut.add_argument(
+        "--top-p",
+        type=_share,
+        metavar="P",
+        help="draw from the likeliest tokens that reach probability P (default: 0.95)",
+    )
+    parser.add_argument(
+        "--seed", type=_at_least(0, int), default=0, metavar="N", help="another one, another text (default: 0)"
+    )
+    parser.add_argument(
+        "-k", "--knn", type=_at_least(0, int), metavar="K", help="neighbors a chunk; 0: none (default: as in training)"
+    )
+    parser.add_argument("--show-neighbors", action="store_true", help="print what was retrieved, at each chunk's end")
+    _add_common(parser)
+    parser.set_defaults(run=_generate)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    artifact = Artifact.open(options.model, "model", verify=False)
+    knn = artifact.facts["knn"] if options.knn is None else options.knn
+    if knn and not artifact.facts["retrieval"]:
+        raise ConfigError(f"--knn: found {knn}, expected 0: {options.model} has no retrieval")
+    if options.show_neighbors and not knn:
+        raise ConfigError(
+            "--show-neighbors: nothing is retrieved here; expected a model with retrieval and --knn above 0"
+        )
+    retriever = _open_retriever(options) if knn else None
+    if retriever is not None and retriever.tokenizer.fingerprint != artifact.facts["tokenizer"]:
+        raise MismatchError(
+            f"{options.model}: its tokenizer is not that of {options.data}; run `dvc repro`, or name the data that it "
+            "was trained on (--data)"
+        )
+    from retro_model.tokenizer import Tokenizer
+
+    tokenizer = retriever.tokenizer if retriever else Tokenizer.open(options.model / "tokenizer")
+    for piece in _write(options, tokenizer, retriever, knn):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _write(
+    options: argparse.Namespace, tokenizer: "Tokenizer", retriever: "Retriever | None", knn: int
+) -> Iterator[str]:
+    """The prompt and what follows it, piece by piece."""
+    import torch
+
+    from retro_model.checkpoint import from_pretrained
+    from retro_model.devices import resolve_device
+    from retro_model.generation import Writer, top_k, top_p
+
+    model = from_pretrained(options.model, device=resolve_device(options.device))
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    ids = [tokenizer.begin_id, *tokenizer.encode(text).tolist()]
+    if len(ids) >= model.config.max_seq_len:
+        raise ConfigError(
+            f"--prompt: found {len(ids)} tokens, expected fewer than the {model.config.max_seq_len} that "
+            f"{options.model} was trained for"
+        )
+    filter_fn, thres = (top_p, options.top_p or 0.95)
+    if options.top_k is not None:
+        filter_fn, thres = top_k, 1 - min(options.top_k / model.config.num_tokens, 1)
+    shown: list[str] = []
+    writer = Writer(
+        model,
+        torch.tensor([ids], device=model.embedding.weight.device),
+        retrieve=None if retriever is None else _retrieving(retriever, knn, shown),
+        max_new_tokens=options.max_new_tokens,
+        filter_fn=filter_fn,
+        filter_thres=thres,
+        temperature=options.temperature,
+        eos_id=tokenizer.end_id,
+        seed=options.seed,
+    )
+    yield text
+    before = tokenizer.decode(ids)
+    for token in writer:
+        if options.show_neighbors:
+            yield from shown
+        shown.clear()
+        ids.append(int(token))
+        # A character of several tokens is written when it is whole.
+        now = tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
+        yield now.removeprefix(before)
+        before = now
+
+
+def _retrieving(retriever: "Retriever", knn: int, shown: list[str]) -> Callable[["Tensor"], "Tensor"]:
+    """The search as `Writer` calls it; what it finds for each chunk is told in `shown`."""
+    import torch
+
+    chunks_before = 0
+
+    def retrieve(token_chunks: "Tensor") -> "Tensor":
+        nonlocal chunks_before
+        found = retriever.retrieve(token_chunks.cpu().numpy(), knn)
+        for ids, distances in zip(found.ids.tolist(), found.distances.tolist(), strict=True):
+            chunks_before += 1
+            told = "\n".join(_told(retriever.chunks, retriever.tokenizer, ids, distances))
+            block = f"retrieved with chunk {chunks_before} of this text, for the next one\n{told}"
+            shown.append("\n\n" + textwrap.indent(block, "  | ", lambda line: True) + "\n\n")
+        return torch.from_numpy(found.tokens).to(token_chunks.device)
+
+    return retrieve
