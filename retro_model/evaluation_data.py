@@ -196,10 +196,10 @@ def _usable(
     """
     near = NearDuplicates(corpus.near_duplicates) if corpus.near_duplicates else None
     held, seen = set[bytes](), set[bytes]()
-    for place, item in enumerate(item for chunks in held_out for item in document_texts(chunks, tokenizer)):
+    for item in (item for chunks in held_out for item in document_texts(chunks, tokenizer)):
         held.add(_digest(item.text))
         if near is not None:
-            near.add(place, item.text)
+            near.add(item.text)
     files, _ = find_files(documents)
     with Progress("database", None, "document") as shown:
         for file in files:
