@@ -48,6 +48,7 @@ PACKAGES = (
     "sqlalchemy",
     "mlflow",
 )
+STAGES = ("chunk", "embed", "index", "knn")
 CURVE = (10_000, 100_000, 1_000_000)
 DIM = 384
 
@@ -228,7 +229,7 @@ def made_up_vectors(folder: Path, num_chunks: int) -> None:
 
 
 def stage(name: str, folder: Path) -> None:
-    """One stage of the curve, in this process; prints seconds and the memory that it took beyond its start."""
+    """One stage of the curve, in this process; prints seconds, those of its cores, and its private memory."""
     from retro_model.distances import import_faiss
     from retro_model.embedding import EmbedConfig, make_embeddings
     from retro_model.index_building import make_index
@@ -250,18 +251,22 @@ def stage(name: str, folder: Path) -> None:
     memory.start()
     seconds = clock(calls[name])
     time.sleep(0.05)
-    print(f"MEASURED {seconds} {memory.peak}")
+    print(f"MEASURED {seconds} {time.process_time()} {memory.peak}")
 
 
-def curve(folder: Path, sizes: list[int]) -> None:
-    """All four stages at all sizes."""
+def curve(folder: Path, sizes: list[int], chosen: list[str]) -> None:
+    """The chosen stages at all sizes."""
     from fixtures import tiny_encoder
 
-    print(f"\n{'chunks':>10}  {'stage':6} {'seconds':>8} {'chunks/s':>10} {'private memory':>15}   on disk")
+    head = (
+        f"{'chunks':>10}  {'stage':6} {'seconds':>8} {'of cores':>9} {'chunks/s':>10} {'private memory':>15}   on disk"
+    )
+    print(f"\n{head}", flush=True)
     for size in sizes:
         here = folder / str(size)
         made_up_text(here / "text", size)
-        made_up_vectors(here / "vectors", size)
+        if {"index", "knn"} & set(chosen):
+            made_up_vectors(here / "vectors", size)
         tiny_encoder(here / "encoder")
         subprocess_text = here / "few"
         subprocess_text.mkdir()
@@ -269,15 +274,15 @@ def curve(folder: Path, sizes: list[int]) -> None:
         quiet(lambda: make_tokenizer(subprocess_text, CORPUS, TokenizerConfig(vocab_size=4096), here / "tokenizer"))()  # noqa: B023
         outs = {"chunk": here / "chunks", "embed": here / "embeddings"}
         outs |= {"index": here / "vectors" / "index", "knn": here / "vectors" / "neighbors"}
-        for name, out in outs.items():
+        for name in chosen:
             command = [sys.executable, __file__, "stage", "--name", name, "--folder", str(here)]
             done = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            seconds, peak = map(float, done.rpartition("MEASURED ")[2].split())
-            on_disk = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+            seconds, of_cores, peak = map(float, done.rpartition("MEASURED ")[2].split())
+            on_disk = sum(path.stat().st_size for path in outs[name].rglob("*") if path.is_file())
             rows = size if name in ("index", "knn") else Artifact.open(here / "chunks" / "train", "chunks", False).rows
             told = [line for line in done.splitlines() if line.startswith("index: ")]
             print(
-                f"{rows:10,}  {name:6} {seconds:8.1f} {rows / seconds:10,.0f} {peak / 1e6:12,.0f} MB   "
+                f"{rows:10,}  {name:6} {seconds:8.1f} {of_cores:9.1f} {rows / seconds:10,.0f} {peak / 1e6:12,.0f} MB   "
                 f"{on_disk / 1e6:,.0f} MB{'  ' + told[-1] if told else ''}",
                 flush=True,
             )
@@ -291,6 +296,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--rows", type=int, default=1024, help="chunks to embed in a turn")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(CURVE), help="chunks of the curve")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES, help="stages of the curve")
     parser.add_argument("--name", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="where to work; by default a temporary folder")
     arguments = parser.parse_args()
@@ -307,7 +313,7 @@ def main() -> None:
         elif arguments.what == "embed":
             embed(folder, arguments.turns, arguments.rows)
         else:
-            curve(folder, arguments.sizes)
+            curve(folder, arguments.sizes, arguments.stages)
 
 
 if __name__ == "__main__":

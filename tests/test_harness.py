@@ -72,7 +72,7 @@ def test_signals_run_the_cleanup_and_say_so(tmp_path: Path, number: int, status:
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     time.sleep(0.1)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == status
     assert errors.splitlines()[-1].endswith("; the next `dvc repro` goes on")
     assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_model import distances as distances_module
+from retro_model import engine as engine_module
 from retro_model import neighbors as neighbors_module
 from retro_model.artifacts import SPLITS, Artifact, ArtifactWriter
 from retro_model.distances import import_faiss, pair_distances
@@ -19,7 +20,7 @@ from retro_model.errors import ConfigError, MismatchError
 from retro_model.index import Index
 from retro_model.index_building import make_index
 from retro_model.index_keys import IndexConfig
-from retro_model.neighbors import Database, NeighborsConfig, describe_neighbors, make_neighbors
+from retro_model.neighbors import Database, KnnJob, NeighborsConfig, describe_neighbors, make_neighbors
 
 faiss = import_faiss()
 Floats = npt.NDArray[np.float32]
@@ -352,6 +353,32 @@ def test_equal_bytes_for_any_batch(data: Path, tmp_path: Path) -> None:
         fingerprints.add(tuple(artifact.files["ids-00000.npy"] for artifact in written))
         fingerprints.add(tuple(artifact.files["distances-00000.npy"] for artifact in written))
     assert len(fingerprints) == 2
+
+
+def test_each_gpu_that_faiss_can_use_has_a_process(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, pools, process_pool = data / "embeddings", [], engine_module._process_pool
+
+    def watched(job: Any, num_workers: int, num_gpus: int) -> Any:
+        pools.append((num_workers, num_gpus))
+        return process_pool(job, num_workers, num_gpus)
+
+    def job(index: Path, device: str) -> KnnJob:
+        return KnnJob(train, index, data / "chunks", NeighborsConfig(), 1024, device)
+
+    monkeypatch.setattr(engine_module, "_process_pool", watched)
+    monkeypatch.setattr(engine_module, "_num_gpus", lambda device: 2)
+    run(data, tmp_path / "here")
+    assert pools == [] and not job(data / "index", "auto").uses_gpus, "a build for CPUs"
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    with ArtifactWriter(tmp_path / "codes", "index") as writer:
+        writer.facts["key"] = "IVF7,PQ2x4fs"
+    assert [job(data / "index", device).uses_gpus for device in ("auto", "cuda", "cpu")] == [True, True, False]
+    assert not job(tmp_path / "codes", "auto").uses_gpus, "codes are compared on the CPU"
+    run(data, tmp_path / "two")  # its processes have the faiss of this machine again
+    assert pools == [(2, 2)]
+    for split in SPLITS:
+        files = [Artifact.open(tmp_path / name / split, "neighbors").files for name in ("here", "two")]
+        assert files[0] == files[1]
 
 
 def test_metrics_say_what_is_in_the_artifact(tmp_path: Path) -> None:
