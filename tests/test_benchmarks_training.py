@@ -84,14 +84,22 @@ def test_time_to_loss_runs_both_sides(benchmark: Any, data: Path, monkeypatch: p
 
     monkeypatch.setitem(sys.modules, "retro_pytorch", SimpleNamespace(RETRO=Theirs))
     sequences = [program.open_sequences(data, split, SEQ_LEN, 2) for split in ("train", "valid")]
-    other = program.theirs("nowhere", PARAMS, sequences[0])
-    curve = program.train(other, PARAMS, sequences[1], lambda seconds, loss: True, 4, 0.0)
-    ((seconds, step, loss),) = curve
-    assert seconds > 0 and step == 1 and loss == pytest.approx(np.log(VOCABULARY), abs=0.2)
-    mine = program.ours(PARAMS, sequences[0])
+    sides = {
+        "theirs": program.theirs("nowhere", PARAMS, sequences[0]),
+        "ours": program.ours(PARAMS, sequences[0]),
+    }
     assert made[0]["dec_dim"] == MODEL.dec_dim
-    curve = program.train(mine, PARAMS, sequences[1], lambda seconds, found: found <= loss, 4, 0.0)
-    assert curve[-1][2] <= loss
+    runs = {name: program.Run(side, PARAMS, sequences[1], 4, 1e-9) for name, side in sides.items()}
+    for run in runs.values():
+        run.turn()
+        ((seconds, steps, loss),) = run.curve
+        assert seconds > 0 and steps == 1 and loss == pytest.approx(np.log(VOCABULARY), abs=0.3)
+    runs["theirs"].curve = [(10.0, 4, 3.0)]
+    runs["ours"].curve = [(1.0, 1, 3.5), (2.5, 3, 2.9), (3.5, 4, 2.8)]
+    assert program.report(runs).endswith("this project reached 3.0000 after 2 s, 3 steps\n"
+                                         "RATIO of the times, ours to theirs: 0.25")  # fmt: skip
+    runs["ours"].curve = [(1.0, 1, 3.5)]
+    assert program.report(runs).endswith("this project has not reached 3.0000")
 
 
 def test_both_sides_have_one_loss_for_one_network(benchmark: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
