@@ -173,11 +173,11 @@ if __name__ == "__main__":
 
 
 def start(
-    woven: Woven, folder: Path, when: str, *, shard: bool = False, torchrun: bool = False
+    woven: Woven, folder: Path, when: str, *, shard: bool = False, torchrun: bool = False, program: str = PROGRAM
 ) -> tuple[int, list[int], str]:
     """Runs the program in processes of its own: its status, the steps that it logged, and what it said."""
     folder.mkdir(exist_ok=True)
-    (folder / "program.py").write_text(PROGRAM)
+    (folder / "program.py").write_text(program)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"] if torchrun else []
     inputs = [str(path) for path in (woven.chunks, woven.neighbors, woven.tokenizer)]
     command = [sys.executable, *launcher, str(folder / "program.py"), when, str(folder), "2", str(shard), *inputs]
@@ -232,6 +232,16 @@ def test_a_process_that_is_gone_is_named_and_the_next_run_goes_on(woven: Woven, 
     steps: list[int] = []
     run(woven, tmp_path, train, log=lambda step, record: steps.append(step), **options)
     assert steps == list(range(4, 13))
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_begin_is_not_waited_for(woven: Woven, tmp_path: Path) -> None:
+    """A script without the guard that multiprocessing needs: the other process would start others itself."""
+    lines = [line for line in PROGRAM.splitlines() if "__main__" not in line]
+    program = "\n".join(line.removeprefix("    ") for line in lines)
+    status, steps, errors = start(woven, tmp_path, "", program=program)
+    assert status == 1 and not steps
+    assert "process 1 of 2 ended with status 1 before it began" in errors
 
 
 # ---- parts ---------------------------------------------------------------------------------------------
