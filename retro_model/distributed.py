@@ -76,15 +76,16 @@ def is_main_process() -> bool:
     return not started_from_outside() or os.environ["RANK"] == "0"
 
 
-def resolve_processes(processes: int, device: str) -> int:
+def resolve_processes(processes: int, device: str, sequences: int) -> int:
     """How many processes `train.processes` stands for: 0 is one for each GPU, or one.
 
-    Raises ConfigError where there are fewer GPUs.
+    Of the GPUs only so many are used as can share `sequences` evenly. Raises ConfigError where more are asked
+    for than there are.
     """
     num_gpus = torch.cuda.device_count() if device == "cuda" else 0
     if device == "cuda" and processes > num_gpus:
         raise ConfigError(f"train.processes: found {processes}, expected at most {num_gpus}, the GPUs of this machine")
-    return processes or max(num_gpus, 1)
+    return processes or max((count for count in range(1, num_gpus + 1) if sequences % count == 0), default=1)
 
 
 @contextmanager

@@ -255,12 +255,13 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(woven: Woven, tmp_path:
 
 
 def test_processes_are_as_many_as_gpus_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_processes(0, "cpu") == 1 and resolve_processes(3, "cpu") == 3
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert resolve_processes(0, "cuda") == 4 and resolve_processes(2, "cuda") == 2
-    assert resolve_processes(0, "cpu") == 1
-    with pytest.raises(ConfigError, match="train.processes: found 5, expected at most 4"):
-        resolve_processes(5, "cuda")
+    assert resolve_processes(0, "cpu", 8) == 1 and resolve_processes(3, "cpu", 8) == 3
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 6)
+    assert resolve_processes(0, "cuda", 12) == 6 and resolve_processes(2, "cuda", 12) == 2
+    assert resolve_processes(0, "cuda", 4) == 4 and resolve_processes(0, "cuda", 7) == 1, "an even share for each"
+    assert resolve_processes(0, "cpu", 8) == 1
+    with pytest.raises(ConfigError, match="train.processes: found 7, expected at most 6"):
+        resolve_processes(7, "cuda", 7)
 
 
 def test_alone_sums_and_agreements_are_its_own() -> None:
