@@ -34,6 +34,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from retro_model.generation import CachedDecoder
+from retro_model.hardware import DATA_SHEETS, products
 from retro_model.model import RETRO, RETROConfig
 
 
@@ -84,9 +85,6 @@ SETTINGS = {
         batch=8, length=2048, memory_length=2048, dtypes=AUTOCAST, compiled=True,
     ),
 }  # fmt: skip
-
-# Dense bfloat16 FLOP/s that the data sheets promise, by a part of the chip's name.
-DATA_SHEETS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 # ---- the two sides ---------------------------------------------------------------------------------
 
@@ -144,28 +142,6 @@ def in_turns(tasks: Mapping[str, Callable[[], object]], turns: int, device: str)
     return seconds
 
 
-def products(config: RETROConfig, rows: int, length: int, neighbors: int) -> float:
-    """Floating-point operations of the matrix products of one step, forward and backward (three times forward)."""
-    inner = config.heads * config.dim_head
-    tokens, m = rows * length, config.chunk_size
-    enc_tokens = tokens // m * neighbors * 2 * m
-    d, e = config.dec_dim, config.enc_dim
-
-    def layer(width: int) -> float:
-        return 2 * (4 * width * inner + 8 * width * width)  # qkv and out, feed-forward: for each token
-
-    decoder = tokens * config.dec_depth * (layer(d) + 2 * inner * length)  # causal: half of all scores
-    encoder = config.enc_depth * (
-        enc_tokens * (layer(e) + 4 * inner * 2 * m)  # self-attention
-        + enc_tokens * (4 * e * inner + 4 * inner * m) + tokens * 4 * d * inner  # looks at the chunk
-    ) + (enc_tokens * 2 * d * e if d != e else 0)  # fmt: skip
-    cross = len(config.dec_cross_attn_layers) * (
-        tokens * (4 * d * inner + 4 * inner * neighbors * 2 * m) + enc_tokens * 4 * e * inner
-    )
-    head = 2 * tokens * d * config.num_tokens
-    return 3.0 * (decoder + head + (encoder + cross if neighbors else 0))
-
-
 def matrix_limit(setting: Setting, dtype: torch.dtype) -> float:
     """The fastest matrix product in FLOP/s: what a step could reach if it were nothing else."""
     shapes = [(2048, 256, 1536), (2048, 2048, 2048), (8192, 256, 1024)]
@@ -182,7 +158,7 @@ def matrix_limit(setting: Setting, dtype: torch.dtype) -> float:
 
 def data_sheet(chip: str) -> float | None:
     """The dense bfloat16 FLOP/s that a chip of this name promises, if it is known."""
-    return next((peak for part, peak in DATA_SHEETS.items() if part in chip), None)
+    return next((rates[0] for part, rates in DATA_SHEETS.items() if part in chip), None)
 
 
 def chip_of(device: str) -> str:

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,25 +76,27 @@ def is_main_process() -> bool:
     return not started_from_outside() or os.environ["RANK"] == "0"
 
 
-def resolve_processes(processes: int, device: str) -> int:
+def resolve_processes(processes: int, device: str, sequences: int) -> int:
     """How many processes `train.processes` stands for: 0 is one for each GPU, or one.
 
-    Raises ConfigError where there are fewer GPUs.
+    Of the GPUs only so many are used as can share `sequences` evenly. Raises ConfigError where more are asked
+    for than there are.
     """
     num_gpus = torch.cuda.device_count() if device == "cuda" else 0
     if device == "cuda" and processes > num_gpus:
         raise ConfigError(f"train.processes: found {processes}, expected at most {num_gpus}, the GPUs of this machine")
-    return processes or max(num_gpus, 1)
+    return processes or max((count for count in range(1, num_gpus + 1) if sequences % count == 0), default=1)
 
 
 @contextmanager
 def together(count: int, device: str, work: Callable[[World], object]) -> Iterator[World]:
     """Starts `count` - 1 other processes, in each of which `work` runs, and yields this one's world.
 
-    `work` must be importable by them (a function of a module, not of a script). They end with this one: well
+    `work` must be importable by them (a function of a module), and a script that calls this must do so below
+    `if __name__ == "__main__"`, because they import it, too. They end with this one: well
     when the block ends well, else at once. Processes that torchrun started are joined instead.
 
-    Raises TrainingError where another process ended and left this one alone.
+    Raises TrainingError where another process ended and left this one alone, or never began.
     """
     if started_from_outside():
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -115,6 +118,7 @@ def together(count: int, device: str, work: Callable[[World], object]) -> Iterat
         process.start()
     try:
         torch.set_num_threads(threads)
+        _wait_for(others, store)
         with _group(0, count, 0, device, store) as world, _ending(others):
             yield world
     finally:
@@ -164,6 +168,22 @@ def _ending(others: Sequence[BaseProcess]) -> Iterator[None]:
         process.join()
 
 
+def _wait_for(others: Sequence[BaseProcess], store: Any) -> None:
+    """Returns when all others have begun; one that ends before would be waited for in vain."""
+    while not store.check([_begun(rank) for rank in range(1, len(others) + 1)]):
+        for rank, process in enumerate(others, start=1):
+            if process.exitcode is not None:
+                raise TrainingError(
+                    f"process {rank} of {len(others) + 1} ended with status {process.exitcode} before it began; what "
+                    'it said stands above; a script must train below `if __name__ == "__main__":`'
+                )
+        time.sleep(0.05)
+
+
+def _begun(rank: int) -> str:
+    return f"begun {rank}"
+
+
 def _lost(others: Sequence[BaseProcess]) -> tuple[int, int] | None:
     """The first of the other processes that has ended, and its status."""
     multiprocessing.connection.wait([process.sentinel for process in others], timeout=SECONDS_TO_END)
@@ -179,6 +199,7 @@ def _other(rank: int, size: int, port: int, device: str, threads: int, work: Cal
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     store = _store(port, size, main=False)
+    store.set(_begun(rank), "")
     try:
         with _group(rank, size, rank, device, store) as world:
             work(world)

@@ -285,7 +285,8 @@ class Trainer:
             batch = batch.to(self.world.device)
             with autocast(self.number_type, self.world.device):
                 losses = self.model.token_losses(batch.seq, batch.retrieved, batch.labels, batch.documents)
-            sums += torch.tensor([float(losses.double().sum()), batch.num_labels, int(batch.bytes.sum())]).double()
+            portion = [float(losses.double().sum()), batch.num_labels, int(batch.bytes.sum())]
+            sums += torch.tensor(portion, dtype=torch.float64)
         loss, num_labels, num_bytes = self.world.sum(sums.to(self.world.device)).tolist()
         found = {f"valid_loss{suffix}": loss / num_labels}
         if not suffix:
@@ -365,7 +366,18 @@ class Trainer:
             "num_weights": sum(parameter.numel() for parameter in self.model.parameters()),
         }
         timings = {**self._speed(clock.rate()), "seconds": clock.seconds()}
+        if self.world.main and timings["tokens_per_second"]:  # a finished run that is found again trains nothing
+            self._tell(timings)
         return TrainingResult(metrics, state.history, timings, self.best_weights, self._weights())
+
+    def _tell(self, timings: Row) -> None:
+        most = peak(self.world.device, self.number_type)
+        print(
+            f"trained at {timings['tokens_per_second']:,.0f} tokens/s, {timings['peak_share']:.0%} of "
+            f"{self.world.size * most.rate / 1e9:,.0f} GFLOP/s ({most.source})",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _share(config: TrainConfig, world: World) -> int:

@@ -134,7 +134,8 @@ def train_model(
         log_every=log_every,
         checkpoint_every=checkpoint_every,
     )
-    processes = resolve_processes(train_config.processes, device)
+    sequences = train_config.batch_size // train_config.accumulation
+    processes = resolve_processes(train_config.processes, device, sequences)
     with together(processes, device, run.train) as world:
         return run.train(world, log)
 

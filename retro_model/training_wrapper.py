@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -164,7 +165,9 @@ class TrainingWrapper:
         Each with its continuation, nearest first, padding where the text holds no more; on the device of
         `token_chunks`.
         """
-        vectors = self._chunks.embedder.embed(token_chunks.cpu().numpy())
+        rows = token_chunks.cpu().numpy()
+        known = np.where(rows < self.tokenizer.vocab_size, rows, self.tokenizer.pad_id)  # the others are no text
+        vectors = self._chunks.embedder.embed(known)
         anyone = np.full(len(vectors), NONE)
         ids, _ = self._database.nearest(vectors, anyone, self.knn if knn is None else knn)
         tokenizer = self.tokenizer
@@ -201,13 +204,20 @@ class TrainingWrapper:
             start.to(device),
             retrieve=self._search(start, retrieved, self.knn if knn is None else knn),
             max_new_tokens=max_new_tokens,
-            filter_fn=filter_fn,
+            filter_fn=self._of_the_vocabulary(filter_fn),
             filter_thres=filter_thres,
             temperature=temperature,
             eos_id=self.tokenizer.end_id,
             seed=seed,
             return_neighbors=return_neighbors,
         )
+
+    def _of_the_vocabulary(self, filter_fn: Filter) -> Filter:
+        """The filter for a model that has more tokens than the tokenizer: it never lets those be drawn."""
+        vocab_size, more = self.tokenizer.vocab_size, self.retro.config.num_tokens - self.tokenizer.vocab_size
+        if not more:
+            return filter_fn
+        return lambda logits, thres: F.pad(filter_fn(logits[..., :vocab_size], thres), (0, more), value=-torch.inf)
 
     def _search(self, start: Tensor, retrieved: Tensor | None, knn: int) -> Any:
         """What `generate` calls: the first answer is `retrieved`, where it is given."""

@@ -173,11 +173,11 @@ if __name__ == "__main__":
 
 
 def start(
-    woven: Woven, folder: Path, when: str, *, shard: bool = False, torchrun: bool = False
+    woven: Woven, folder: Path, when: str, *, shard: bool = False, torchrun: bool = False, program: str = PROGRAM
 ) -> tuple[int, list[int], str]:
     """Runs the program in processes of its own: its status, the steps that it logged, and what it said."""
     folder.mkdir(exist_ok=True)
-    (folder / "program.py").write_text(PROGRAM)
+    (folder / "program.py").write_text(program)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"] if torchrun else []
     inputs = [str(path) for path in (woven.chunks, woven.neighbors, woven.tokenizer)]
     command = [sys.executable, *launcher, str(folder / "program.py"), when, str(folder), "2", str(shard), *inputs]
@@ -234,6 +234,16 @@ def test_a_process_that_is_gone_is_named_and_the_next_run_goes_on(woven: Woven, 
     assert steps == list(range(4, 13))
 
 
+@pytest.mark.slow
+def test_a_process_that_cannot_begin_is_not_waited_for(woven: Woven, tmp_path: Path) -> None:
+    """A script without the guard that multiprocessing needs: the other process would start others itself."""
+    lines = [line for line in PROGRAM.splitlines() if "__main__" not in line]
+    program = "\n".join(line.removeprefix("    ") for line in lines)
+    status, steps, errors = start(woven, tmp_path, "", program=program)
+    assert status == 1 and not steps
+    assert "process 1 of 2 ended with status 1 before it began" in errors
+
+
 # ---- parts ---------------------------------------------------------------------------------------------
 
 
@@ -245,12 +255,13 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(woven: Woven, tmp_path:
 
 
 def test_processes_are_as_many_as_gpus_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_processes(0, "cpu") == 1 and resolve_processes(3, "cpu") == 3
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert resolve_processes(0, "cuda") == 4 and resolve_processes(2, "cuda") == 2
-    assert resolve_processes(0, "cpu") == 1
-    with pytest.raises(ConfigError, match="train.processes: found 5, expected at most 4"):
-        resolve_processes(5, "cuda")
+    assert resolve_processes(0, "cpu", 8) == 1 and resolve_processes(3, "cpu", 8) == 3
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 6)
+    assert resolve_processes(0, "cuda", 12) == 6 and resolve_processes(2, "cuda", 12) == 2
+    assert resolve_processes(0, "cuda", 4) == 4 and resolve_processes(0, "cuda", 7) == 1, "an even share for each"
+    assert resolve_processes(0, "cpu", 8) == 1
+    with pytest.raises(ConfigError, match="train.processes: found 7, expected at most 6"):
+        resolve_processes(7, "cuda", 7)
 
 
 def test_alone_sums_and_agreements_are_its_own() -> None:

@@ -16,7 +16,9 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_network_in_ten_lines_runs() -> None:
-    (program,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "backward" in block]
+    (program,) = [
+        block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "torch.randint" in block
+    ]
     done = subprocess.run(
         [sys.executable, "-c", program + "\nprint(loss.item())"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -36,6 +38,21 @@ def test_the_functions_over_raw_files_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "513 8 2 128 tensor(True)"
+
+
+def test_the_wrapper_trains_and_writes(tmp_path: Path) -> None:
+    (program,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "Wrapper" in block]
+    tiny_corpus(tmp_path / "texts", num_documents=6)
+    done = subprocess.run(
+        [sys.executable, "-c", program + "\nprint(loss.item())"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RETRO_BERT": str(tiny_encoder(tmp_path / "bert"))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout.splitlines()[-1]) < 10
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:^ {4}|`)make ([a-z-]+)", README, flags=re.MULTILINE))))

@@ -7,6 +7,9 @@ import importlib
 import json
 import os
 import shutil
+import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,6 +121,28 @@ def test_training_again_from_nothing_writes_the_same_bytes(stage: str, work: Pat
     shutil.rmtree(work / OUTS[stage])
     run(stage)
     assert (contents(work / OUTS[stage]), (work / f"plots/{stage}.csv").read_bytes()) == before
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_stage_in_two_processes(work: Path) -> None:
+    """Both run the stage; the first alone writes, logs and holds the lock."""
+
+    def num_runs() -> int:
+        with sqlite3.connect("mlflow.db") as store:
+            return int(store.execute("select count(*) from runs").fetchone()[0])
+
+    before, runs = json.loads(Path("metrics/train.json").read_text()), num_runs()
+    shutil.rmtree("models/retro")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-m", "stages.train"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    after = json.loads(Path("metrics/train.json").read_text())
+    assert after == pytest.approx(before, rel=2e-3)
+    assert num_runs() == runs + 1
+    Artifact.open("models/retro", "model")
 
 
 def test_every_output_opens_and_names_what_it_was_made_from(finished: Path) -> None:

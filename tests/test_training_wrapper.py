@@ -295,6 +295,15 @@ def test_choices_of_how_to_write(place: Path) -> None:
     assert none == [{}]
 
 
+def test_a_model_with_more_tokens_than_the_tokenizer_writes_none_of_them(place: Path) -> None:
+    vocabulary = wrap().tokenizer.vocab_size
+    wrapper = wrap(retro=small_retro(num_tokens=20 * vocabulary))
+    ids = wrapper.generate(prompts(1, CHUNK), seed=1, filter_thres=0.0)
+    assert isinstance(ids, torch.Tensor) and ids.max() < vocabulary
+    greedy = wrapper.generate(prompts(1, CHUNK), temperature=0.0)  # an untrained one may take what is no text
+    assert isinstance(greedy, torch.Tensor)
+
+
 def test_given_neighbors_stand_for_the_prompt_s_own(place: Path) -> None:
     wrapper = wrap()
     prompt = prompts(2, 2 * CHUNK)
