@@ -61,11 +61,11 @@ def make_page(
     background: Background,
 ) -> Report:
     """The report for a person to read, from the figures that are written."""
-    knn = background.knn
+    knn, source = background.knn, f" from {background.documents}" if background.documents else ""
     size = (
         f"{metrics['test_documents']:,} documents, {metrics['test_chunks']:,} chunks, "
         f"{metrics['test_tokens']:,} tokens, {metrics['test_bytes']:,} bytes of held-out text; "
-        f"a database of {background.database_chunks:,} chunks{_from_where(background)}; "
+        f"a database of {background.database_chunks:,} chunks{source}; "
         f"{knn} neighbor{'' if knn == 1 else 's'}."
     )
     return Report(
@@ -77,10 +77,6 @@ def make_page(
         passages=tuple(passages),
         notes=tuple(_notes(metrics, background)),
     )
-
-
-def _from_where(background: Background) -> str:
-    return f" from {background.documents}, which no training saw" if background.documents else ""
 
 
 def headline(metrics: Mapping[str, float | int]) -> str:
@@ -134,7 +130,7 @@ def _gains_table(metrics: Mapping[str, float | int]) -> Table:
         gain, low, high = metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"]
         verdict = "better" if low > 0 else "worse" if high < 0 else "not told apart"
         if name == "gain_random_vs_off":
-            verdict = "a gain: careful" if low > 0 else "as it should be"
+            verdict = "a gain: careful" if low > 0 else "no gain"
         rows.append((title, note, signed(gain), f"{signed(low)} to {signed(high)}", verdict))
     helped, hurt = metrics["share_tokens_helped"], metrics["share_tokens_hurt"]
     return Table(

@@ -342,7 +342,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .
 th, td { padding: .4rem .9rem .4rem 0; text-align: left; border-bottom: 1px solid var(--rule);
   vertical-align: top; }
 thead th { color: var(--soft); font-weight: 500; font-size: .88rem; }
-tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 5.5rem; }
+tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 8rem; }
 tr > :last-child { padding-right: 0; }
 small { display: block; font-weight: 400; font-size: .85rem; line-height: 1.35; color: var(--soft); }
 td { white-space: nowrap; }
