@@ -226,7 +226,8 @@ def _encoder_of_params() -> str | None:
         content = YAML(typ="safe", pure=True).load(PARAMS_FILE)
     except YAMLError as error:
         raise ConfigError(f"{PARAMS_FILE}: not valid YAML: {' '.join(str(error).split())}") from error
-    encoder = content.get("embed", {}).get("encoder") if isinstance(content, dict) else None
+    section = content.get("embed") if isinstance(content, dict) else None
+    encoder = section.get("encoder") if isinstance(section, dict) else None
     return encoder if isinstance(encoder, str) else None
 
 

@@ -22,6 +22,7 @@ DIFFERENCES = (
     ("on", "off"),
     ("on", "baseline"),
     ("random", "off"),
+    ("on", "random"),
     ("on", "on_train"),
     ("on", "compared"),
 )

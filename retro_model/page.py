@@ -21,6 +21,7 @@ GAINS = {
     "gain_on_vs_off": ("on, against off", "the same model with and without its neighbors"),
     "gain_on_vs_baseline": ("on, against baseline", "what having retrieval is worth"),
     "gain_random_vs_off": ("random, against off", "the control: no gain is right"),
+    "gain_on_vs_random": ("on, against random", "what the right neighbors are worth"),
     "gain_on_vs_on_train": ("on, against on_train", "what the other database is worth"),
     "gain_on_vs_compared": ("on, against compared", "this model and the other one"),
 }
@@ -60,11 +61,11 @@ def make_page(
     background: Background,
 ) -> Report:
     """The report for a person to read, from the figures that are written."""
-    knn = background.knn
+    knn, source = background.knn, f" from {background.documents}" if background.documents else ""
     size = (
         f"{metrics['test_documents']:,} documents, {metrics['test_chunks']:,} chunks, "
         f"{metrics['test_tokens']:,} tokens, {metrics['test_bytes']:,} bytes of held-out text; "
-        f"a database of {background.database_chunks:,} chunks{_from_where(background)}; "
+        f"a database of {background.database_chunks:,} chunks{source}; "
         f"{knn} neighbor{'' if knn == 1 else 's'}."
     )
     return Report(
@@ -78,10 +79,6 @@ def make_page(
     )
 
 
-def _from_where(background: Background) -> str:
-    return f" from {background.documents}, which no training saw" if background.documents else ""
-
-
 def headline(metrics: Mapping[str, float | int]) -> str:
     """The result in words; an interval that holds 0 is no difference."""
     on, off, baseline = (metrics[f"test_bpb_{column}"] for column in ("on", "off", "baseline"))
@@ -89,7 +86,16 @@ def headline(metrics: Mapping[str, float | int]) -> str:
         f"Held-out text costs {on:.4f} bits per byte with retrieval, {off:.4f} without, and {baseline:.4f} "
         f"in a decoder that never had it: {_verdict(metrics, 'gain_on_vs_off', 'retrieval')} against the "
         f"same model without neighbors, and {_verdict(metrics, 'gain_on_vs_baseline', 'it')} against the "
-        "baseline."
+        f"baseline.{_word_of_caution(metrics)}"
+    )
+
+
+def _word_of_caution(metrics: Mapping[str, float | int]) -> str:
+    if metrics["gain_random_vs_off_low"] <= 0:
+        return ""
+    return (
+        f" Careful: random neighbors, the control, save {metrics['gain_random_vs_off']:.4f} too; only what is saved "
+        f"beyond that, {signed(metrics['gain_on_vs_random'])}, comes from what was found."
     )
 
 
@@ -123,6 +129,8 @@ def _gains_table(metrics: Mapping[str, float | int]) -> Table:
             continue
         gain, low, high = metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"]
         verdict = "better" if low > 0 else "worse" if high < 0 else "not told apart"
+        if name == "gain_random_vs_off":
+            verdict = "a gain: careful" if low > 0 else "no gain"
         rows.append((title, note, signed(gain), f"{signed(low)} to {signed(high)}", verdict))
     helped, hurt = metrics["share_tokens_helped"], metrics["share_tokens_hurt"]
     return Table(
@@ -205,16 +213,17 @@ def _charts(curves: Mapping[str, Curve], background: Background) -> Iterator[Cha
 
 def _gains_chart(curve: Curve) -> Chart:
     intervals = tuple(zip(curve.column("low"), curve.column("high"), strict=True))
-    pairs = zip(curve.column("one"), curve.column("other"), strict=True)
     return Chart(
         "gains",
         "What is saved, with 95% intervals",
-        "Paired over the same documents; above 0 the first of the two is better. random / off is the control: "
-        "it belongs at 0 or below.",
-        "one column against another",
+        "Paired over the same documents; above 0 the upper one of the two is better. random against off is the "
+        "control: it belongs at 0 or below.",
+        "a column",
         "bits per byte saved",
-        tuple(f"{one} / {other}" for one, other in pairs),
+        curve.column("one"),
         (Series("bits per byte saved", curve.column("gain"), COLORS["on"], intervals),),
+        curve.column("other"),
+        "second line: against which",
         joined=False,
     )
 
@@ -233,7 +242,7 @@ def _leakage_chart(curve: Curve, background: Background) -> Chart:
         tuple(f"{alpha:.1%}".replace(".0%", "%") for alpha in curve.column("alpha")),
         tuple(Series(name, curve.column(name), COLORS[name]) for name in names),
         tuple(f"{count:,}" for count in curve.column("chunks")),
-        "below: chunks",
+        "second line: chunks",
     )
 
 
@@ -247,7 +256,7 @@ def _overlap_chart(curve: Curve) -> Chart:
         tuple(map(str, curve.column("shared_tokens"))),
         (Series("on, against off", curve.column("gain"), COLORS["on"]),),
         tuple(f"{count:,}" for count in curve.column("chunks")),
-        "below: chunks",
+        "second line: chunks",
     )
 
 
@@ -277,7 +286,7 @@ def _database_chart(curve: Curve, background: Background) -> Chart:
         tuple(f"{share:.0%}" for share in curve.column("share")),
         (Series("RETRO", curve.column("test_bpb"), COLORS["on"]),),
         tuple(f"{left:.1f}" for left in curve.column("neighbors_left")),
-        "below: neighbors left",
+        "second line: neighbors left",
     )
 
 

@@ -342,7 +342,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .
 th, td { padding: .4rem .9rem .4rem 0; text-align: left; border-bottom: 1px solid var(--rule);
   vertical-align: top; }
 thead th { color: var(--soft); font-weight: 500; font-size: .88rem; }
-tbody th { font-weight: 600; }
+tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 8rem; }
+tr > :last-child { padding-right: 0; }
 small { display: block; font-weight: 400; font-size: .85rem; line-height: 1.35; color: var(--soft); }
 td { white-space: nowrap; }
 .charts, .tables { display: grid; gap: 0 2.5rem; }
@@ -373,6 +374,7 @@ h3 { font-size: .95rem; font-weight: 500; margin: 0 0 .7rem; }
 .tag { font-weight: 650; margin-right: .5rem; }
 .source { margin-left: .5rem; font-size: .88rem; }
 .pair { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 1rem; }
+.pair > .text { position: sticky; top: 1rem; align-self: start; }
 .text { margin: 0; max-width: none; white-space: pre-wrap; unicode-bidi: isolate;
   tab-size: 4; font: .84rem/1.6 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .before { color: var(--soft); opacity: .75; }
@@ -391,6 +393,9 @@ h4 span { color: var(--soft); font-weight: 400; margin-left: .5rem; }
 @media (max-width: 44rem) {
   main { padding: 1.25rem .9rem 3rem; }
   .pair { grid-template-columns: minmax(0, 1fr); }
-  th, td { padding-right: .7rem; font-size: .9rem; }
+  .pair > .text { position: static; }
+  th, td { padding-right: .55rem; font-size: .82rem; }
+  thead th, small { font-size: .76rem; }
+  tbody th { min-width: 4rem; }
   td { white-space: normal; } }
 """

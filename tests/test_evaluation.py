@@ -707,6 +707,13 @@ def test_the_headline_claims_no_more_than_the_interval(
     assert words in headline({**evaluated[0].metrics, **gain})
 
 
+def test_a_control_that_gains_is_said_in_the_headline(evaluated: tuple[EvaluationResult, Path]) -> None:
+    control = {"gain_random_vs_off": 0.01, "gain_on_vs_random": 0.002}
+    words = "Careful: random neighbors, the control, save 0.0100 too; only what is saved beyond that, +0.0020"
+    assert words in headline({**evaluated[0].metrics, **control, "gain_random_vs_off_low": 0.005})
+    assert "Careful" not in headline({**evaluated[0].metrics, **control, "gain_random_vs_off_low": -0.001})
+
+
 def test_the_page_says_what_was_left_out_and_what_is_lossy(world: World, tmp_path: Path) -> None:
     shutil.copytree(world.root, tmp_path / "world")
     change_fact(tmp_path / "world/chunks/test", "lossy_documents", 3)

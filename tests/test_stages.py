@@ -19,6 +19,7 @@ from project import TINY
 from ruamel.yaml import YAML
 
 from retro_model.artifacts import Artifact
+from stages import summary
 from stages.harness import run_stage
 
 ROOT = Path(__file__).parent.parent
@@ -162,6 +163,14 @@ def test_every_output_opens_and_names_what_it_was_made_from(finished: Path) -> N
     for stage in STAGES[1:]:
         metrics = json.loads(Path(f"metrics/{stage}.json").read_text())
         assert metrics and all(isinstance(value, (int, float)) for value in metrics.values())
+
+
+def test_the_last_table_says_what_came_out_of_every_stage(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary.main()
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines() if line.startswith(STAGES)] == list(STAGES[1:])
+    metrics = json.loads(Path("metrics/evaluate.json").read_text())
+    assert f"{metrics['test_bpb_on']:.4f}  RETRO, retrieval on" in out and "compared" not in out
 
 
 def test_no_neighbor_is_of_its_own_document_or_held_out(finished: Path) -> None:
