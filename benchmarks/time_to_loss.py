@@ -32,6 +32,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from measured import measured
 from training import one_document_a_sequence, open_sequences
 
 from retro_model.ahead import ahead
@@ -43,6 +44,8 @@ from stages.params import read_params
 
 CPU = torch.device("cpu")
 Loss = Callable[[Batch], Tensor]
+
+MAKE_BENCH: dict[str, list[str]] = {"full": ["--theirs {theirs}"], "quick": []}  # needs the data, and both
 
 
 def ours(params: SimpleNamespace, training: PackedSequences) -> tuple[nn.Module, Loss, Iterator[Batch]]:
@@ -182,6 +185,8 @@ def main() -> None:
             return
         print(f"this project: {reached[2]:.4f} after {reached[0]:.0f} s, {reached[1]:,} steps")
         print(f"RATIO of the times, ours to theirs: {reached[0] / seconds:.2f}")
+        ratio = reached[0] / seconds
+        measured(f"time to loss {target:.2f}", ratio=ratio, at_most=0.2, ours=reached[0], theirs=seconds, unit="s")
 
 
 if __name__ == "__main__":
