@@ -4,7 +4,7 @@
 
 A benchmark joins `make bench` (benchmarks/run_all.py) by calling this beside its prints, and by a constant
 that says how it is run there: command lines, of which a piece with {theirs} is left out where retro-pytorch
-is not installed.
+is not installed, and a line with {needed_theirs} as a whole.
 
     MAKE_BENCH = {"full": ["--theirs {theirs}"], "quick": ["--turns 1 --theirs {theirs}"]}
 """

@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 THEIRS = HERE.parent / ".retro" / "retro-pytorch"
 REQUIREMENT = "retro-pytorch==0.3.9"
 CONSTANT = "MAKE_BENCH"
+NEEDED = "{needed_theirs}"
 
 
 def programs(folder: Path) -> dict[str, dict[str, list[str]]]:
@@ -44,7 +45,7 @@ def command(file: Path, line: str, theirs: Path | None) -> list[str]:
     """The command of a line such as `--turns 3 --theirs {theirs}`."""
     if theirs is None:
         line = " ".join(piece for piece in _pieces(line) if "{theirs}" not in piece)
-    return [sys.executable, str(file), *shlex.split(line.format(theirs=theirs))]
+    return [sys.executable, str(file), *shlex.split(line.format(theirs=theirs, needed_theirs=theirs))]
 
 
 def _pieces(line: str) -> list[str]:
@@ -67,6 +68,9 @@ def run(folder: Path, size: str, only: Sequence[str] | None, theirs: Path | None
             if only and program not in only:
                 continue
             for line in lines[size]:
+                if theirs is None and NEEDED in line:
+                    print(f"\n---- {program}: left out, it compares with retro-pytorch and nothing else")
+                    continue
                 told.write_text("")
                 started = time.monotonic()
                 print(f"\n---- {program} {line}", flush=True)

@@ -45,7 +45,7 @@ from stages.params import read_params
 CPU = torch.device("cpu")
 Loss = Callable[[Batch], Tensor]
 
-MAKE_BENCH: dict[str, list[str]] = {"full": ["--theirs {theirs}"], "quick": []}  # needs the data, and both
+MAKE_BENCH: dict[str, list[str]] = {"full": ["--theirs {needed_theirs}"], "quick": []}  # needs the data, and both
 
 
 def ours(params: SimpleNamespace, training: PackedSequences) -> tuple[nn.Module, Loss, Iterator[Batch]]:

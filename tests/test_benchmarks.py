@@ -152,7 +152,10 @@ def run_all(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 PROGRAM = """
 import sys
 from measured import measured
-MAKE_BENCH = {"full": ["--turns 5 --theirs {theirs}", "fail"], "quick": ["--turns 1 --theirs {theirs}"]}
+MAKE_BENCH = {
+    "full": ["--turns 5 --theirs {theirs}", "fail"],
+    "quick": ["--turns 1 --theirs {theirs}", "fail --theirs {needed_theirs}"],
+}
 if sys.argv[1] == "fail":
     sys.exit(3)
 measured("step", ratio=1.5, at_least=2, ours=300.0, theirs=200.0, limit=1234.0, unit="tokens/s")
