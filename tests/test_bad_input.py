@@ -157,7 +157,7 @@ PARAMS_FILES: list[tuple[str, Callable[[str], str], str]] = [
     (
         "a key that stands twice",
         lambda text: text + "\nknn: 3\n",
-        'params.yaml: a key stands twice (line 100): found duplicate key "knn" with value "3" (original value: "2")',
+        'params.yaml: a key stands twice (line …): found duplicate key "knn" with value "3" (original value: "2")',
     ),
     ("a tab", lambda text: text.replace("  steps:", "\tsteps:"), "params.yaml: not valid YAML: …line 65, column 1"),
     ("no YAML", lambda text: "train: [1, 2\n", "params.yaml: not valid YAML: …line 2, column 1"),
