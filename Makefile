@@ -10,7 +10,7 @@ VENV := .venv
 INSTALLED := $(VENV)/installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help repro install test test-fast check lock clean
+.PHONY: help repro install test test-fast torture coverage bench check lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -43,6 +43,20 @@ test: install  ## all tests that need no GPU, the fast ones first
 test-fast: install  ## the inner loop
 	python -m pytest -m "not slow" -x -q
 
+torture: install  ## a hundred faults against the pipeline, none of which may be lost (about half an hour)
+	python tests/torture.py
+
+coverage: install  ## all tests, with the lines and branches that they run; at least 90% of them
+	coverage erase
+	coverage run -m pytest -m "not slow"
+	coverage run -m pytest -m slow
+	coverage combine -q
+	coverage report
+
+bench: install  ## all benchmarks beside retro-pytorch and their limits, as one table (about an hour)
+	dvc repro knn
+	python benchmarks/run_all.py
+
 check: install  ## formatter, linter, types
 	ruff format --check .
 	ruff check .
@@ -58,4 +72,4 @@ lock: install  ## resolve pyproject.toml anew into requirements.lock
 	mv requirements.lock.partial requirements.lock
 
 clean:  ## remove work in progress (not: data, models, the DVC cache, MLflow's runs)
-	rm -rf .retro dvc_plots .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf .retro dvc_plots .coverage .coverage.* .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
+from measured import measured  # noqa: E402
 
 import stages  # noqa: F401, E402  sets what every stage runs with
 from retro_model.artifacts import Artifact, ArtifactWriter, rows_per_part  # noqa: E402
@@ -35,6 +36,10 @@ from retro_model.chunking import batches, make_chunks  # noqa: E402
 from retro_model.documents import Corpus, CorpusConfig  # noqa: E402
 from retro_model.tokenizer import Tokenizer, TokenizerConfig, make_tokenizer  # noqa: E402
 
+MAKE_BENCH = {
+    "full": ["chunk", "embed"],
+    "quick": ["curve --sizes 2000"],
+}
 CORPUS = CorpusConfig(valid=0.02, test=0.02)
 PACKAGES = (
     "python",
@@ -125,6 +130,8 @@ def chunk(folder: Path, turns: int) -> None:
     for name, seconds in took.items():
         print(f"    {name:28} {seconds:7.2f} s  {num_bytes / 1e6 / seconds:6.2f} MB/s")
     print(f"    RATIO of the stage to tokenizers alone: {took['tokenizers alone'] / took['the chunk stage']:.2f}")
+    ours, limit = (num_bytes / 1e6 / took[name] for name in ("the chunk stage", "tokenizers alone"))
+    measured("chunk beside tokenizers alone", ratio=ours / limit, at_least=0.7, ours=ours, limit=limit, unit="MB/s")
 
 
 def embed(folder: Path, turns: int, rows: int) -> None:
@@ -164,6 +171,8 @@ def embed(folder: Path, turns: int, rows: int) -> None:
         print(f"    {name:34} {seconds:7.2f} s  {rows / seconds:7.1f} chunks/s")
     best = min(seconds for name, seconds in took.items() if name != whole)
     print(f"    RATIO of the stage to the best forward pass: {best / took[whole]:.2f}")
+    ours, limit = rows / took[whole], rows / best
+    measured("embed beside its forward pass", ratio=ours / limit, at_least=0.9, ours=ours, limit=limit, unit="chunks/s")
 
 
 # ---- the curve -------------------------------------------------------------------------------------------
@@ -281,6 +290,7 @@ def curve(folder: Path, sizes: list[int], chosen: list[str]) -> None:
             on_disk = sum(path.stat().st_size for path in outs[name].rglob("*") if path.is_file())
             rows = size if name in ("index", "knn") else Artifact.open(here / "chunks" / "train", "chunks", False).rows
             told = [line for line in done.splitlines() if line.startswith("index: ")]
+            measured(f"{name}, {rows:,} chunks", ours=rows / seconds, unit="chunks/s")
             print(
                 f"{rows:10,}  {name:6} {seconds:8.1f} {of_cores:9.1f} {rows / seconds:10,.0f} {peak / 1e6:12,.0f} MB   "
                 f"{on_disk / 1e6:,.0f} MB{'  ' + told[-1] if told else ''}",

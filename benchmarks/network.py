@@ -31,7 +31,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in the stages, before torc
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from measured import measured
 
 from retro_model.generation import CachedDecoder
 from retro_model.hardware import DATA_SHEETS, products
@@ -65,6 +68,10 @@ class Setting:
         return RETROConfig(**self.network)
 
 
+MAKE_BENCH = {
+    "full": ["--theirs {theirs}"],
+    "quick": ["--turns 1 --only writing --theirs {theirs}"],
+}
 AUTOCAST = {"bfloat16 autocast": torch.bfloat16}
 SETTINGS = {
     "cpu": Setting(
@@ -226,6 +233,17 @@ def print_training(setting: Setting, dtype_name: str, seconds: Mapping[str, floa
         line = f"    {name:20} {of_task * 1e3:8.0f} ms  {tokens:8,.0f} tokens/s  {rate / limit:6.1%} of that"
         print(line + (f"  {rate / promised:6.1%} of the data sheet's" if promised else ""))
     print(f"    retrieval costs a factor of {seconds['ours'] / seconds['without neighbors']:.2f}")
+    tokens = setting.batch * setting.length
+    theirs = seconds.get("theirs")
+    measured(
+        f"training step, {setting.device}, {dtype_name}",
+        ratio=theirs / min(of for name, of in seconds.items() if name.startswith("ours")) if theirs else None,
+        at_least=2 if setting.device == "cpu" else 3,
+        ours=tokens / min(of for name, of in seconds.items() if name.startswith("ours")),
+        theirs=tokens / theirs if theirs else None,
+        limit=tokens * limit / products(setting.config, setting.batch, setting.length, setting.neighbors),
+        unit="tokens/s",
+    )
     if "theirs" in seconds:
         for name in seconds:
             if name.startswith("ours"):
@@ -269,6 +287,9 @@ def memory(setting: Setting, theirs: str | None, threads: int) -> None:
             print(f"    {dtype_name:20} {side:8} {used[side] / 2**20:8,.0f} MiB")
         if theirs:
             print(f"    RATIO of memory, ours to theirs: {used['ours'] / used['theirs']:.2f}")
+        ratio = used["ours"] / used["theirs"] if theirs else None
+        mebibytes = {side: size / 2**20 for side, size in used.items()}
+        measured(f"memory of a step, {dtype_name}", ratio=ratio, at_most=0.5, unit="MiB", **mebibytes)
 
 
 # ---- writing ---------------------------------------------------------------------------------------
@@ -343,6 +364,10 @@ def writing(setting: Setting, theirs: str | None, turns: int) -> dict[str, float
         for place, of_place in zip((early, late), paces, strict=True):
             of_place.append(pace(stamps, setting.prompt, last, place))
     found["early"], found["late"] = (statistics.median(of_place) for of_place in paces)
+    rates = {side: setting.written / found[side] for side in ("ours", "theirs") if side in found}
+    faster = found["theirs"] / found["ours"] if other is not None else None
+    measured("writing", ratio=faster, at_least=30, unit="tokens/s", **rates)
+    measured(f"a token at {late:,} against one at {early}", ratio=found["late"] / found["early"], at_most=2)
     print(
         f"    a token at position {early}: {found['early'] * 1e3:.2f} ms, at {late:,}: {found['late'] * 1e3:.2f} ms, "
         f"factor {found['late'] / found['early']:.2f}"

@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 import numpy.typing as npt  # noqa: E402
 from fixtures import write_vectors  # noqa: E402
+from measured import measured  # noqa: E402
 
 import stages  # noqa: F401, E402  the settings that every stage runs with
 from retro_model.artifacts import Artifact  # noqa: E402
@@ -40,6 +41,10 @@ from retro_model.neighbors import QUERIES_PER_BATCH, SURPLUS, Database  # noqa: 
 
 DIM, CHUNKS_PER_DOCUMENT = 384, 20
 HELD_OUT = 1000
+MAKE_BENCH = {
+    "full": ["--rows 20000 --queries 2048"],
+    "quick": ["--rows 2000 --queries 256 -k 8 --turns 1 --keys Flat IVF16,Flat"],
+}
 Floats = npt.NDArray[np.float32]
 
 
@@ -123,6 +128,10 @@ def compare(folder: Path, key: str, num_queries: int, k: int, turns: int) -> Non
             f"Database.nearest, {k} {1000 * mine / num_queries:7.3f} ms;  RATIO {best / mine:.2f}",
             flush=True,
         )
+    best = min(seconds for name, seconds in took.items() if name.startswith(f"{k}, "))
+    rates = {"ours": num_queries / mine, "limit": num_queries / best}
+    where = f"{len(embeddings['vectors']):,} vectors"
+    measured(f"search, {key}, {where}", ratio=best / mine, at_least=0.8, unit="queries/s", **rates)
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from measured import measured
 from training import one_document_a_sequence, open_sequences
 
 from retro_model.ahead import ahead
@@ -43,6 +44,8 @@ from stages.params import read_params
 
 CPU = torch.device("cpu")
 Loss = Callable[[Batch], Tensor]
+
+MAKE_BENCH: dict[str, list[str]] = {"full": ["--theirs {needed_theirs}"], "quick": []}  # needs the data, and both
 
 
 def ours(params: SimpleNamespace, training: PackedSequences) -> tuple[nn.Module, Loss, Iterator[Batch]]:
@@ -193,7 +196,9 @@ def report(runs: dict[str, Run]) -> str:
     if point is None:
         return "\n".join([*lines, f"this project has not reached {target:.4f}"])
     lines.append(f"this project reached {target:.4f} after {point[0]:.0f} s, {point[1]:,} steps")
-    return "\n".join([*lines, f"RATIO of the times, ours to theirs: {point[0] / seconds:.2f}"])
+    ratio = point[0] / seconds
+    measured(f"time to loss {target:.2f}", ratio=ratio, at_most=0.2, ours=point[0], theirs=seconds, unit="s")
+    return "\n".join([*lines, f"RATIO of the times, ours to theirs: {ratio:.2f}"])
 
 
 if __name__ == "__main__":

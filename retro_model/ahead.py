@@ -32,7 +32,7 @@ def ahead(items: Iterable[Item]) -> Iterator[Item]:
                 if stop.is_set():
                     return
             put(finished)
-        except BaseException as error:  # raised again where the items are used
+        except BaseException as error:  # noqa: BLE001  raised again where the items are used
             put(finished, error)
 
     thread = threading.Thread(target=make, name="ahead", daemon=True)

@@ -18,6 +18,7 @@ Equal input gives equal bytes: no clock, host name or absolute path goes in.
 
 import csv
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -25,14 +26,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from retro_model.errors import DamagedArtifactError, MismatchError, MissingArtifactError
+from retro_model.errors import ArtifactError, DamagedArtifactError, MismatchError, MissingArtifactError
 
 DESCRIPTION = "artifact.json"
 VERSION = 2
@@ -44,6 +45,9 @@ MOST_PARTS = 1 << 12
 
 # Chunks, embeddings and neighbors are three artifacts each, in folders of these names.
 SPLITS = ("train", "valid", "test")
+
+# How file systems say that they lock no folders (NFS); there, two writers of one folder are not told.
+NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 
 # What makes each format: named in the error when it is not there.
 MADE_BY = {
@@ -62,20 +66,44 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     What stood at `path` is replaced. If the block fails, nothing is left of the new folder and the
     old one is untouched; after a kill, the leftover `*.partial` folder is cleared by the next writer.
+    While one process writes, another that would write the same is refused (ArtifactError).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     if partial.exists():
-        shutil.rmtree(partial)
+        with _held(partial):  # a writer holds it; what a kill has left is held by nobody
+            shutil.rmtree(partial)
     partial.mkdir()
+    with _held(partial):
+        try:
+            yield partial
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(partial, path)
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Holds a folder against other processes; ArtifactError where one has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield partial
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ArtifactError(
+            f"{folder}: another process is writing there; wait for it or stop it, and run again"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(descriptor)
+            raise
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -105,6 +133,19 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     table.writeheader()
     table.writerows(rows)
     write_whole(path, text.getvalue())
+
+
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """What np.save writes, through Python's file: np.save does not notice a disk that is full at its last buffer."""
+    with path.open("wb") as stream:
+        np.lib.format.write_array(_WriteOnly(stream), array, allow_pickle=False)  # type: ignore[no-untyped-call]
+
+
+class _WriteOnly:
+    """A stream that numpy takes for no file of C."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.write = stream.write
 
 
 def file_digest(path: Path) -> str:
@@ -217,7 +258,7 @@ class ArtifactWriter:
         number = self._rows // self.rows_per_shard
         for name, parts in self._pending.items():
             file = _shard_name(name, number)
-            np.save(self.folder / file, np.concatenate(parts), allow_pickle=False)
+            save_array(self.folder / file, np.concatenate(parts))
             self._files[file] = file_digest(self.folder / file)
         self._rows += self._pending_rows
         self._pending, self._pending_rows = {}, 0
@@ -305,6 +346,8 @@ class Artifact:
             raise _damaged(file, f"is incomplete ({error!r})") from error
         for name, digest in artifact.files.items():
             path = folder / name
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise _damaged(file, f"names {name}, which lies outside its folder")
             if not path.is_file():
                 raise _damaged(path, "is missing")
             if verify and file_digest(path) != digest:
@@ -396,7 +439,10 @@ def _shard_name(name: str, number: int) -> str:
 
 
 def _damaged(path: Path, what: str) -> DamagedArtifactError:
-    return DamagedArtifactError(f"{path} {what}; delete {path.parent} and run `dvc repro` (or `dvc checkout`)")
+    return DamagedArtifactError(
+        f"{path} {what}; delete {path.parent} and run `dvc repro`; if that brings it back, DVC's cache is damaged: "
+        "`chmod -R u+w .dvc/cache` makes DVC check it"
+    )
 
 
 def _short(fact: object) -> str:

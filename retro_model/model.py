@@ -623,6 +623,7 @@ class RETRO(nn.Module):
         rows, length = seq.shape
         if length > config.max_seq_len:
             raise ConfigError(f"seq has {length} tokens; max_seq_len is {config.max_seq_len}")
+        check_ids("seq", seq, config.num_tokens)
         chunks = length // config.chunk_size
         if documents is not None and (
             documents.dim() != 2
@@ -648,6 +649,16 @@ class RETRO(nn.Module):
             raise ConfigError(
                 f"retrieved has neighbors of {retrieved.shape[-1]} tokens; at least chunk_size = {config.chunk_size}"
             )
+        check_ids("retrieved", retrieved, config.num_tokens)
+
+
+def check_ids(name: str, ids: Tensor, num_tokens: int) -> None:
+    """Raise ConfigError for an id outside the vocabulary. A GPU is not asked: it would have to be waited for."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+        return
+    least, most = (int(end) for end in ids.aminmax())
+    if least < 0 or most >= num_tokens:
+        raise ConfigError(f"{name} has token ids {least} to {most}; num_tokens is {num_tokens}")
 
 
 # ---- initialization --------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Training states on disk: whole or absent, and found again only by the same settings and inputs.
 
     checkpoint-00000400/
-        state.json            step, counts, history, the fingerprint of settings and inputs
+        state.json            step, counts, history, the fingerprint of settings and inputs, digests of all
         weights.safetensors   the weights after that step
         optimizer.safetensors what AdamW remembers of each weight
     best-00000300.safetensors the weights of the best validation so far
@@ -11,6 +11,7 @@ so that a kill at any moment leaves the last one that was whole. What decides th
 is a function of (seed, step) and need not be stored.
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from retro_model.artifacts import whole_folder, write_json
+from retro_model.artifacts import file_digest, whole_folder, write_json
 from retro_model.checkpoint import write_tensors
 from retro_model.errors import DamagedArtifactError
 
@@ -80,7 +81,7 @@ class Checkpoints:
             with whole_folder(path) as folder:
                 write_tensors(weights, folder / "weights.safetensors")
                 write_tensors(optimizer, folder / "optimizer.safetensors")
-                write_json(folder / "state.json", {"fingerprint": self.fingerprint, **asdict(state)})
+                _write_state(folder, self.fingerprint, state, self._best_file(state) if state.best else None)
         self._delete_others(path, state)
         return path
 
@@ -129,13 +130,36 @@ class Checkpoints:
 def _state(path: Path) -> TrainingState:
     values = _read_json(path)
     del values["fingerprint"]
+    for name, digest in values.pop("sha256").items():
+        file = (path.parent if name.startswith("best-") else path) / name
+        if not file.is_file() or file_digest(file) != digest:
+            raise _damaged(path.parent, file)
     return TrainingState(**values)
 
 
+def _write_state(folder: Path, fingerprint: str, state: TrainingState, best: Path | None) -> None:
+    """Writes state.json, with digests of the checkpoint's files, of the best weights and of itself."""
+    files = [*sorted(folder.iterdir()), *([best] if best else [])]
+    values = {"fingerprint": fingerprint, **asdict(state), "sha256": {file.name: file_digest(file) for file in files}}
+    write_json(folder / "state.json", {**values, "digest": _digest(values)})
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _damaged(folder: Path, file: Path) -> DamagedArtifactError:
+    return DamagedArtifactError(
+        f"{file} does not have the bytes that were written; delete {folder} and run `dvc repro`: training starts anew"
+    )
+
+
 def _read_json(path: Path) -> dict[str, Any]:
+    file = path / "state.json"
     try:
-        values = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DamagedArtifactError(f"{path / 'state.json'} is no JSON ({error}); delete {path}") from error
-    assert isinstance(values, dict)
+        raise _damaged(path.parent, file) from error
+    if not isinstance(values, dict) or values.pop("digest", None) != _digest(values):
+        raise _damaged(path.parent, file)
     return values

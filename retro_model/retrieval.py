@@ -47,7 +47,7 @@ from retro_model.bert import (
     tokenize,
 )
 from retro_model.chunking import batches, cut
-from retro_model.distances import import_faiss
+from retro_model.distances import import_faiss, write_index
 from retro_model.documents import CorpusConfig
 from retro_model.embedding import Tokenized
 from retro_model.errors import ConfigError, DocumentError, SourceError
@@ -427,7 +427,7 @@ def _made_index(
         return import_faiss().read_index(str(path)), record["facts"], record["sha256"]
     index, facts = _built_index(vectors, settings)
     with whole_files(path) as (partial,):
-        import_faiss().write_index(index, str(partial))
+        write_index(index, partial)
     return index, facts, write_record(path, made_from, **facts)
 
 

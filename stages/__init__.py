@@ -8,3 +8,12 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 # Before torch is loaded: several processes that train would each warn that a batch used all weights.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+# No library of ours calls home.
+for _name, _value in (
+    ("MLFLOW_DISABLE_TELEMETRY", "true"),
+    ("DO_NOT_TRACK", "true"),
+    ("HF_HUB_DISABLE_TELEMETRY", "1"),
+    ("RAY_USAGE_STATS_ENABLED", "0"),
+):
+    os.environ.setdefault(_name, _value)

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -29,7 +29,11 @@ from retro_model.errors import RetroError
 KEPT_UNFINISHED = 3
 
 # What the disk or its owner can do to any stage, told in one line as it is.
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+DISK_ERRORS = {*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
+
+# The same in the words of libraries that raise errors of their own: faiss, safetensors, tokenizers, SQLite.
+FULL_IN_WORDS = (*map(os.strerror, FULL), "disk I/O error", "database or disk is full")
 
 
 def project_root() -> Path:
@@ -43,24 +47,39 @@ def run_stage(name: str, main: Callable[[], None]) -> None:
     An interrupt exits 130 (SIGINT) or 143 (SIGTERM), never 0: DVC would take a half-done stage for a
     finished one.
     """
+    if Path(sys.argv[0]).stem == name and len(sys.argv) > 1:
+        _stop(f"{name}: found {' '.join(sys.argv[1:])!r}, expected no argument: params.yaml has all settings", 2)
     signal.signal(signal.SIGTERM, _raise_terminated)
     started = time.monotonic()
     print(f"{name}: started", file=sys.stderr, flush=True)
     try:
         main()
+        seconds = time.monotonic() - started
+        record_timing(name, seconds=seconds)
     except RetroError as error:
         _stop(f"{name}: {error}", 1)
     except _Terminated:
         _stop(f"{name}: terminated; the next `dvc repro` goes on", 143)
     except KeyboardInterrupt:
         _stop(f"{name}: interrupted; the next `dvc repro` goes on", 130)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except Exception as error:
+        if (reason := _of_the_disk(error)) is None:
             raise
-        _stop(f"{name}: {error.strerror}: {error.filename or 'while writing'}; mend that and run `dvc repro` again", 1)
-    seconds = time.monotonic() - started
-    record_timing(name, seconds=seconds)
+        _stop(f"{name}: {reason}; mend that and run `dvc repro` again", 1)
     print(f"{name}: done in {seconds:.1f} s", file=sys.stderr, flush=True)
+
+
+def _of_the_disk(error: Exception) -> str | None:
+    """What the disk or its owner did, and to which file; None for any other error."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{error.strerror}: {error.filename or 'while writing'}"
+    words = full_disk(error)
+    return f"{words}: while writing" if words else None
+
+
+def full_disk(error: BaseException) -> str | None:
+    """What the disk said, where a library tells it by an error of its own; None where it was not the disk."""
+    return next((words for words in FULL_IN_WORDS if words in str(error)), None)
 
 
 def record_timing(stage: str, made: str = "", /, **timings: float) -> None:
@@ -80,14 +99,21 @@ def timings_file() -> Path:
     return project_root() / ".retro" / "timings.jsonl"
 
 
+def read_timings() -> list[dict[str, Any]]:
+    """All that was recorded, oldest first. A line that a kill or a full disk cut short says nothing."""
+    records = []
+    if timings_file().is_file():
+        for line in timings_file().read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and "stage" in record]
+
+
 def recorded_timings(made: str) -> dict[str, float]:
     """What was last recorded of the making of an artifact, as `stage.name`; nothing of one from DVC's cache."""
-    if not timings_file().is_file():
-        return {}
-    records = map(json.loads, timings_file().read_text(encoding="utf-8").splitlines())
     return {
         f"{record['stage']}.{name}": value
-        for record in records
+        for record in read_timings()
         if record.get("made") == made
         for name, value in record.items()
         if isinstance(value, float)

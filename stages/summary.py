@@ -1,10 +1,11 @@
 """What came out of the pipeline, as a short table: the last thing that `make repro` prints."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from stages.harness import timings_file
+from stages.harness import read_timings
 
 # (stage, what its line says, from the metrics in metrics/<stage>.json)
 LINES = (
@@ -36,29 +37,29 @@ look next:
 
 def main() -> None:
     """Prints a line for each stage, the test's bits per byte, and where to look next."""
-    seconds = _last_seconds(timings_file())
+    seconds = _last_seconds()
+    metrics = {stage: _metrics(stage) for stage in (*(stage for stage, _ in LINES), "evaluate")}
     print("\nstage      seconds  what came out")
     for stage, text in LINES:
-        print(f"{stage:<10} {seconds.get(stage, '-'):>7}  {text.format(**_metrics(stage))}")
+        print(f"{stage:<10} {seconds.get(stage, '-'):>7}  {text.format(**metrics[stage])}")
     print(f"{'evaluate':<10} {seconds.get('evaluate', '-'):>7}  bits per byte of held-out documents:")
-    metrics = _metrics("evaluate")
     for title, name in TEST_LINES:
-        if name in metrics:
-            print(f"{'':<19} {metrics[name]:.4f}  {title}")
+        if name in metrics["evaluate"]:
+            print(f"{'':<19} {metrics['evaluate'][name]:.4f}  {title}")
     print(NEXT)
 
 
 def _metrics(stage: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(Path(f"metrics/{stage}.json").read_text(encoding="utf-8"))
+    file = Path(f"metrics/{stage}.json")
+    if not file.is_file():
+        sys.exit(f"summary: {file} is not there; run `dvc repro` (stage {stage})")
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return content
 
 
-def _last_seconds(file: Path) -> dict[str, str]:
+def _last_seconds() -> dict[str, str]:
     """How long each stage took when it last ran in the workspace; nothing of those that DVC restored."""
-    if not file.is_file():
-        return {}
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return {record["stage"]: f"{record['seconds']:.0f}" for record in records if "seconds" in record}
+    return {record["stage"]: f"{record['seconds']:.0f}" for record in read_timings() if "seconds" in record}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.harness import project_root
+from retro_model.errors import RetroError
+from stages.harness import full_disk, project_root
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -25,10 +26,6 @@ MODEL_TAG = "retro.model"
 WORK_TAG = "retro.work"
 STAGE_TAG = "retro.stage"
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit
-
-# No library of ours calls home.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("DO_NOT_TRACK", "true")
 
 
 class TrackedRun:
@@ -98,6 +95,13 @@ def training_run(
 
     Ends it as FINISHED, KILLED (an interrupt) or FAILED.
     """
+    with _told():
+        yield from _training_run(stage, work_key, params, inputs)
+
+
+def _training_run(
+    stage: str, work_key: str, params: Mapping[str, object], inputs: Mapping[str, str]
+) -> Iterator[TrackedRun]:
     client, experiment_id = _connect()
     interrupted = client.search_runs(
         [experiment_id], f"tags.`{WORK_TAG}` = '{work_key}' and attributes.status != 'FINISHED'", max_results=1
@@ -123,6 +127,13 @@ def evaluation_run(
 
     A model that was restored from DVC's cache or a remote has no run here; then one is made for it.
     """
+    with _told():
+        yield from _evaluation_run(model_fingerprint, params, inputs)
+
+
+def _evaluation_run(
+    model_fingerprint: str, params: Mapping[str, object], inputs: Mapping[str, str]
+) -> Iterator[tuple[TrackedRun, TrackedRun]]:
     client, experiment_id = _connect()
     found = client.search_runs(
         [experiment_id],
@@ -142,6 +153,25 @@ def evaluation_run(
     child.log_params(params)
     with _ending(child):
         yield parent, child
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tells in one line what is wrong with MLflow's store, which is a record that no output needs."""
+    from alembic.util.exc import CommandError
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, CommandError) as error:
+        if full_disk(error) is not None:
+            raise
+        store = project_root() / "mlflow.db"
+        raise RetroError(
+            f"{store}: MLflow cannot use its record of the runs ({str(error).splitlines()[0]}); "
+            f"move {store} away and run `dvc repro` again: nothing else needs it"
+        ) from error
 
 
 def _connect() -> tuple["MlflowClient", str]:

@@ -10,3 +10,19 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as stages/__init__.py does
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 for name in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "RETRO_BERT"):
     os.environ.pop(name, None)
+
+import signal  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+# A shell starts what runs in its background deaf to Ctrl-C, and the children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every stage has run once (tests/stagewise.py); to be copied, never changed."""
+    from stagewise import run_all
+
+    return run_all(tmp_path_factory.mktemp("pipeline"))

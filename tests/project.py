@@ -89,8 +89,10 @@ class Project:
         self.run("git", "clone", "-q", str(self.root), str(root))
         return Project(root)
 
-    def run(self, *command: str, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        """Runs a command in the project; a failure shows what it printed."""
+    def run(
+        self, *command: str, check: bool = True, timeout: float = 1500, apart: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a command in the project; a failure shows what it printed. `apart`: in a process group of its own."""
         done = subprocess.run(
             command,
             cwd=self.root,
@@ -100,6 +102,7 @@ class Project:
             check=False,
             timeout=timeout,
             stdin=subprocess.DEVNULL,
+            start_new_session=apart,
         )
         if check and done.returncode:
             raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -280,3 +282,44 @@ def test_a_disk_that_fails_while_linking_is_not_hidden(tmp_path: Path, monkeypat
 def test_parts_are_neither_tiny_nor_too_many(rows: int) -> None:
     size = rows_per_part(rows)
     assert size >= 1 << 12 and rows <= size * (1 << 12) and (size == 1 << 12 or rows > size * (1 << 11))
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from retro_model.artifacts import ArtifactWriter
+from retro_model.distances import import_faiss, write_index
+
+def shard():
+    with ArtifactWriter(Path("artifact"), "chunks") as writer:
+        writer.append(tokens=np.ones((300, 4), np.uint16))
+
+def index():
+    write_index(import_faiss().IndexFlatL2(300), Path("small.index"))
+    made = import_faiss().IndexFlatL2(300)
+    made.add(np.ones((2, 300), np.float32))
+    write_index(made, Path("full.index"))
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+try:
+    {"shard": shard, "index": index}[sys.argv[1]]()
+except OSError as error:
+    print("told", error.errno)
+"""
+
+
+@pytest.mark.parametrize("limit", [1, 130, 2000])
+@pytest.mark.parametrize("what", ["shard", "index"])
+def test_a_disk_that_is_full_at_the_last_buffer_is_told(what: str, limit: int, tmp_path: Path) -> None:
+    """C's files keep what is written until they are closed, and few programs look at how that went."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, what, str(limit)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"told {errno.EFBIG}\n"
+    assert not (tmp_path / "artifact" / "artifact.json").exists()

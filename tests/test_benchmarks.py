@@ -1,7 +1,9 @@
 """The benchmark's functions at toy size, so that they do not rot between two measurements."""
 
 import dataclasses
+import importlib
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -136,3 +138,66 @@ def test_longest_shared_runs(capsys: pytest.CaptureFixture[str], monkeypatch: py
     monkeypatch.setattr(sys, "argv", ["evaluation.py", "--chunks", "40", "--turns", "1"])
     module.main()
     assert "longest shared runs: " in capsys.readouterr().out
+
+
+# ---- all of them -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_all(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("run_all")
+
+
+PROGRAM = """
+import sys
+from measured import measured
+MAKE_BENCH = {
+    "full": ["--turns 5 --theirs {theirs}", "fail"],
+    "quick": ["--turns 1 --theirs {theirs}", "fail --theirs {needed_theirs}"],
+}
+if sys.argv[1] == "fail":
+    sys.exit(3)
+measured("step", ratio=1.5, at_least=2, ours=300.0, theirs=200.0, limit=1234.0, unit="tokens/s")
+measured("memory", ratio=0.4, at_most=0.5, ours=0.25, unit=" ".join(sys.argv[1:]))
+measured("chunks", ours=7.0)
+"""
+
+
+def test_all_benchmarks_make_one_table(run_all: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text(PROGRAM)
+    (tmp_path / "measured.py").write_text((ROOT / "benchmarks" / "measured.py").read_text())
+    (tmp_path / "no_benchmark.py").write_text("MAKE = 1\n")
+    assert list(run_all.programs(tmp_path)) == ["one"]
+    records, failed = run_all.run(tmp_path, "full", None, Path("their folder"))
+    assert failed == 1 and [record["what"] for record in records] == ["step", "memory", "chunks"]
+    assert run_all.table(records).splitlines()[2:] == [
+        "| step | 300 tokens/s | 200 tokens/s | 1,234 tokens/s | 1.5 | >= 2 | **not met** |",
+        "| memory | 0.25 --turns 5 --theirs their folder |  |  | 0.4 | <= 0.5 | met |",
+        "| chunks | 7 |  |  |  |  |  |",
+        "",
+        "1 targets met, 1 not met",
+    ]
+    records, failed = run_all.run(tmp_path, "quick", None, None)
+    assert failed == 0 and records[1]["unit"] == "--turns 1", "without retro-pytorch its option is left out"
+    assert run_all.run(tmp_path, "quick", ["other"], None) == ([], 0)
+
+
+def test_every_benchmark_joins(run_all: ModuleType) -> None:
+    """All programs of the folder but the two that put them together."""
+    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"run_all", "measured"}
+    found = run_all.programs(ROOT / "benchmarks")
+    assert set(found) == names
+    assert all(set(lines) == {"full", "quick"} and lines["full"] for lines in found.values())
+
+
+@pytest.mark.slow
+def test_the_quick_form_of_all_runs(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "run_all.py"), "--quick", "--without-theirs"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    table = done.stdout.rpartition("| what |")[2]
+    assert "targets met" in table and table.count("\n|") > 5
+    assert list(tmp_path.iterdir()) == []

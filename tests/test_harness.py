@@ -5,13 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from retro_model.errors import ConfigError, RetroError
-from stages.harness import project_root, record_timing, recorded_timings, run_stage, work_folder
+from stages.harness import project_root, read_timings, record_timing, recorded_timings, run_stage, work_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,7 +69,6 @@ def test_signals_run_the_cleanup_and_say_so(tmp_path: Path, number: int, status:
         text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    time.sleep(0.1)
     process.send_signal(number)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == status
@@ -114,10 +112,11 @@ def test_finished_work_of_other_settings_is_cleared_and_unfinished_kept(project:
     assert not (home / finished).exists()
     with work_folder("train", [Path("data")], {"lr": 3.0}):
         assert (unfinished / "checkpoint").exists()
+    os.utime(unfinished, (0, 0))
     for rate in range(4, 8):  # more unfinished work than is kept: the oldest goes
-        time.sleep(0.02)
-        with pytest.raises(RuntimeError, match="stop"), work_folder("train", [Path("data")], {"lr": rate}):
+        with pytest.raises(RuntimeError, match="stop"), work_folder("train", [Path("data")], {"lr": rate}) as folder:
             raise RuntimeError("stop")
+        os.utime(folder, (rate, rate))
     assert not unfinished.exists()
 
 
@@ -152,3 +151,13 @@ def test_timings_are_found_by_what_was_made(project: Path) -> None:
     record_timing("index", seconds=5.0)
     assert recorded_timings("abc") == {"index.search.milliseconds_per_query": 4.0}, "the last that were recorded"
     assert recorded_timings("restored from a remote") == {}
+
+
+def test_a_torn_record_of_timings_says_nothing(project: Path) -> None:
+    record_timing("chunk", seconds=1.0)
+    file = project / ".retro" / "timings.jsonl"
+    with file.open("ab") as stream:
+        stream.write(b'{"stage": "emb\xff\n[1]\n{"seconds": 2.0}\n')
+    record_timing("index", "print", seconds=3.0)
+    assert [record["stage"] for record in read_timings()] == ["chunk", "index"]
+    assert recorded_timings("print") == {"index.seconds": 3.0}

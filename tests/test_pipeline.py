@@ -9,6 +9,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import sqlite3
 import time
 from pathlib import Path
@@ -235,7 +236,7 @@ def test_experiments_here_in_temporary_checkouts_and_in_the_queue(project: Proje
     assert "Running stage 'train'" in done.stdout and "Running stage 'embed'" not in done.stdout
     fresh.run("dvc", "exp", "run", "-S", "knn=1,2,4", "-S", "evaluate.passages=1", "--queue")
     fresh.run("dvc", "queue", "start")
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 1500  # it waits for an end, not for speed
     while True:
         status = fresh.run("dvc", "queue", "status").stdout
         if "Queued" not in status and "Running" not in status:
@@ -303,26 +304,21 @@ def test_a_colleague_pulls_everything_and_works_on(project: Project, tmp_path: P
     assert sorted(colleague.repro()) == sorted(LEARN)
 
 
-def test_a_stage_killed_at_any_time_leaves_nothing_half_done(project: Project, tmp_path: Path) -> None:
-    """SIGKILL while the pipeline runs, then again: the same outputs as if nothing had been."""
-    import os
-    import signal
-    import subprocess
+def test_a_machine_that_stops_in_a_stage_loses_nothing(project: Project, tmp_path: Path) -> None:
+    """SIGKILL for all that runs, again and again; then the same outputs as if nothing had been.
 
+    Each kill lands at a point of a stage (tests/faults), so that it is never DVC that is killed while it
+    writes its own files. tests/torture.py has many more.
+    """
     other = project.clone(tmp_path / "killed")
     (other.root / "dvc.lock").unlink()
-    for seconds in (5.0, 9.0, 14.0):
-        process = subprocess.Popen(
-            ["dvc", "repro"],
-            cwd=other.root,
-            env=other.environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        time.sleep(seconds)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    calm = dict(other.environment)
+    for stage, point in (("chunk", 12), ("embed", 9), ("index", 7), ("train", 30)):
+        fault = {"stage": stage, "action": "kill everything", "point": point, "folder": str(tmp_path)}
+        other.environment |= {"PYTHONPATH": str(other.root / "tests" / "faults"), "RETRO_FAULT": json.dumps(fault)}
+        assert other.run("dvc", "repro", check=False, apart=True).returncode == -signal.SIGKILL
+        (tmp_path / "reached").unlink()
+    other.environment = calm
     other.repro()
     assert locked_hashes(other, *STAGES[1:]) == locked_hashes(project, *STAGES[1:])
     assert not list(other.root.glob("*/*.partial"))

@@ -1,107 +1,37 @@
 """Each stage alone, without DVC: what it writes, and what it says to inputs that are missing, torn or mismatched.
 
-One tiny pipeline is run once, stage by stage, in a folder; every test works on a copy of what a stage needs.
+One tiny pipeline is run once, stage by stage, in a folder (tests/stagewise.py); every test works on a copy.
 """
 
-import importlib
 import json
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fixtures import tiny_corpus, tiny_encoder
-from project import TINY
-from ruamel.yaml import YAML
+from fixtures import tiny_corpus
+from stagewise import OUTS, ROOT, STAGES, contents, copy_of, refuse, run, write_params
 
 from retro_model.artifacts import Artifact
 from stages import summary
-from stages.harness import run_stage
-
-ROOT = Path(__file__).parent.parent
-STAGES = ("sample", "tokenizer", "chunk", "embed", "index", "knn", "baseline", "train", "evaluate")
-OUTS = {
-    "sample": "data/sample",
-    "tokenizer": "data/tokenizer",
-    "chunk": "data/chunks",
-    "embed": "data/embeddings",
-    "index": "data/index",
-    "knn": "data/neighbors",
-    "baseline": "models/baseline",
-    "train": "models/retro",
-    "evaluate": "reports",
-}
-
-
-def write_params(folder: Path, **changes: object) -> None:
-    yaml = YAML()
-    content = yaml.load(ROOT / "params.yaml")
-    for key, value in {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}.items():
-        section, _, name = key.rpartition(".")
-        (content[section] if section else content)[name] = value
-    with (folder / "params.yaml").open("w") as stream:
-        yaml.dump(content, stream)
-
-
-def run(stage: str) -> None:
-    """The stage as `python -m` runs it, in this process."""
-    run_stage(stage, importlib.import_module(f"stages.{stage}").main)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in which every stage has run."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    tiny_corpus(folder / "tiny" / "documents")
-    tiny_encoder(folder / "tiny" / "encoder")
-    shutil.copy(ROOT / "dvc.yaml", folder)
-    for name in ("models", "data"):
-        (folder / name / "none").mkdir(parents=True, exist_ok=True)  # empty: no other model, no other database
-    for name in ("retro_model", "stages"):
-        (folder / name).symlink_to(ROOT / name)
-    (folder / "models" / "none").mkdir(parents=True)
-    write_params(folder)
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        for stage in STAGES:
-            run(stage)
-        yield folder
-    finally:
-        os.chdir(before)
 
 
 @pytest.fixture
-def work(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def finished(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which every stage has run, as the current one; to be read only."""
+    monkeypatch.chdir(pipeline)
+    return pipeline
+
+
+@pytest.fixture
+def work(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the finished folder, as the current one."""
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder, symlinks=True, ignore=shutil.ignore_patterns("mlartifacts", ".retro"))
+    folder = copy_of(pipeline, tmp_path / "copy")
     monkeypatch.chdir(folder)
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refuse(stage: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """Runs a stage that must stop with status 1; its one line, after a check that no output was left."""
-    out, aside = Path(OUTS[stage]), Path("aside")
-    out.rename(aside)  # DVC removes it before it runs a stage
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        run(stage)
-    assert caught.value.code == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"{stage}: ")
-    assert not out.exists()
-    assert not list(Path.cwd().glob("*/*.partial"))
-    aside.rename(out)
-    return line
 
 
 # ---- happy paths -----------------------------------------------------------------------------------
