@@ -20,11 +20,14 @@ from retro_model.chunking import make_chunks
 from retro_model.documents import CorpusConfig
 from retro_model.embedding import EmbedConfig, make_embeddings
 from retro_model.errors import ConfigError
-from retro_model.index import IndexConfig, make_index
+from retro_model.index_building import make_index
+from retro_model.index_keys import IndexConfig
 from retro_model.neighbors import NeighborsConfig, make_neighbors
 from retro_model.sample import STANDARD_LIBRARY, SampleConfig, find_package, write_sample
 from retro_model.tokenizer import TokenizerConfig, make_tokenizer
 from retro_model.training import ModelConfig, TrainConfig, TrainingResult, train_model
+
+MAKE_BENCH: dict[str, list[str]] = {"full": [], "quick": []}  # hours on a CPU; on a GPU, run it as above
 
 
 @dataclasses.dataclass(frozen=True)
