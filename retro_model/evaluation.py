@@ -111,6 +111,8 @@ class EvaluationResult:
             yield f"evaluate: on saves {self.metrics[name]:+.4f} against {title} ({low:+.4f} to {high:+.4f})"
         speeds = ", ".join(f"{self.timings[f'tokens_per_second_{name}']:,.0f} {name}" for name in ("off", "on"))
         yield f"evaluate: tokens a second: {speeds}"
+        if lossy := self.metrics["test_lossy_documents"]:
+            yield f"evaluate: careful: the tokenizer spells {lossy:,} test documents only in part; bits are too low"
 
 
 def evaluate_models(
@@ -197,9 +199,8 @@ def _figures(
     if background.compared is not None:
         scores.add("compared", background.compared.row_losses, background.compared.num_labels)
     resampled = scores.bootstrap(config.bootstrap_samples, seed)
-    runs = runs_shared_with_nearest(
-        train, scorer
-    )  # whatever the database, what was trained on can be repeated by heart
+    # Whatever the database, what was trained on can be repeated by heart.
+    runs = runs_shared_with_nearest(train, scorer)
     if inputs is not train:
         runs = np.maximum(runs, runs_shared_with_nearest(inputs, scorer))
     metrics = metrics_of(scores, resampled, runs)

@@ -719,7 +719,9 @@ def test_the_page_says_what_was_left_out_and_what_is_lossy(world: World, tmp_pat
     change_fact(tmp_path / "world/chunks/test", "lossy_documents", 3)
     fingerprint = World(tmp_path / "world").chunks("test").fingerprint
     change_fact(tmp_path / "world/neighbors/test", "chunks", fingerprint)
-    World(tmp_path / "world").evaluate(tmp_path, max_chunks=20)
+    result = World(tmp_path / "world").evaluate(tmp_path, max_chunks=20)
+    assert result.metrics["test_lossy_documents"] == 3
+    assert any("careful: the tokenizer spells 3 test documents only in part" in line for line in result.lines())
     page = (tmp_path / "reports/evaluate.html").read_text()
     assert "cannot spell 3 of the 12 test documents exactly" in page
     assert f"Scored: 20 of {world.chunks('test').rows} test chunks" in page
