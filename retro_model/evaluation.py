@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +35,9 @@ from retro_model.errors import ConfigError, DocumentError
 from retro_model.evaluation_data import Inputs, Searching, optional_path, swapped_database
 from retro_model.figures import (
     COLUMNS,
-    DIGITS,
     LEAKAGE_NEIGHBORS,
     Curve,
     Scores,
-    bits_per_byte,
     columns_curve,
     documents_curve,
     gains_curve,
@@ -51,18 +49,14 @@ from retro_model.model import RETRO
 from retro_model.overlap import longest_shared_runs
 from retro_model.page import Background, make_page
 from retro_model.passages import build_passages, choose_passages, document_names
+from retro_model.passes import Scored, columns, score_all, sweep_curves, sweeps
 from retro_model.plotting import draw_charts
-from retro_model.progress import Progress
 from retro_model.report import Passage, render
 from retro_model.retriever import Retriever
-from retro_model.scoring import Part, Scorer, Span, choose_spans
+from retro_model.scoring import Scorer, Span, choose_spans
 
 IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.floating[Any]]
-
-# What of the database is left in the sweep over its size: documents by a hash of their numbers.
-DATABASE_SHARES = (0.1, 1 / 3, 1.0)
-PARTS: tuple[Part, ...] = ("neighbor", "continuation", "both")
 
 # Held-out chunks that retrieval is timed on: so many at once, and the first of them one after the other.
 TIMED_CHUNKS, TIMED_ALONE = 256, 16
@@ -159,7 +153,8 @@ def evaluate_models(
     spans = spans_with_text(inputs.chunks, config.max_chunks, seed)
     scorer = Scorer(inputs.chunks, inputs.database, spans, seq_len, **options)
     on_train = None if documents is None else Scorer(train.chunks, train.database, spans, seq_len, **options)
-    run = _score(models, [*_columns(inputs, train, scorer, on_train, knn, seed), *_sweeps(inputs, scorer, config, knn)])
+    passes = [*columns(inputs, train, scorer, on_train, knn, seed), *sweeps(inputs, scorer, config.sweep_knn, knn)]
+    scored = score_all(models, passes)
     background = Background(
         chunks=inputs.chunks,
         database_chunks=inputs.database.rows,
@@ -170,32 +165,32 @@ def evaluate_models(
         counts=counts,
         compared=None if comparison is None else comparison.score(inputs, spans),
     )
-    metrics, curves = _figures(inputs, train, scorer, run, background, config, seed)
-    passages = _passages(inputs, scorer, run, config.passages, knn, seed)
+    metrics, curves = _figures(inputs, train, scorer, scored, background, config, seed)
+    passages = _passages(inputs, scorer, scored, config.passages, knn, seed)
     page = make_page(metrics, curves, passages, background)
     write_json(out_metrics, metrics)
     for name, curve in curves.items():
         write_whole(out_plots / f"evaluate_{name}.csv", to_csv(curve))
     draw_charts(page.charts, out_plots)
     write_whole(out_report, render(page))
-    return EvaluationResult(metrics, curves, {**run.timings, "seconds": time.perf_counter() - started})
+    return EvaluationResult(metrics, curves, {**scored.timings, "seconds": time.perf_counter() - started})
 
 
 def _figures(
     inputs: Inputs,
     train: Inputs,
     scorer: Scorer,
-    run: "_Run",
+    scored: Scored,
     background: Background,
     config: EvaluateConfig,
     seed: int,
 ) -> tuple[dict[str, float | int], dict[str, Curve]]:
     """The flat figures and the curves."""
-    saved = (run.losses["off"].astype(np.float64) - run.losses["on"]) / math.log(2)
+    saved = (scored.losses["off"].astype(np.float64) - scored.losses["on"]) / math.log(2)
     scores = Scores(scorer.documents, scorer.bytes, scorer.is_label, saved)
     for column in COLUMNS:
-        if column in run.row_losses:
-            scores.add(column, run.row_losses[column], int(scorer.is_label.sum()))
+        if column in scored.row_losses:
+            scores.add(column, scored.row_losses[column], int(scorer.is_label.sum()))
     if background.compared is not None:
         scores.add("compared", background.compared.row_losses, background.compared.num_labels)
     resampled = scores.bootstrap(config.bootstrap_samples, seed)
@@ -212,7 +207,7 @@ def _figures(
         "gains": gains_curve(scores, resampled),
         "leakage": leakage_curve(scores, runs),
         "overlap": overlap_curve(scores, runs_shared_with_read(inputs, scorer, background.knn)),
-        **_sweep_curves(run, scorer, inputs, config, background.knn),
+        **sweep_curves(scored, scorer, inputs, config.sweep_knn, background.knn),
         "documents": documents_curve(scores, document_names(inputs.chunks, scorer.documents)),
     }
     return metrics, curves
@@ -254,112 +249,7 @@ def _check_knn(neighbors: Artifact, knn: int, config: EvaluateConfig) -> None:
         raise ConfigError(f"knn: found {knn}, expected at least 1")
 
 
-def random_neighbors(num_rows: int, knn: int, database_rows: int, seed: int) -> npt.NDArray[np.int64]:
-    """The control: (num_rows, knn) rows of the database, each as likely as any other."""
-    return np.random.default_rng(seed).integers(database_rows, size=(num_rows, knn))
-
-
-def neighbors_of_share(ids: IntArray, documents: IntArray, share: float) -> npt.NDArray[np.int64]:
-    """The neighbors (rows, K) that a share of the database's documents holds, nearest first, then -1.
-
-    `documents` (database rows,) are the numbers of documents; which of them a share has follows from a hash
-    of the number, so a smaller share is a part of a larger one. Nothing is searched again: of K stored, a
-    tenth of the database leaves K / 10 on average.
-    """
-    kept = (ids != NO_ROW) & (_hash_shares(documents[np.maximum(ids, 0)]) < share)
-    order = np.argsort(~kept, axis=1, kind="stable")
-    left = np.where(np.take_along_axis(kept, order, axis=1), np.take_along_axis(ids, order, axis=1), NO_ROW)
-    return left.astype(np.int64)
-
-
-def _hash_shares(numbers: IntArray) -> npt.NDArray[np.float64]:
-    """A hash of each number, from 0 to 1 (the mixing of splitmix64)."""
-    mixed = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    return (mixed ^ (mixed >> np.uint64(31))) / 2.0**64
-
-
-# ---- scoring ---------------------------------------------------------------------------------------
-
-
-class _Pass(NamedTuple):
-    """One reading of all held-out rows."""
-
-    name: str
-    model: str
-    scorer: Scorer
-    neighbors: IntArray | None
-    part: Part = "both"
-
-
-@dataclass(frozen=True)
-class _Run:
-    losses: dict[str, FloatArray]  # of off and on, nats (rows, M)
-    row_losses: dict[str, npt.NDArray[np.float64]]  # of every pass, nats (rows,)
-    timings: dict[str, float]
-
-
-def _columns(
-    inputs: Inputs, train: Inputs, scorer: Scorer, on_train: Scorer | None, knn: int, seed: int
-) -> Iterator[_Pass]:
-    yield _Pass("baseline", "baseline", scorer, None)
-    yield _Pass("off", "retro", scorer, None)
-    yield _Pass("on", "retro", scorer, inputs.neighbors["ids"][scorer.rows][:, :knn])
-    yield _Pass("random", "retro", scorer, random_neighbors(len(scorer.rows), knn, inputs.database.rows, seed))
-    if on_train is not None:
-        yield _Pass("on_train", "retro", on_train, train.neighbors["ids"][on_train.rows][:, :knn])
-
-
-def _sweeps(inputs: Inputs, scorer: Scorer, config: EvaluateConfig, knn: int) -> Iterator[_Pass]:
-    nearest = inputs.neighbors["ids"][scorer.rows]
-    for k in config.sweep_knn:
-        if k not in (0, knn):
-            yield _Pass(f"knn {k}", "retro", scorer, nearest[:, :k])
-    for part in PARTS:
-        if part != "both":
-            yield _Pass(f"part {part}", "retro", scorer, nearest[:, :knn], part)
-    documents = inputs.database["documents"][:]
-    for share in DATABASE_SHARES:
-        if share < 1:
-            yield _Pass(f"share {share}", "retro", scorer, neighbors_of_share(nearest, documents, share)[:, :knn])
-
-
-def _score(models: Mapping[str, RETRO], passes: list[_Pass]) -> _Run:
-    """The losses of every pass."""
-    run = _Run({}, {}, {})
-    with Progress("evaluate", sum(each.scorer.num_sequences for each in passes), unit="sequence") as shown:
-        for each in passes:
-            started = time.perf_counter()
-            losses = each.scorer.losses(models[each.model], each.neighbors, shown, each.part)
-            seconds = time.perf_counter() - started
-            run.row_losses[each.name] = losses.sum(axis=1, dtype=np.float64)
-            if each.name in COLUMNS:
-                run.timings[f"tokens_per_second_{each.name}"] = float(each.scorer.is_label.sum()) / seconds
-            if each.name in ("off", "on"):
-                run.losses[each.name] = losses
-    return run
-
-
-def _sweep_curves(run: _Run, scorer: Scorer, inputs: Inputs, config: EvaluateConfig, knn: int) -> dict[str, Curve]:
-    """Bits per byte by number of neighbors, by what of them is shown, and by share of the database."""
-
-    def bpb(name: str) -> float:
-        return round(float(bits_per_byte(run.row_losses[name].sum(), scorer.bytes.sum())), DIGITS)
-
-    by_knn = [(k, bpb({0: "off", knn: "on"}.get(k, f"knn {k}"))) for k in config.sweep_knn]
-    by_part = [("none", bpb("off")), *((part, bpb("on" if part == "both" else f"part {part}")) for part in PARTS)]
-    nearest, documents = inputs.neighbors["ids"][scorer.rows], inputs.database["documents"][:]
-    by_share = []
-    for share in DATABASE_SHARES:
-        left = (neighbors_of_share(nearest, documents, share) != NO_ROW).sum(axis=1)
-        figures = (round(float(left.mean()), DIGITS), round(float((left < knn).mean()), DIGITS))
-        by_share.append((round(share, 3), bpb("on" if share == 1 else f"share {share}"), *figures))
-    return {
-        "knn": Curve(("knn", "test_bpb"), tuple(by_knn)),
-        "part": Curve(("part", "test_bpb"), tuple(by_part)),
-        "database": Curve(("share", "test_bpb", "neighbors_left", "chunks_short"), tuple(by_share)),
-    }
+# ---- overlap and passages ---------------------------------------------------------------------------
 
 
 def runs_shared_with_nearest(inputs: Inputs, scorer: Scorer) -> IntArray:
@@ -384,15 +274,15 @@ def _longest_runs(inputs: Inputs, scorer: Scorer, ids: IntArray) -> IntArray:
     return np.concatenate(runs)
 
 
-def _passages(inputs: Inputs, scorer: Scorer, run: _Run, num: int, knn: int, seed: int) -> tuple[Passage, ...]:
+def _passages(inputs: Inputs, scorer: Scorer, scored: Scored, num: int, knn: int, seed: int) -> tuple[Passage, ...]:
     nearest = inputs.neighbors["ids"][scorer.rows][:, :knn]
-    saved = run.row_losses["off"] - run.row_losses["on"]
+    saved = scored.row_losses["off"] - scored.row_losses["on"]
     return tuple(
         build_passages(
             choose_passages(scorer, saved, nearest, num, seed),
             scorer,
-            run.losses["off"],
-            run.losses["on"],
+            scored.losses["off"],
+            scored.losses["on"],
             nearest,
             inputs.neighbors["distances"][scorer.rows],
             inputs.tokenizer,

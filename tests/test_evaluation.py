@@ -26,8 +26,6 @@ from retro_model.evaluation import (
     EvaluateConfig,
     EvaluationResult,
     evaluate_models,
-    neighbors_of_share,
-    random_neighbors,
     runs_shared_with_nearest,
     runs_shared_with_read,
     spans_with_text,
@@ -49,6 +47,7 @@ from retro_model.neighbors import NeighborsConfig
 from retro_model.overlap import longest_shared_run, longest_shared_runs
 from retro_model.page import headline
 from retro_model.passages import token_texts
+from retro_model.passes import neighbors_of_share, random_neighbors
 from retro_model.scoring import Scorer, Span, Window, choose_spans, pack, sliding_windows
 from retro_model.tokenizer import Tokenizer, save, train
 from retro_model.training import ModelConfig, TrainConfig, train_model
