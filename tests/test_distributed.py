@@ -183,7 +183,7 @@ def start(
     command = [sys.executable, *launcher, str(folder / "program.py"), when, str(folder), "2", str(shard), *inputs]
     ended = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-        start_new_session=True, timeout=300,
+        start_new_session=True, timeout=900,
     )  # fmt: skip
     steps = [int(line.split()[1]) for line in ended.stdout.splitlines() if line.startswith("step ")]
     return ended.returncode, steps, ended.stderr
