@@ -31,11 +31,12 @@ class Fault:
         self.busy = self.failing = False
         if action == "interrupt":  # whoever runs in a shell's background inherits deaf ears
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        atexit.register(self.tell)
         sys.addaudithook(self.see)
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        if limit is None:
+            atexit.register(self.tell)
+        else:
             self.mark("reached")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     def see(self, event, arguments):
         """Count a step on the pipeline's files; at the point, act."""
