@@ -8,7 +8,8 @@ dependencies (which this project's environment has, as far as they are needed):
     python benchmarks/network.py --theirs /tmp/retro-pytorch --device cuda   # a larger network, bfloat16
 
 Both are measured in one process, in turns, and the median of the turns counts, so that whatever else the
-machine does meets both. Without --theirs only this project is measured. Takes five minutes on two cores.
+machine does meets both. Without --theirs only this project is measured. Takes five minutes on two cores;
+where the processor has no bfloat16 products, leave that type out (--dtypes float32), or it takes hours.
 """
 
 import argparse
@@ -73,6 +74,7 @@ MAKE_BENCH = {
     "quick": ["--turns 1 --only writing --theirs {theirs}"],
 }
 AUTOCAST = {"bfloat16 autocast": torch.bfloat16}
+NUMBER_TYPES = {"float32": torch.float32, **AUTOCAST}
 SETTINGS = {
     "cpu": Setting(
         device="cpu",
@@ -80,7 +82,7 @@ SETTINGS = {
             "num_tokens": 8192, "max_seq_len": 2048, "enc_dim": 256, "enc_depth": 2, "dec_dim": 256, "dec_depth": 6,
             "dec_cross_attn_layers": (3, 6), "heads": 8, "dim_head": 64, "chunk_size": 64,
         },
-        batch=4, length=512, memory_length=2048, dtypes={"float32": torch.float32, **AUTOCAST}, compiled=False,
+        batch=4, length=512, memory_length=2048, dtypes=NUMBER_TYPES, compiled=False,
     ),
     "cuda": Setting(
         device="cuda",
@@ -387,12 +389,15 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="measure a compiled model too (with cuda: always)")
     parser.add_argument("--only", choices=["training", "memory", "writing"])
+    parser.add_argument("--dtypes", nargs="+", choices=list(NUMBER_TYPES), help="of steps; else all of the setting")
     parser.add_argument("--peak", nargs=2, metavar=("SIDE", "DTYPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     setting = SETTINGS[arguments.device]
     if arguments.compile:
         setting = dataclasses.replace(setting, compiled=True)
+    if arguments.dtypes:
+        setting = dataclasses.replace(setting, dtypes={name: NUMBER_TYPES[name] for name in arguments.dtypes})
     if arguments.peak:
         side, dtype_name = arguments.peak
         print(peak_memory(side, setting, arguments.theirs, setting.dtypes[dtype_name]))

@@ -10,6 +10,7 @@ trained for. To write on, prompt again with the last part of the text.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -69,6 +70,20 @@ def sample(
 
 
 # ---- the cached decoder ----------------------------------------------------------------------------
+
+
+ALONE = 2**20  # multiplications that one thread has done before a second one would be awake
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Let torch use so many threads in what this thread calls; afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def along_the_longer_axis(weight_OI: Tensor) -> Tensor:
@@ -188,6 +203,8 @@ class CachedDecoder:
         self.model = model
         self.blocks = [for_single_tokens(block) for block in model.decoder]
         self.output_weight_VD = along_the_longer_axis(model.output_weight_VD)
+        self.largest_matrix = max(x.numel() for block in model.decoder for x in cast("nn.Module", block).parameters())
+        self.threads = 1  # that torch has where `read` is called
         self.lengths = [0] * rows  # how many tokens each row has read
         self.neighbors = _Neighbors(torch.zeros(rows, 0, dtype=torch.bool, device=device))
         self.hidden_BMD = weight.new_zeros(rows, config.chunk_size, config.dec_dim)  # what the encoder looks at
@@ -210,6 +227,13 @@ class CachedDecoder:
         `found` holds the neighbors (K, R) of the chunks that the pieces' first tokens complete, by row;
         rows that complete a chunk and are not in it have none.
         """
+        self.threads = torch.get_num_threads()
+        with threads(1 if tokens_BS.numel() * self.largest_matrix < ALONE else self.threads):
+            hidden_BSD = self._read(tokens_BS, counts, found or {})
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        return hidden_BSD
+
+    def _read(self, tokens_BS: Tensor, counts: Sequence[int], found: dict[int, Tensor]) -> Tensor:
         model, (rows, width) = self.model, tokens_BS.shape
         places = _Places(self.lengths, width, model.config.chunk_size, tokens_BS.device)
         table_SF, query_table_SF = self.table_NF[places.in_text], self.query_table_MF[places.in_chunk]
@@ -221,11 +245,10 @@ class CachedDecoder:
             x_BSD = block.attention(x_BSD, table_SF, partial(see, layer=layer))
             if block.cross_attention is not None:
                 if not encoded:  # algorithm 1: the encoder runs at the first such layer
-                    self._pass_boundaries(x_BSD, counts, found or {})
+                    self._pass_boundaries(x_BSD, counts, found)
                     encoded = True
                 x_BSD = self.neighbors.attend(block.cross_attention, layer, x_BSD, query_table_SF)
             x_BSD = block.feed_forward(x_BSD)
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         normed: Tensor = model.norm(x_BSD)
         return normed
 
@@ -246,7 +269,8 @@ class CachedDecoder:
                 self.hidden_BMD[row, -1] = x_BSD[row, 0]
                 finished.append(row)
         if finished:
-            self.neighbors = self._encode(finished, found)
+            with threads(self.threads):
+                self.neighbors = self._encode(finished, found)
         for row in finished:
             self.hidden_BMD[row, : counts[row] - 1] = x_BSD[row, 1 : counts[row]]
 

@@ -10,7 +10,7 @@ from test_model import SMALL, K, M, R, V, make, tokens
 from torch import Tensor
 
 from retro_model.errors import ConfigError
-from retro_model.generation import CachedDecoder, Writer, generate, sample, top_k, top_p
+from retro_model.generation import ALONE, CachedDecoder, Writer, generate, sample, threads, top_k, top_p
 from retro_model.model import RETRO
 
 
@@ -133,6 +133,29 @@ def test_matrices_are_read_along_their_longer_axis() -> None:
     for name, weight in model.named_parameters():
         was, value, stride = before[name]
         assert id(weight) == was and torch.equal(weight, value) and weight.stride() == stride
+
+
+def test_a_token_is_read_by_one_thread_and_more_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder, too, has all threads; afterwards, whatever happens, there are as many as before."""
+    number = [3]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: number[-1])
+    monkeypatch.setattr(torch, "set_num_threads", number.append)
+    model = make()
+    decoder = CachedDecoder(model, 1, 3 * M)
+    reading: list[int] = []
+    encoding: list[int] = []
+    decoder.blocks[-1].feed_forward.register_forward_hook(lambda *_: reading.append(number[-1]))
+    model.encoder.register_forward_hook(lambda *_: encoding.append(number[-1]))  # type: ignore[union-attr]
+    decoder.read(tokens(1, M - 1), [M - 1])
+    decoder.read(tokens(1, 1), [1], {0: tokens(K, R)})
+    assert (reading, encoding) == ([1, 1], [3])
+    monkeypatch.setattr(decoder, "largest_matrix", ALONE)
+    decoder.read(tokens(1, 1), [1])
+    assert reading == [1, 1, 3]
+    with pytest.raises(KeyError), threads(2):
+        assert number[-1] == 2
+        raise KeyError
+    assert number[-1] == 3
 
 
 def test_searches_may_return_different_numbers_of_neighbors() -> None:
