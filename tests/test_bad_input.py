@@ -382,13 +382,13 @@ ARTIFACTS: list[tuple[str, str, Callable[[], None], str]] = [
         "unfinished",
         "knn",
         deleted("data/index/artifact.json"),
-        "…/data/index: no finished index here (artifact.json is missing); run `dvc repro` (stage index), or `dvc pull` where a remote has it",
+        "data/index: no finished index here (artifact.json is missing); run `dvc repro` (stage index), or `dvc pull` where a remote has it",
     ),
     (
         "a file is missing",
         "knn",
         deleted("data/index/knn.index"),
-        "…/data/index/knn.index is missing; delete …/data/index and run `dvc repro`; if that brings it back, DVC's cache is damaged: `chmod -R u+w .dvc/cache` makes DVC check it",
+        "data/index/knn.index is missing; delete data/index and run `dvc repro`; if that brings it back, DVC's cache is damaged: `chmod -R u+w .dvc/cache` makes DVC check it",
     ),
     (
         "cut short",
