@@ -17,6 +17,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from retro_model.errors import ConfigError
@@ -36,6 +37,21 @@ def setting(
     """A dataclass field whose value must lie in the given range or be one of `choices`."""
     limits = {"minimum": minimum, "maximum": maximum, "above": above, "below": below, "choices": choices}
     return field(default=default, metadata={name: limit for name, limit in limits.items() if limit is not None})
+
+
+def optional_path(key: str, value: str) -> Path | None:
+    """The path of an optional input; None for no name, and for an empty folder, which is how params.yaml says "none".
+
+    DVC refuses an empty path as a dependency, and sees no change of what is not declared as one.
+
+    Raises ConfigError, with the dotted key, where there is nothing at all.
+    """
+    path = Path(value)
+    if not value or (path.is_dir() and all(file.name.startswith(".") for file in path.iterdir())):
+        return None
+    if not path.exists():
+        raise ConfigError(f"{key}: found {value!r}, expected a path that is there, or an empty folder for none")
+    return path
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,11 @@ import torch
 from retro_model.artifacts import Artifact, write_json, write_whole
 from retro_model.checkpoint import from_pretrained
 from retro_model.comparing import Comparison
-from retro_model.config import Config, setting
+from retro_model.config import Config, optional_path, setting
 from retro_model.dataset import NO_ROW, retrieved_tokens
 from retro_model.devices import resolve_number_type
 from retro_model.errors import ConfigError, DocumentError
-from retro_model.evaluation_data import Inputs, Searching, optional_path, swapped_database
+from retro_model.evaluation_data import Inputs, Searching, swapped_database
 from retro_model.figures import (
     COLUMNS,
     LEAKAGE_NEIGHBORS,

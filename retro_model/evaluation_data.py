@@ -25,7 +25,7 @@ from retro_model.chunking import BATCH_CHARACTERS, ROWS_PER_SHARD, TABLE, batche
 from retro_model.documents import CorpusConfig
 from retro_model.embedding import EmbedConfig, make_embeddings
 from retro_model.engine import Engine
-from retro_model.errors import ConfigError, DocumentError, MismatchError
+from retro_model.errors import DocumentError, MismatchError
 from retro_model.index_building import make_index
 from retro_model.index_keys import IndexConfig
 from retro_model.near_duplicates import NearDuplicates
@@ -48,19 +48,6 @@ class Searching:
     device: str = "auto"
     embed_batch_size: int | None = None
     engine: Engine | None = None
-
-
-def optional_path(key: str, value: str) -> Path | None:
-    """The path of an optional input; None where it is an empty folder, which is how params.yaml says "none".
-
-    Raises ConfigError where there is nothing at all.
-    """
-    path = Path(value)
-    if path.is_dir() and all(file.name.startswith(".") for file in path.iterdir()):
-        return None
-    if not value or not path.exists():
-        raise ConfigError(f"{key}: found {value!r}, expected a folder that is there (an empty one: none)")
-    return path
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,18 @@ import torch
 
 from retro_model.artifacts import Artifact
 from retro_model.checkpoint import from_pretrained
+from retro_model.config import optional_path
 from retro_model.errors import MismatchError
 from retro_model.model import RETRO, RETROConfig
 
 
 def trained_model(folder: str) -> Artifact | None:
-    """The model to start from; None for no folder, and for one that holds nothing, which stands for new weights.
+    """The model to start from; None, which stands for new weights, for no folder and for an empty one.
 
-    Raises MissingArtifactError where there is something, but no model.
+    Raises ConfigError where there is no such folder, MissingArtifactError where it holds no finished model.
     """
-    if not folder or (Path(folder).is_dir() and not [path for path in Path(folder).iterdir() if path.name[0] != "."]):
-        return None
-    return Artifact.open(folder, "model")
+    path = optional_path("train.init_from", folder)
+    return None if path is None else Artifact.open(path, "model")
 
 
 def start_from(model: RETRO, start: Artifact, freeze: str) -> None:

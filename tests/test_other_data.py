@@ -15,11 +15,12 @@ from small_run import CORPUS, STORED, small_run, write_data, write_model
 
 from retro_model.artifacts import SPLITS, Artifact
 from retro_model.comparing import lay_on_rows
+from retro_model.config import optional_path
 from retro_model.documents import Corpus
 from retro_model.embedding import EmbedConfig
 from retro_model.errors import ConfigError, DocumentError, MismatchError, MissingArtifactError
 from retro_model.evaluation import EvaluateConfig, EvaluationResult, evaluate_models, time_retrieval
-from retro_model.evaluation_data import Inputs, Searching, cut_anew, document_texts, optional_path, swapped_database
+from retro_model.evaluation_data import Inputs, Searching, cut_anew, document_texts, swapped_database
 from retro_model.index_keys import IndexConfig
 from retro_model.model import RETRO
 from retro_model.neighbors import NeighborsConfig
@@ -166,7 +167,7 @@ def test_an_empty_folder_is_none_and_a_missing_one_a_mistake(run: Path, tmp_path
     (tmp_path / "empty/.gitkeep").touch()
     assert optional_path("evaluate.compare", str(tmp_path / "empty")) is None
     assert optional_path("evaluate.compare", str(run / "models/retro")) == run / "models/retro"
-    with pytest.raises(ConfigError, match=r"evaluate\.database: found '.*nowhere', expected a folder that is there"):
+    with pytest.raises(ConfigError, match=r"evaluate\.database: found '.*nowhere', expected a path that is there"):
         optional_path("evaluate.database", str(tmp_path / "nowhere"))
     with pytest.raises(MissingArtifactError, match="no finished model here"):
         evaluate(run, tmp_path, compare=str(run / "documents"))

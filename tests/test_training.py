@@ -717,7 +717,7 @@ def test_a_model_that_does_not_fit_names_the_key(woven: Woven, tmp_path: Path, b
         run(woven, tmp_path, dataclasses.replace(TRAIN, freeze="decoder"))
     with pytest.raises(MissingArtifactError, match="no finished model here"):
         run(woven, tmp_path, dataclasses.replace(TRAIN, init_from=str(woven.chunks)))
-    with pytest.raises(MissingArtifactError, match="nowhere"):
+    with pytest.raises(ConfigError, match=r"train.init_from: found '.*nowhere', expected a path that is there"):
         run(woven, tmp_path, dataclasses.replace(TRAIN, init_from=str(tmp_path / "nowhere")))
     run(woven, tmp_path / "retro-model")
     train = dataclasses.replace(TRAIN, init_from=str(tmp_path / "retro-model" / "retro"))
