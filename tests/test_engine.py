@@ -37,7 +37,7 @@ class SquareJob:
 
     diary: Path
     offset: int = 0
-    together: int = 1  # so many processes must have opened the job before a part is made
+    together: int = 0  # so many processes must have opened the job before a part is made
     broken: str = ""  # what happens in the part that begins at 20
     kind: ClassVar[str] = "embeddings"
     uses_gpus: ClassVar[bool] = False

@@ -46,7 +46,7 @@ def small_parts() -> None:
     """Settings of this file's processes: parts so small that there are many."""
     artifacts.LEAST_ROWS_PER_PART = 256
     chunking.PART_CHARACTERS = 10_000
-    index_building.ROWS_PER_ADDED_PART = 256
+    index_building.ROWS_PER_ADDED_PART = 128
 
 
 # Where a process stands when it is killed: a few finished parts lie there, and it is about to make the next
@@ -91,7 +91,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(artifacts, "LEAST_ROWS_PER_PART", 256)
         patch.setattr(chunking, "PART_CHARACTERS", 10_000)
-        patch.setattr(index_building, "ROWS_PER_ADDED_PART", 256)
+        patch.setattr(index_building, "ROWS_PER_ADDED_PART", 128)
         tiny_data(folder, tiny_corpus(folder / "documents"))
         tiny_encoder(folder / "encoder")
         for stage in STAGES[1:]:
@@ -117,9 +117,10 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(stage: str, data: Pa
     for point in POINTS:
         process = start(stage, data, out, work, point)
         assert process.stdout is not None
-        assert any(line == f"{point}\n" for line in process.stdout), f"{stage} never came to {point}"
+        reached = any(line == f"{point}\n" for line in process.stdout)
         process.kill()
         process.communicate()
+        assert reached, f"{stage} never came to {point}"
         assert bool(list(work.glob("*.partial"))) == point.startswith("inside")
         assert not out.exists(), "whole or absent"
         for path, time in made.items():
@@ -140,6 +141,6 @@ def test_two_processes_write_the_same_bytes_as_one(
 ) -> None:
     monkeypatch.setattr(artifacts, "LEAST_ROWS_PER_PART", 256)
     monkeypatch.setattr(chunking, "PART_CHARACTERS", 10_000)
-    monkeypatch.setattr(index_building, "ROWS_PER_ADDED_PART", 256)
+    monkeypatch.setattr(index_building, "ROWS_PER_ADDED_PART", 128)
     make(stage, data, tmp_path / "out", tmp_path / "work", EngineConfig(workers=2))
     assert files_of(tmp_path / "out") == files_of(data / OUT[stage])

@@ -87,7 +87,7 @@ def test_a_cluster_writes_the_bytes_of_one_process(
 ) -> None:
     monkeypatch.setattr(artifacts, "LEAST_ROWS_PER_PART", 256)
     monkeypatch.setattr(chunking, "PART_CHARACTERS", 10_000)
-    monkeypatch.setattr(index_building, "ROWS_PER_ADDED_PART", 256)
+    monkeypatch.setattr(index_building, "ROWS_PER_ADDED_PART", 128)
     test_interrupted.make(stage, data, tmp_path / "out", tmp_path / "work", RAY)
     expected = test_interrupted.files_of(data / test_interrupted.OUT[stage])
     assert test_interrupted.files_of(tmp_path / "out") == expected
