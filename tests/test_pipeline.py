@@ -117,19 +117,14 @@ def test_the_stages_start_several_processes_themselves(project: Project) -> None
     project.set(**{"train.processes": 2, "train.lr": 3e-3})
     try:
         assert project.repro() == LEARN
-        two = [metrics(project, stage)["valid_loss"] for stage in ("baseline", "train")]
-        assert [run["name"] for run in mlflow_runs(project)[runs:]] == [*LEARN], "process 0 alone logs"
-        project.set(**{"train.processes": 1})
-        assert project.repro("train") == ["train"]
-        project.run("rm", "-rf", ".retro/work")  # else it finds the finished run of two processes
-        project.repro("--force", "--single-item", "baseline")
-        project.repro("--force", "--single-item", "train")
-        one = [metrics(project, stage)["valid_loss"] for stage in ("baseline", "train")]
-        assert one == pytest.approx(two, rel=1e-3)
+        names = [run["name"] for run in mlflow_runs(project)[runs:]]
+        assert sorted(names) == sorted(LEARN), "process 0 alone logs"
+        project.set(**{"train.processes": 3})
+        done = project.run("dvc", "repro", "baseline", check=False)
+        assert "baseline: train.batch_size: found 4 in 1 portions, expected a multiple of 3 for 3" in done.stderr
     finally:
         (project.root / "params.yaml").write_bytes(before)
-        project.run("dvc", "checkout", "--force")
-        project.repro()
+        assert project.repro() == []
 
 
 def test_a_changed_module_runs_the_stages_that_import_it(project: Project) -> None:
