@@ -268,9 +268,9 @@ class Side:
 class Block(nn.Module):
     """One layer of either side: self-attention, in some layers cross-attention, feed-forward."""
 
-    attention: "Residual"
-    cross_attention: "Residual | None"
-    feed_forward: "Residual"
+    attention: Residual
+    cross_attention: Residual | None
+    feed_forward: Residual
 
     def __init__(self, side: Side, layer: int) -> None:
         super().__init__()
