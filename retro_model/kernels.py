@@ -12,27 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ---- products of some rows at a time ---------------------------------------------------------------
-
-
-def _blocks_of_rows(rows: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, rows, size)]
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to a sum that is at least as precise."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a product with x is taken: autocast's where that is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 # ---- rotary positions ------------------------------------------------------------------------------
 
 
@@ -88,65 +67,6 @@ def rms_norm(x_TD: Tensor, gain_D: Tensor) -> Tensor:
         return (x_TD * _one_over_rms(x_TD)).mul_(gain_D)
     normed: Tensor = _RMSNorm.apply(x_TD, gain_D)  # type: ignore[no-untyped-call]
     return normed
-
-
-# ---- feed-forward ----------------------------------------------------------------------------------
-
-ROWS_OF_FEED_FORWARD = 512  # of the wide activations that are taken at a time, so few that they stay in the cache
-
-
-class _FeedForward(torch.autograd.Function):
-    """Axes: `U` the wide layer, `S` some of the tokens. What GELU gives and gets never fills memory."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, up_UD: Tensor, out_DU: Tensor, dtype: torch.dtype) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            x, up, out = x_TD.to(dtype), up_UD.to(dtype), out_DU.to(dtype)
-            wide_TU = x @ up.T
-            narrow_TD = x.new_empty(len(x), len(out))
-            for some in _blocks_of_rows(len(x), ROWS_OF_FEED_FORWARD):
-                torch.mm(F.gelu(wide_TU[some]), out.T, out=narrow_TD[some])
-        ctx.save_for_backward(x, up, out, wide_TU)
-        ctx.dtypes = x_TD.dtype, up_UD.dtype, out_DU.dtype
-        return narrow_TD
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, out, wide_TU = ctx.saved_tensors
-        (grad_TD,) = grads
-        _, need_up, need_out, _ = ctx.needs_input_grad
-        precise = torch.promote_types(x.dtype, torch.float32)
-        grad_x = torch.empty_like(x)
-        grad_up = torch.zeros_like(up, dtype=precise) if need_up else None
-        grad_out = torch.zeros_like(out, dtype=precise) if need_out else None
-        for some in _blocks_of_rows(len(x), ROWS_OF_FEED_FORWARD):
-            wide_SU, grad_SD = wide_TU[some], grad_TD[some]
-            if grad_out is not None:
-                _add_product(grad_out, grad_SD.T, F.gelu(wide_SU))
-            grad_SU = torch.ops.aten.gelu_backward(grad_SD @ out, wide_SU)
-            if grad_up is not None:
-                _add_product(grad_up, grad_SU.T, x[some])
-            torch.mm(grad_SU, up, out=grad_x[some])
-        x_dtype, up_dtype, out_dtype = ctx.dtypes
-        return (
-            grad_x.to(x_dtype),
-            None if grad_up is None else grad_up.to(up_dtype),
-            None if grad_out is None else grad_out.to(out_dtype),
-            None,
-        )
-
-
-def feed_forward(x_TD: Tensor, up_UD: Tensor, out_DU: Tensor, dropout: float = 0.0) -> Tensor:
-    """`F.linear(F.dropout(F.gelu(F.linear(x, up)), dropout), out)`.
-
-    On a CPU the four passes over the wide activations, and those of their gradients, go through the cache
-    some tokens at a time; only what GELU is applied to is kept, which halves the memory.
-    """
-    fast = x_TD.device.type == "cpu" and torch.is_grad_enabled() and dropout == 0
-    if not fast or torch.compiler.is_compiling():
-        return F.linear(F.dropout(F.gelu(F.linear(x_TD, up_UD)), dropout), out_DU)
-    flat: Tensor = _FeedForward.apply(x_TD.flatten(0, -2), up_UD, out_DU, _product_dtype(x_TD))  # type: ignore[no-untyped-call]
-    return flat.view(*x_TD.shape[:-1], -1)
 
 
 # ---- attention -------------------------------------------------------------------------------------
@@ -329,7 +249,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
-        dtype = _product_dtype(hidden_TD)
+        dtype = hidden_TD.dtype
+        if torch.is_autocast_enabled(hidden_TD.device.type):
+            dtype = torch.get_autocast_dtype(hidden_TD.device.type)
         precise = torch.promote_types(dtype, torch.float32)
         need_hidden, need_weight, _ = ctx.needs_input_grad
         with torch.autocast(hidden_TD.device.type, enabled=False):
@@ -337,7 +259,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total = hidden.new_zeros((), dtype=precise)
             grad_hidden = torch.empty_like(hidden) if need_hidden else None
             grad_weight = torch.zeros_like(weight_VD, dtype=precise) if need_weight else None
-            for some in _blocks_of_rows(len(labels_T), ROWS_OF_LOGITS):
+            for start in range(0, len(labels_T), ROWS_OF_LOGITS):
+                some = slice(start, start + ROWS_OF_LOGITS)
                 labels_S1 = labels_T[some, None]
                 log_share_SV = (hidden[some] @ weight.T).to(precise).log_softmax(-1)
                 total -= log_share_SV.gather(1, labels_S1).sum()
@@ -349,7 +272,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[some] = grad_SV @ weight
                 if grad_weight is not None:
-                    _add_product(grad_weight, grad_SV.T, hidden[some])
+                    if dtype == precise:
+                        grad_weight.addmm_(grad_SV.T, hidden[some])
+                    else:
+                        grad_weight += grad_SV.T @ hidden[some]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden_TD.dtype, weight_VD.dtype
         return total

@@ -46,7 +46,7 @@ from retro_model.attention import (
     unshift,
 )
 from retro_model.errors import ConfigError
-from retro_model.kernels import ROWS_OF_LOGITS, feed_forward, linear_cross_entropy, rms_norm, rotary_attention
+from retro_model.kernels import ROWS_OF_LOGITS, linear_cross_entropy, rms_norm, rotary_attention
 
 # ---- configuration ---------------------------------------------------------------------------------
 
@@ -185,13 +185,14 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
-        self.dropout = dropout
         self.up = nn.Linear(dim, 4 * dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(4 * dim, dim, bias=False)
 
     def forward(self, x_D: Tensor) -> Tensor:
         """What is added to x; dropout is between the two layers."""
-        return feed_forward(x_D, self.up.weight, self.out.weight, self.dropout if self.training else 0.0)
+        out: Tensor = self.out(self.dropout(F.gelu(self.up(x_D))))
+        return out
 
 
 class Residual(nn.Module):

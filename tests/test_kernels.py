@@ -11,9 +11,7 @@ from retro_model import kernels
 from retro_model.attention import rotary_table
 from retro_model.kernels import (
     QUERIES,
-    ROWS_OF_FEED_FORWARD,
     ROWS_OF_LOGITS,
-    feed_forward,
     linear_cross_entropy,
     rms_norm,
     rotary_attention,
@@ -49,58 +47,6 @@ def test_rms_norm_without_gradients(shape: tuple[int, ...]) -> None:
     x, gain = randn(*shape), randn(shape[-1])
     with torch.no_grad():
         torch.testing.assert_close(rms_norm(x, gain), F.rms_norm(x, gain.shape, gain, 1e-6), atol=1e-9, rtol=1e-9)
-
-
-def plain_feed_forward(x: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    """What `feed_forward` stands for."""
-    return F.linear(F.gelu(F.linear(x, up)), out)
-
-
-@pytest.mark.parametrize("shape", [(1, 5), (2, 3, 5), (ROWS_OF_FEED_FORWARD, 5), (2 * ROWS_OF_FEED_FORWARD + 3, 5)])
-def test_feed_forward(shape: tuple[int, ...]) -> None:
-    same(feed_forward, plain_feed_forward, randn(*shape), randn(11, 5), randn(6, 11))
-
-
-@pytest.mark.parametrize("frozen", [("up",), ("out",), ("up", "out")])
-def test_feed_forward_of_frozen_weights(frozen: tuple[str, ...]) -> None:
-    """What is frozen gets no gradient, the rest the same as ever."""
-    x, up, out = randn(4, 5).requires_grad_(), randn(11, 5), randn(6, 11)
-    trained = [weight.requires_grad_() for name, weight in (("up", up), ("out", out)) if name not in frozen]
-    ours, theirs = (
-        torch.autograd.grad(function(x, up, out).square().sum(), [x, *trained])
-        for function in (feed_forward, plain_feed_forward)
-    )
-    torch.testing.assert_close(ours, theirs)
-
-
-def test_feed_forward_in_bfloat16() -> None:
-    """As near to float64 as torch's own; under autocast the result is bfloat16, gradients have their inputs' dtype."""
-    inputs = [randn(600, 16), randn(64, 16) / 4, randn(16, 64) / 8]
-    weight = randn(600, 16)
-
-    def gradients(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float64):
-            out = function(*leaves)
-        assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.bfloat16)
-        found = torch.autograd.grad(out, leaves, weight.to(out.dtype))
-        assert {x.dtype for x in found} == {dtype}
-        return [x.double() for x in found]
-
-    exact = gradients(plain_feed_forward, torch.float64)
-    ours, theirs = (gradients(function, torch.float32) for function in (feed_forward, plain_feed_forward))
-    for a, b, expected in zip(ours, theirs, exact, strict=True):
-        assert (a - expected).norm() < 0.02 * expected.norm()
-        assert (a - expected).norm() < 1.5 * (b - expected).norm()
-
-
-def test_feed_forward_with_dropout_is_torchs() -> None:
-    x, up, out = randn(4, 5), randn(11, 5), randn(6, 11)
-    torch.manual_seed(0)
-    dropped = feed_forward(x, up, out, 0.5)
-    torch.manual_seed(0)
-    torch.testing.assert_close(dropped, F.linear(F.dropout(F.gelu(F.linear(x, up)), 0.5), out))
-    assert not torch.allclose(dropped, feed_forward(x, up, out))
 
 
 def plain_attention(

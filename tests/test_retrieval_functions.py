@@ -839,7 +839,7 @@ def test_trap_4_inputs_are_read_only_and_stay_as_they_are(made: tuple[Path, dict
         ({"max_index_memory_usage": "much"}, ConfigError, r"max_index_memory_usage: found 'much'"),
         ({"current_memory_available": 5}, ConfigError, r"current_memory_available: found 5"),
         ({"index_param": "efSearch=4"}, ConfigError, r"index_param: found 'efSearch=4'"),
-        ({"index_param": "nprobe=2"}, ConfigError, r"found nprobe=2, expected <= 1, the lists of Flat"),
+        ({"index_param": "nprobe=2"}, ConfigError, r"nprobe: found 2, expected <= 1, the lists of Flat"),
         ({"index_key": "HNSW32"}, ConfigError, r"index.key: found 'HNSW32'"),
         ({"nb_cores": 0}, ConfigError, r"nb_cores: found 0"),
     ],

@@ -279,7 +279,7 @@ def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
     assert str(tmp_path) not in (one.folder / "tokenizer.json").read_text()
 
 
-@pytest.mark.parametrize("place", ["nobody/has-this", "missing/folder", "./data/none"])
+@pytest.mark.parametrize("place", ["nobody/has-this", "missing/folder", "./data/nowhere"])
 def test_a_tokenizer_that_cannot_be_loaded_says_what_was_tried(tmp_path: Path, place: str) -> None:
     with pytest.raises(SourceError, match=r"tokenizer\.name: .* tried the Hugging Face hub") as caught:
         loaded(tmp_path / "tokenizer", place)
