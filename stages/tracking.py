@@ -180,6 +180,8 @@ def _connect() -> tuple["MlflowClient", str]:
     from mlflow.tracking import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # not a line for each table of its store
+    # What it cannot write it raises too, and that is told in one line: without this, after a traceback.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     root = project_root()
     uri = f"sqlite:///{root / 'mlflow.db'}"
     (root / ".retro").mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +120,25 @@ def test_an_evaluation_is_a_child_of_the_run_of_its_model(root: Path, tmp_path: 
         pass
     assert parent.run_id not in (trained.run_id, child.run_id)
     assert client.get_run(parent.run_id).data.tags[MODEL_TAG] == "restored from a remote"
+
+
+def test_a_store_on_a_full_disk_is_an_error_and_not_a_traceback_of_mlflows_own(root: Path) -> None:
+    code = """
+        import os, resource
+        from stages.tracking import training_run
+        with training_run("train", "work-6", {}, {}) as run:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+            try:
+                run.log_step(1, {"loss": 1.0})
+            except Exception as error:
+                print(error, flush=True)
+                os._exit(3)
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 3 and "disk" in done.stdout, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_store_is_made_by_one_process_alone(tmp_path: Path) -> None:
