@@ -48,7 +48,8 @@ class Setting:
 def installed_packages() -> tuple[str, ...]:
     """The standard library and all packages here whose sources can be found."""
     found = [STANDARD_LIBRARY]
-    for name in sorted(importlib.metadata.packages_distributions()):
+    # Whoever looks for pip in a process takes setuptools' distutils from it, which torch.compile wants.
+    for name in sorted(set(importlib.metadata.packages_distributions()) - {"pip"}):
         try:
             find_package(name)
         except ConfigError:

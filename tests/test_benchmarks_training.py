@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -136,6 +137,9 @@ def test_the_large_run_at_toy_size(
     assert "baseline: " in text and "retro: " in text and "% of peak" in text
     assert program.large(2000).train.steps == 2000
     assert "python" in program.installed_packages() and "sklearn" in program.installed_packages()
+    code = "import large; large.installed_packages(); import setuptools, distutils.core"  # as torch.compile does
+    folder = Path(program.__file__).parent
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
 
 
 # ---- the hardware's peak -------------------------------------------------------------------------------
