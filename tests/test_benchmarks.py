@@ -1,10 +1,11 @@
 """The benchmark's functions at toy size, so that they do not rot between two measurements."""
 
-import dataclasses
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -85,10 +86,26 @@ def test_pace_is_of_the_tokens_around_a_place(network: ModuleType) -> None:
     assert network.pace(stamps, 10, 110, 100) == 2.0
 
 
-def test_peak_memory(network: ModuleType) -> None:
-    setting = toy(network)
-    setting = dataclasses.replace(setting, network={**setting.network, "max_seq_len": 2048}, memory_length=2048)
-    assert network.peak_memory("ours", setting, None, torch.float32) > 0
+def test_peak_memory() -> None:
+    """In a process of its own, as it must be: at least the gradients, megabytes that no rounding of counters hides."""
+    code = """
+        import dataclasses, importlib.util, sys
+        import torch
+        import test_benchmarks
+        spec = importlib.util.spec_from_file_location("network", sys.argv[1])
+        network = sys.modules["network"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(network)
+        setting = test_benchmarks.toy(network)
+        wide = {**setting.network, "max_seq_len": 2048, "dec_dim": 256}
+        setting = dataclasses.replace(setting, network=wide, memory_length=2048)
+        weights = sum(x.numel() for x in network.build("ours", setting, None).parameters())
+        print(weights * 4, network.peak_memory("ours", setting, None, torch.float32))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(ROOT / "benchmarks" / "network.py")]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    gradients, peak = map(int, done.stdout.split())
+    assert peak > gradients > 2_000_000
 
 
 def test_products_are_those_that_torch_counts(network: ModuleType) -> None:
