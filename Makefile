@@ -8,6 +8,8 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3 python;
 
 VENV := .venv
 INSTALLED := $(VENV)/installed
+# The tests of a file share what they need, so a file is one process's; more than four fill memory, not cores.
+PYTEST := -m pytest -n logical --maxprocesses 4 --dist loadfile
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: help repro install test test-fast torture coverage bench check lock clean
@@ -37,19 +39,19 @@ $(INSTALLED)-gpu: $(INSTALLED)
 	@touch $@
 
 test: install  ## all tests that need no GPU, the fast ones first
-	python -m pytest -m "not slow"
-	python -m pytest -m slow
+	python $(PYTEST) -m "not slow"
+	python $(PYTEST) -m slow --durations 20
 
 test-fast: install  ## the inner loop
-	python -m pytest -m "not slow" -x -q
+	python $(PYTEST) -m "not slow" -x -q
 
 torture: install  ## a hundred faults against the pipeline, none of which may be lost (about half an hour)
 	python tests/torture.py
 
 coverage: install  ## all tests, with the lines and branches that they run; at least 90% of them
 	coverage erase
-	coverage run -m pytest -m "not slow"
-	coverage run -m pytest -m slow
+	coverage run $(PYTEST) -m "not slow"
+	coverage run $(PYTEST) -m slow
 	coverage combine -q
 	coverage report
 

@@ -1,5 +1,6 @@
 """Where to compute, and in which numbers: what `auto` stands for on this machine."""
 
+import ctypes
 from typing import Literal
 
 import torch
@@ -7,6 +8,9 @@ import torch
 from retro_model.errors import ConfigError
 
 NumberType = Literal["float32", "bfloat16"]
+
+# What glibc's mallopt is told, by the numbers of malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def resolve_device(name: str) -> torch.device:
@@ -33,3 +37,15 @@ def resolve_number_type(name: str, device: torch.device) -> NumberType:
         return "bfloat16" if native else "float32"
     assert name in ("float32", "bfloat16"), name
     return "bfloat16" if name == "bfloat16" else "float32"
+
+
+def keep_freed_memory() -> None:
+    """Has this process keep the memory that it frees, up to its peak, for what it allocates next.
+
+    By default glibc gives large blocks back to the system, and each step of a network on a CPU gets its
+    activations anew, page by page: a tenth of a training step. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

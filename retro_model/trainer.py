@@ -23,7 +23,7 @@ from torch import Tensor
 from retro_model.ahead import ahead
 from retro_model.config import Config, setting
 from retro_model.dataset import NO_ROW, Batch, IntArray, PackedSequences
-from retro_model.devices import resolve_number_type
+from retro_model.devices import keep_freed_memory, resolve_number_type
 from retro_model.distributed import ALONE, World
 from retro_model.errors import ConfigError, TrainingError
 from retro_model.hardware import peak, products
@@ -142,6 +142,8 @@ class Trainer:
         self.training, self.validation, self.config, self.seed = training, validation, config, seed
         self.world, self.checkpoints = world, checkpoints
         self.number_type = resolve_number_type(config.number_type, world.device)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         self.share = _share(config, world)
         self.sharded = config.shard and world.size > 1
         self.frozen = not model.embedding.weight.requires_grad

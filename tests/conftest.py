@@ -7,6 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as stages/__init__.py does
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 for name in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "RETRO_BERT"):
     os.environ.pop(name, None)
