@@ -4,7 +4,8 @@ Both train the network of params.yaml from the same documents and neighbors on t
 number of sequences a step, AdamW, warm-up and then a constant rate, in the same number type. retro-pytorch
 gets what its own dataset gives: a document a sequence, padded. This project packs. The loss is that of the
 held-out documents, a document a sequence for both; the clock stands still while it is taken. The two take
-turns, so that whatever else the machine does meets both.
+turns, so that whatever else the machine does meets both; each has a process of its own, in which this project
+treats the memory as its trainer does, and retro-pytorch as it comes.
 
     pip install --no-deps --target /tmp/retro-pytorch retro-pytorch==0.3.9
     dvc repro knn                                                             # the data
@@ -19,7 +20,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +40,7 @@ from training import one_document_a_sequence, open_sequences
 
 from retro_model.ahead import ahead
 from retro_model.dataset import Batch, PackedSequences
-from retro_model.devices import NumberType, resolve_number_type
+from retro_model.devices import NumberType, keep_freed_memory, resolve_number_type
 from retro_model.optimization import autocast, make_optimizer, set_learning_rate
 from retro_model.training import build_model
 from stages.params import read_params
@@ -114,6 +117,9 @@ def one_document(batch: Batch) -> Batch:
     return replace(batch, documents=torch.zeros_like(batch.documents))
 
 
+Point = tuple[float, int, float]  # seconds of training, steps, validation loss
+
+
 @dataclass
 class Run:
     """One side's training, which goes on whenever it is its turn."""
@@ -125,15 +131,15 @@ class Run:
     between: float  # seconds of training between two losses
     seconds: float = 0.0
     steps: int = 0
-    curve: list[tuple[float, int, float]] = field(default_factory=list)  # seconds, steps, validation loss
 
     def __post_init__(self) -> None:
         model, _, _ = self.side
         model.train()  # without dropout; retro-pytorch has no loss in eval mode
+        self.weights = sum(parameter.numel() for parameter in model.parameters())
         self.number_type = resolve_number_type(self.params.train.number_type, CPU)
         self.optimizer = make_optimizer(model, self.params.train.lr, self.params.train.weight_decay)
 
-    def turn(self) -> None:
+    def turn(self) -> Point:
         """Trains for `between` seconds and takes the loss."""
         start = self.seconds
         while self.seconds - start < self.between:
@@ -141,8 +147,11 @@ class Run:
             started = time.perf_counter()
             self._step(batch)
             self.seconds += time.perf_counter() - started
-        found = validation_loss(self.side[1], self.validation, self.number_type, self.sequences)
-        self.curve.append((self.seconds, self.steps, found))
+        return (
+            self.seconds,
+            self.steps,
+            validation_loss(self.side[1], self.validation, self.number_type, self.sequences),
+        )
 
     def _step(self, batch: Batch) -> None:
         (model, loss, _), settings = self.side, self.params.train
@@ -156,9 +165,43 @@ class Run:
         self.optimizer.zero_grad()
 
 
-def reached(curve: list[tuple[float, int, float]], target: float) -> tuple[float, int, float] | None:
+running: list[Run] = []  # in the process of a side, that side's
+
+
+def start(arguments: argparse.Namespace, of_theirs: bool) -> None:
+    """Makes the run of a side in the process that is to train it."""
+    torch.set_num_threads(2)
+    params = read_params("knn", "seq_len", "seed", "model", "train")
+    training, validation = (
+        open_sequences(arguments.data, split, params.seq_len, params.knn) for split in ("train", "valid")
+    )
+    if not of_theirs:
+        keep_freed_memory()  # as the trainer does
+    side = theirs(arguments.theirs, params, training) if of_theirs else ours(params, training)
+    running.append(Run(side, params, validation, arguments.sequences, arguments.between))
+
+
+def turn() -> Point:
+    """A turn of this process's run."""
+    return running[0].turn()
+
+
+def weights() -> int:
+    """How many weights this process's run trains."""
+    return running[0].weights
+
+
+@dataclass
+class Curve:
+    """What a side's process has told."""
+
+    weights: int
+    points: list[Point] = field(default_factory=list)
+
+
+def reached(curve: Curve, target: float) -> Point | None:
     """The first point at which the loss is no greater than the target."""
-    return next((point for point in curve if point[2] <= target), None)
+    return next((point for point in curve.points if point[2] <= target), None)
 
 
 def main() -> None:
@@ -169,30 +212,36 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--sequences", type=int, default=64, help="of validation")
     parser.add_argument("--between", type=float, default=10.0, help="seconds of training between two losses")
-    arguments = parser.parse_args()
-    torch.set_num_threads(2)
-    params = read_params("knn", "seq_len", "seed", "model", "train")
-    data = [open_sequences(arguments.data, split, params.seq_len, params.knn) for split in ("train", "valid")]
-    sides = {"retro-pytorch": theirs(arguments.theirs, params, data[0]), "this project": ours(params, data[0])}
-    runs = {name: Run(side, params, data[1], arguments.sequences, arguments.between) for name, side in sides.items()}
-    while min(run.seconds for run in runs.values()) < arguments.minutes * 60:
-        for name, run in runs.items():
-            run.turn()
-            seconds, steps, loss = run.curve[-1]
-            print(f"  {name:14} {seconds:6.0f} s  step {steps:5,}  validation loss {loss:.4f}", flush=True)
-    print(report(runs))
+    print(compare(parser.parse_args()))
 
 
-def report(runs: dict[str, Run]) -> str:
+def compare(arguments: argparse.Namespace) -> str:
+    """Trains both sides, a process each, and returns the report."""
+    with ExitStack() as stack:
+        pools = {
+            name: stack.enter_context(get_context("spawn").Pool(1, start, (arguments, of_theirs)))
+            for name, of_theirs in (("retro-pytorch", True), ("this project", False))
+        }
+        curves = {name: Curve(pool.apply(weights)) for name, pool in pools.items()}
+        while min(curve.points[-1][0] if curve.points else 0 for curve in curves.values()) < arguments.minutes * 60:
+            for name, pool in pools.items():
+                seconds, steps, loss = point = pool.apply(turn)
+                curves[name].points.append(point)
+                print(f"  {name:14} {seconds:6.0f} s  step {steps:5,}  validation loss {loss:.4f}", flush=True)
+    return report(curves)
+
+
+def report(curves: dict[str, Curve]) -> str:
     """What each side has, and when this project had what the other ended with."""
     lines = []
-    for name, run in runs.items():
-        weights = sum(parameter.numel() for parameter in run.side[0].parameters())
-        seconds, steps, loss = run.curve[-1]
-        lines.append(f"{name}: {weights:,} weights; validation loss {loss:.4f} after {seconds:.0f} s, {steps:,} steps")
-    other, mine = runs.values()
-    seconds, _, target = other.curve[-1]
-    point = reached(mine.curve, target)
+    for name, curve in curves.items():
+        seconds, steps, loss = curve.points[-1]
+        lines.append(
+            f"{name}: {curve.weights:,} weights; validation loss {loss:.4f} after {seconds:.0f} s, {steps:,} steps"
+        )
+    other, mine = curves.values()
+    seconds, _, target = other.points[-1]
+    point = reached(mine, target)
     if point is None:
         return "\n".join([*lines, f"this project has not reached {target:.4f}"])
     lines.append(f"this project reached {target:.4f} after {point[0]:.0f} s, {point[1]:,} steps")
