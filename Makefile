@@ -27,7 +27,7 @@ install: $(INSTALLED) $(if $(GPU),$(INSTALLED)-gpu)  ## make .venv, install the 
 $(INSTALLED): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "retro needs Python 3.10, 3.11 or 3.12; name one: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	@echo "installing the locked dependencies (a little over 2 GB, 2 to 3 minutes)"
+	@echo "installing the locked dependencies (2 to 3 minutes, a little over 2 GB; several more with torch for CUDA)"
 	python -m pip install --disable-pip-version-check --progress-bar off -r requirements.lock
 	python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 	@touch $@

@@ -8,8 +8,8 @@ dependencies (which this project's environment has, as far as they are needed):
     python benchmarks/network.py --theirs /tmp/retro-pytorch --device cuda   # a larger network, bfloat16
 
 Both are measured in one run, in turns, and the median of the turns counts, so that whatever else the
-machine does meets both. Without --theirs only this project is measured. Takes five minutes on two cores;
-where the processor has no bfloat16 products, leave that type out (--dtypes float32), or it takes hours.
+machine does meets both. Without --theirs only this project is measured. Takes five minutes on two cores.
+Where the processor has no bfloat16 products that type is left out, because it would take hours.
 """
 
 import argparse
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measured import measured
 
-from retro_model.devices import keep_freed_memory
+from retro_model.devices import keep_freed_memory, resolve_number_type
 from retro_model.generation import CachedDecoder
 from retro_model.hardware import DATA_SHEETS, products
 from retro_model.model import RETRO, RETROConfig
@@ -425,13 +425,17 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="measure a compiled model too (with cuda: always)")
     parser.add_argument("--only", choices=["training", "memory", "writing"])
-    parser.add_argument("--dtypes", nargs="+", choices=list(NUMBER_TYPES), help="of steps; else all of the setting")
+    parser.add_argument("--dtypes", nargs="+", choices=list(NUMBER_TYPES), help="of steps; else those that the device has")
     parser.add_argument("--peak", nargs=2, metavar=("SIDE", "DTYPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     setting = SETTINGS[arguments.device]
     if arguments.compile:
         setting = dataclasses.replace(setting, compiled=True)
+    native = resolve_number_type("auto", torch.device(setting.device)) == "bfloat16"
+    if not (arguments.dtypes or arguments.peak or native):
+        print("bfloat16: left out, this processor has no products of it")
+        arguments.dtypes = ["float32"]
     if arguments.dtypes:
         setting = dataclasses.replace(setting, dtypes={name: NUMBER_TYPES[name] for name in arguments.dtypes})
     if arguments.peak:

@@ -1,7 +1,8 @@
-"""Run every benchmark of this folder and print one table: this project, retro-pytorch, the limit, the ratio.
+"""Run the benchmarks of this folder (all but large.py, which wants a GPU) and print one table:
+this project, retro-pytorch, the limit, the ratio.
 
     make bench                                  # about an hour on two cores that do nothing else
-    python benchmarks/run_all.py --quick        # the same at toy size: that it runs, not how fast
+    python benchmarks/run_all.py --quick        # some at toy size: that they run, not how fast
     python benchmarks/run_all.py --only network search
 
 retro-pytorch is installed, without its dependencies, into a folder of its own below .retro/; where that fails,
