@@ -42,7 +42,7 @@ from measured import measured
 
 from retro_model.devices import keep_freed_memory, resolve_number_type
 from retro_model.generation import CachedDecoder
-from retro_model.hardware import DATA_SHEETS, products
+from retro_model.hardware import DATA_SHEETS, known_chip, products
 from retro_model.model import RETRO, RETROConfig
 
 
@@ -171,7 +171,8 @@ def matrix_limit(setting: Setting, dtype: torch.dtype) -> float:
 
 def data_sheet(chip: str) -> float | None:
     """The dense bfloat16 FLOP/s that a chip of this name promises, if it is known."""
-    return next((rates[0] for part, rates in DATA_SHEETS.items() if part in chip), None)
+    known = known_chip(chip)
+    return None if known is None else DATA_SHEETS[known][0]
 
 
 def chip_of(device: str) -> str:
@@ -425,7 +426,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="measure a compiled model too (with cuda: always)")
     parser.add_argument("--only", choices=["training", "memory", "writing"])
-    parser.add_argument("--dtypes", nargs="+", choices=list(NUMBER_TYPES), help="of steps; else those that the device has")
+    parser.add_argument("--dtypes", nargs="+", choices=list(NUMBER_TYPES), help="of steps; else what the device has")
     parser.add_argument("--peak", nargs=2, metavar=("SIDE", "DTYPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -46,6 +46,6 @@ def keep_freed_memory() -> None:
     activations anew, page by page: a tenth of a training step. Other C libraries are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**30)
+    # Before its version 2.35 glibc takes no more than 32 MiB for the first.
+    if mallopt is not None and (mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -145,7 +145,7 @@ def evaluate_models(
     number_type = resolve_number_type(config.number_type, torch.device(device))
     options: dict[str, Any] = {"device": device, "batch_size": batch_size, "number_type": number_type}
     comparison = None
-    if compared_folder is not None:  # opened first: what is wrong with it is said before hours of work
+    if compared_folder is not None:  # opened and scored first: what is wrong with it is said before hours of work
         comparison = Comparison(compared_folder, data_folder, searching, work_folder / "compare", **options)
     inputs, counts = train, Counter[str]()
     if documents is not None:
@@ -154,6 +154,7 @@ def evaluate_models(
     scorer = Scorer(inputs.chunks, inputs.database, spans, seq_len, **options)
     on_train = None if documents is None else Scorer(train.chunks, train.database, spans, seq_len, **options)
     passes = [*columns(inputs, train, scorer, on_train, knn, seed), *sweeps(inputs, scorer, config.sweep_knn, knn)]
+    compared = None if comparison is None else comparison.score(inputs, spans)
     scored = score_all(models, passes)
     background = Background(
         chunks=inputs.chunks,
@@ -163,7 +164,8 @@ def evaluate_models(
         leakage_neighbors=min(LEAKAGE_NEIGHBORS, train.neighbors["ids"].shape[1]),
         documents=None if documents is None else documents.name,
         counts=counts,
-        compared=None if comparison is None else comparison.score(inputs, spans),
+        compared=compared,
+        **_start_of(retro_folder, train),
     )
     metrics, curves = _figures(inputs, train, scorer, scored, background, config, seed)
     passages = _passages(inputs, scorer, scored, config.passages, knn, seed)
@@ -214,6 +216,13 @@ def _figures(
 
 
 # ---- inputs ----------------------------------------------------------------------------------------
+
+
+def _start_of(retro_folder: Path, train: Inputs) -> dict[str, bool]:
+    """Whether RETRO began with other weights than new ones, and whether those had seen other chunks."""
+    facts = Artifact.open(retro_folder, "model", verify=False).facts
+    before = facts.get("init_from_chunks", [])
+    return {"started": bool(before), "started_elsewhere": bool(set(before) - {train.database.fingerprint})}
 
 
 def _open_models(folders: Mapping[str, Path], inputs: Inputs, device: str) -> dict[str, RETRO]:

@@ -40,6 +40,9 @@ NOTICEABLE_BITS = 0.1
 # Documents that gained and that lost most are shown, so many of each.
 DOCUMENTS_SHOWN = 5
 
+# Fewer documents than this say little of how much they differ: then pieces of so many rows are resampled.
+LEAST_DOCUMENTS, PIECE = 20, 8
+
 # Digits that are written: what lies behind them depends on the order of floating-point sums.
 DIGITS = 6
 
@@ -65,6 +68,19 @@ def sum_by_document(values: npt.NDArray[Any], documents: IntArray) -> FloatArray
     """The sum of each document's rows, in the order of the documents."""
     _, numbers = np.unique(documents, return_inverse=True)
     return np.bincount(numbers, weights=values.astype(np.float64)).astype(np.float64)
+
+
+def resampled_units(documents: IntArray) -> IntArray:
+    """What is drawn to see how much depends on the text (rows,): documents, or pieces of few of them.
+
+    One document drawn again and again is always itself: its interval would have no width.
+    """
+    found, first, numbers = np.unique(documents, return_index=True, return_inverse=True)
+    if len(found) >= LEAST_DOCUMENTS:
+        return documents
+    row_of_document = np.arange(len(documents)) - first[numbers]
+    pieces: IntArray = np.unique(np.stack([numbers, row_of_document // PIECE]), axis=1, return_inverse=True)[1]
+    return pieces.reshape(-1)
 
 
 def bootstrap_sums(values: FloatArray, samples: int, seed: int) -> FloatArray:
@@ -128,10 +144,11 @@ class Scores:
         return math.exp(self.row_losses[column].sum() / self.num_labels[column])
 
     def bootstrap(self, samples: int, seed: int) -> dict[str, FloatArray]:
-        """Bits per byte of each column over resampled documents."""
+        """Bits per byte of each column over resampled documents, or pieces where documents are few."""
         per_row = [*(self.row_losses[column] for column in self.columns), self.bytes]
-        per_document = [sum_by_document(values, self.documents) for values in per_row]
-        sums = bootstrap_sums(np.stack(per_document, axis=1), samples, seed)
+        units = resampled_units(self.documents)
+        per_unit = [sum_by_document(values, units) for values in per_row]
+        sums = bootstrap_sums(np.stack(per_unit, axis=1), samples, seed)
         return {column: bits_per_byte(sums[:, place], sums[:, -1]) for place, column in enumerate(self.columns)}
 
 

@@ -62,9 +62,9 @@ def sample(
     temperature: float,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """One token for each row of logits (B, V): (B,). Temperature 0 takes the likeliest, whatever the filter."""
+    """One token for each row of logits (B, V): (B,). Temperature 0 takes the likeliest that the filter leaves."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return filter_fn(logits.float(), filter_thres).argmax(-1)
     filtered = filter_fn(logits.float() / temperature, filter_thres)
     return torch.multinomial(filtered.softmax(-1), 1, generator=generator).squeeze(-1)
 
@@ -352,9 +352,14 @@ class Writer:
         self.text_BN = text_BN.where(filled_BN, config.pad_id)
         self.neighbors: list[dict[int, Tensor]] = [{} for _ in range(rows)]  # (K, R) by the number of the chunk
         self.decoder = CachedDecoder(model, rows, longest)
+        self._tokens = self._write()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The tokens that are still to come: a loop that was left goes on in the next one."""
+        return self._tokens
 
     @torch.no_grad()
-    def __iter__(self) -> Iterator[Tensor]:
+    def _write(self) -> Iterator[Tensor]:
         writes_B = self.length_B < self.limit_B
         if not writes_B.any():
             return

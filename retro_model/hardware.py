@@ -3,6 +3,7 @@
 products(config, rows=4, length=512, neighbors=2) / seconds / peak(device, "bfloat16").rate
 """
 
+import re
 import time
 from functools import lru_cache
 from typing import NamedTuple
@@ -12,10 +13,11 @@ import torch
 from retro_model.devices import NumberType
 from retro_model.model import RETROConfig
 
-# Dense bfloat16 and float32 FLOP/s that the data sheets promise, by a part of the chip's name.
+# Dense bfloat16 and float32 FLOP/s that the data sheets promise, by words of the chip's name; the first counts.
 DATA_SHEETS: dict[str, tuple[float, float]] = {
     "GH200": (989e12, 67e12),
     "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
     "H100": (989e12, 67e12),
     "H200": (989e12, 67e12),
     "A100": (312e12, 19.5e12),
@@ -53,10 +55,12 @@ def products(config: RETROConfig, rows: int, length: int, neighbors: int) -> flo
         return 2 * (4 * width * inner + 8 * width * width)  # qkv and out, feed-forward: for each token
 
     decoder = tokens * config.dec_depth * (layer(d) + 2 * inner * length)  # causal: half of all scores
-    encoder = config.enc_depth * (
-        enc_tokens * (layer(e) + 4 * inner * 2 * m)  # self-attention
-        + enc_tokens * (4 * e * inner + 4 * inner * m) + tokens * 4 * d * inner  # looks at the chunk
-    ) + (enc_tokens * 2 * d * e if d != e else 0)  # fmt: skip
+    looking = config.enc_depth if config.enc_cross_attn_layers is None else len(config.enc_cross_attn_layers)
+    encoder = (
+        config.enc_depth * enc_tokens * (layer(e) + 4 * inner * 2 * m)  # self-attention
+        + looking * (enc_tokens * (4 * e * inner + 4 * inner * m) + tokens * 4 * d * inner)  # looks at the chunk
+        + (enc_tokens * 2 * d * e if d != e else 0)
+    )
     cross = len(config.dec_cross_attn_layers) * (
         tokens * (4 * d * inner + 4 * inner * neighbors * 2 * m) + enc_tokens * 4 * e * inner
     )
@@ -64,12 +68,16 @@ def products(config: RETROConfig, rows: int, length: int, neighbors: int) -> flo
     return 3.0 * (decoder + head + (encoder + cross if neighbors else 0))
 
 
+def known_chip(name: str) -> str | None:
+    """The entry of DATA_SHEETS that a device's name means, if there is one."""
+    return next((chip for chip in DATA_SHEETS if re.search(rf"\b{chip}\b", name)), None)
+
+
 def peak(device: torch.device, number_type: NumberType) -> Peak:
     """What the device's data sheet promises, if its chip is known; else the fastest matrix product here."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    for part, rates in DATA_SHEETS.items():
-        if part in name:
-            return Peak(rates[number_type == "float32"], f"the data sheet of {part}")
+    if (chip := known_chip(name)) is not None:
+        return Peak(DATA_SHEETS[chip][number_type == "float32"], f"the data sheet of {chip}")
     return Peak(_fastest_product(device, number_type, torch.get_num_threads()), "the fastest matrix product")
 
 

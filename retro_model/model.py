@@ -492,6 +492,8 @@ class RETRO(nn.Module):
         `documents` (B, chunks) numbers the document of each chunk; attention stays inside documents.
         """
         if return_loss and labels is None:
+            if seq.dim() != 2:
+                raise ConfigError(f"seq must be integers (batch, tokens), at least 1 x 2: {tuple(seq.shape)}")
             seq, labels = seq[:, :-1], seq[:, 1:]
         elif labels is not None and not return_loss:
             raise ConfigError("labels need return_loss=True; for the loss of each token there is token_losses")
@@ -499,8 +501,7 @@ class RETRO(nn.Module):
         if labels is None:
             logits = F.linear(hidden_TD, self.output_weight_VD)
             return self._to_rows(logits, stream, seq)
-        labels_T = self._to_stream(labels, stream, "labels", seq)
-        labeled = (labels_T != self.config.pad_id).nonzero().squeeze(1)
+        labels_T, labeled = self._labels(labels, stream, seq)
         if len(labeled) < len(labels_T):
             hidden_TD, labels_T = hidden_TD[labeled], labels_T[labeled]
         return linear_cross_entropy(hidden_TD, self.output_weight_VD, labels_T) / max(len(labeled), 1)
@@ -516,8 +517,7 @@ class RETRO(nn.Module):
         if labels is None:
             raise ConfigError("token_losses needs labels of the shape of seq")
         hidden_TD, stream = self.hidden_states(seq, retrieved, documents)
-        labels_T = self._to_stream(labels, stream, "labels", seq)
-        labeled = (labels_T != self.config.pad_id).nonzero().squeeze(1)
+        labels_T, labeled = self._labels(labels, stream, seq)
         losses_T = hidden_TD.new_zeros(len(labels_T), dtype=torch.float32)
         for some in torch.split(labeled, ROWS_OF_LOGITS):
             logits = F.linear(hidden_TD[some], self.output_weight_VD).float()
@@ -597,6 +597,12 @@ class RETRO(nn.Module):
         tail = -tokens_BN.shape[1] % chunk_size
         tokens_CM = F.pad(tokens_BN.long(), (0, tail), value=self.config.pad_id).reshape(-1, chunk_size)
         return (tokens_CM if stream.order_C is None else tokens_CM[stream.order_C]).flatten()
+
+    def _labels(self, labels: Tensor, stream: Stream, seq: Tensor) -> tuple[Tensor, Tensor]:
+        """The labels in the stream's order (T,), and the places of those that are not pad."""
+        check_ids("labels", labels, self.config.num_tokens)
+        labels_T = self._to_stream(labels, stream, "labels", seq)
+        return labels_T, (labels_T != self.config.pad_id).nonzero().squeeze(1)
 
     def _retrieved_to_stream(self, retrieved: Tensor, stream: Stream, seq: Tensor) -> Tensor | None:
         """The neighbors of each chunk of the stream (C, K, R), None in a row's tail; None if there are none at all."""

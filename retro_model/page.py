@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 from retro_model.artifacts import Artifact
 from retro_model.comparing import Compared
-from retro_model.figures import DOCUMENTS_SHOWN, NOTICEABLE_BITS, OVERLAP_CLASSES, Curve
+from retro_model.figures import (
+    DOCUMENTS_SHOWN,
+    LEAST_DOCUMENTS,
+    NOTICEABLE_BITS,
+    OVERLAP_CLASSES,
+    PIECE,
+    Curve,
+)
 from retro_model.report import Chart, Passage, Report, Series, Table
 
 MEANING = {
@@ -43,6 +50,8 @@ class Background:
     documents: str | None
     counts: Mapping[str, int]
     compared: Compared | None
+    started: bool  # RETRO began with the weights of another trained model
+    started_elsewhere: bool  # one of those was trained on other chunks
 
     def meaning(self, column: str) -> str:
         """What a column is, in a few words."""
@@ -314,6 +323,25 @@ def _notes(metrics: Mapping[str, float | int], background: Background) -> Iterat
         )
     else:
         yield "Neighbors come from the training documents alone."
+    yield (
+        "Intervals are over the text: what other documents of this kind might give. Each model was trained once, and "
+        "how much another seed would change is not in them."
+    )
+    if metrics["test_documents"] < LEAST_DOCUMENTS:
+        yield (
+            f"Careful: {metrics['test_documents']:,} documents are few. The intervals are over pieces of {PIECE} "
+            "chunks, as if those were independent, and too narrow for what other documents might give."
+        )
+    if background.started:
+        yield (
+            "RETRO began with the weights of another trained model (train.init_from), so that it had more training "
+            "than the baseline: only on against off is of retrieval alone."
+        )
+    if background.started_elsewhere:
+        yield (
+            "Careful: that model was trained on other chunks than these. Whether the test documents were among them "
+            "is not known here."
+        )
     if background.compared:
         yield from _notes_on_compared(background.compared)
     if lossy := chunks.facts["lossy_documents"]:

@@ -132,6 +132,6 @@ def _same_encoder(embeddings: Artifact, source: str | None, device: str, batch_s
         raise MismatchError(
             f"{embeddings.folder}: made by encoder {facts['encoder_name']} ({facts['encoder'][:12]}), "
             f"found {config.encoder} ({encoder.fingerprint[:12]}); name the one that made them, or run "
-            "`dvc repro` (stage embed)"
+            "`dvc repro -s -f embed` and then `dvc repro`"
         )
     return encoder

@@ -168,7 +168,14 @@ class Trainer:
         if self.world.main:
             self.checkpoints.prune()
         self.world.wait_for_all()
-        return self.checkpoints.load()
+        saved = self.checkpoints.load()
+        step = 0 if saved is None else saved.state.step
+        if not step == self.world.largest(step) == -self.world.largest(-step):
+            raise TrainingError(
+                f"{self.checkpoints.folder}: the processes found different checkpoints, this one step {step}, expected "
+                "one step for all; give all machines one shared folder, then start again"
+            )
+        return saved
 
     def _laid_out(self) -> Callable[..., Tensor]:
         """What computes the loss: the model, laid out over memory and processes as the settings say."""
@@ -252,12 +259,15 @@ class Trainer:
         return loss
 
     def _not_finite(self, loss: float, gradient_norm: float, rows: IntArray) -> TrainingError:
-        latest = self.checkpoints.latest() if self.checkpoints is not None else None
         return TrainingError(
             f"step {self.state.step + 1}: loss {loss}, gradient norm {gradient_norm}, expected finite "
-            f"numbers; train chunks {', '.join(map(_row_range, rows))}; last good checkpoint: {latest or 'none'}; "
+            f"numbers; train chunks {', '.join(map(_row_range, rows))}; last good checkpoint: {self._last_good()}; "
             f"try a lower train.lr, a longer train.warmup or train.number_type float32"
         )
+
+    def _last_good(self) -> Path | str:
+        latest = self.checkpoints.latest() if self.checkpoints is not None else None
+        return latest or "none"
 
     def validate(self) -> Row:
         """Adds a row to the history; keeps the weights if they are the best so far."""
@@ -290,6 +300,11 @@ class Trainer:
             portion = [float(losses.double().sum()), batch.num_labels, int(batch.bytes.sum())]
             sums += torch.tensor(portion, dtype=torch.float64)
         loss, num_labels, num_bytes = self.world.sum(sums.to(self.world.device)).tolist()
+        if not np.isfinite(loss):
+            raise TrainingError(
+                f"validation after step {self.state.step}: loss {loss}, expected a finite number; last good "
+                f"checkpoint: {self._last_good()}; try a lower train.lr or a longer train.warmup"
+            )
         found = {f"valid_loss{suffix}": loss / num_labels}
         if not suffix:
             found["valid_bits_per_byte"] = loss / np.log(2) / max(num_bytes, 1)
@@ -474,3 +489,5 @@ class _StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+        if kind is None and self.asked:  # while the last step was saved
+            signal.raise_signal(self.asked)

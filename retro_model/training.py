@@ -198,7 +198,12 @@ class _Run:
         """The network with its first weights."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            model = build_model(self.model_config, inputs.chunks["train"].facts, self.seq_len, inputs.retrieval)
+            facts = inputs.chunks["train"].facts
+            model = build_model(self.model_config, facts, self.seq_len, inputs.retrieval)
+            if inputs.retrieval:  # its decoder begins as the baseline's does, so that no luck is between them
+                torch.manual_seed(self.seed)
+                plain = build_model(self.model_config, facts, self.seq_len, retrieval=False)
+                model.load_state_dict({**model.state_dict(), **plain.state_dict()})
         if inputs.start is not None:
             start_from(model, inputs.start, self.train_config.freeze)
         return model
@@ -276,6 +281,10 @@ class _Inputs:
             facts["index"] = self.neighbors["train"].facts["index"]
         if self.start is not None:
             facts["init_from"] = self.start.fingerprint
+            # All chunks that its weights have seen before: an evaluation on others of them would be a leak.
+            facts["init_from_chunks"] = sorted(
+                {self.start.facts["chunks"], *self.start.facts.get("init_from_chunks", ())}
+            )
         return facts
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from retro_model.artifacts import Artifact
 from retro_model.devices import resolve_device
-from retro_model.errors import SourceError
+from retro_model.errors import MismatchError, SourceError
 from retro_model.evaluation import evaluate_models, time_retrieval
 from retro_model.evaluation_data import Searching
 from stages.harness import record_timing, run_stage, work_folder
@@ -60,10 +60,10 @@ def main() -> None:
 
 
 def _retrieval_timings(data: Path, searching: Searching, knn: int) -> dict[str, float]:
-    """What retrieval costs; nothing where the encoder is not on this machine, which no figure needs."""
+    """What retrieval costs; nothing where this machine has not the encoder that was used, which no figure needs."""
     try:
         timings = time_retrieval(data, searching, knn)
-    except SourceError as error:
+    except (SourceError, MismatchError) as error:
         print(f"evaluate: retrieval was not timed: {error}", flush=True)
         return {}
     told = ", ".join(f"{value:.2f} {name.rpartition('_')[2]}" for name, value in timings.items())

@@ -89,7 +89,7 @@ def record_timing(stage: str, made: str = "", /, **timings: float) -> None:
     """
     file = timings_file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    record = {"stage": stage, "experiment": os.environ.get("DVC_EXP_NAME", ""), "made": made, **timings}
+    record = {"stage": stage, "workspace": project_root() == Path.cwd(), "made": made, **timings}
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(record) + "\n")
 

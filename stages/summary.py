@@ -59,7 +59,11 @@ def _metrics(stage: str) -> dict[str, Any]:
 
 def _last_seconds() -> dict[str, str]:
     """How long each stage took when it last ran in the workspace; nothing of those that DVC restored."""
-    return {record["stage"]: f"{record['seconds']:.0f}" for record in read_timings() if "seconds" in record}
+    return {
+        record["stage"]: f"{record['seconds']:.0f}"
+        for record in read_timings()
+        if "seconds" in record and record.get("workspace")
+    }
 
 
 if __name__ == "__main__":

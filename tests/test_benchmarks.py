@@ -127,7 +127,8 @@ def test_products_are_those_that_torch_counts(network: ModuleType) -> None:
 def test_known_chips(network: ModuleType) -> None:
     assert network.data_sheet("NVIDIA H100 80GB HBM3") == network.data_sheet("NVIDIA H200") == 989e12
     assert network.data_sheet("NVIDIA A100-SXM4-40GB") == 312e12
-    assert network.data_sheet("AMD EPYC") is None
+    assert network.data_sheet("NVIDIA H100 NVL") == 835e12 and network.data_sheet("NVIDIA L40S") == 362e12
+    assert network.data_sheet("AMD EPYC") is None and network.data_sheet("NVIDIA L40") is None
     assert network.chip_of("cpu")
 
 

@@ -33,6 +33,7 @@ from retro_model.evaluation import (
 from retro_model.evaluation_data import Inputs, Searching
 from retro_model.figures import (
     ALPHAS,
+    PIECE,
     Scores,
     bootstrap_sums,
     documents_curve,
@@ -40,6 +41,7 @@ from retro_model.figures import (
     leakage_curve,
     metrics_of,
     overlap_curve,
+    resampled_units,
 )
 from retro_model.index_keys import IndexConfig
 from retro_model.model import RETRO
@@ -453,6 +455,28 @@ def test_the_bootstrap_is_paired_and_finds_the_known_error_of_a_mean() -> None:
     np.testing.assert_array_equal(sums, bootstrap_sums(np.stack([loss, loss - 1, np.ones(400)], axis=1), 4000, 1))
 
 
+def test_few_documents_are_resampled_in_pieces() -> None:
+    """One document drawn again and again is always itself: noise would have an interval of no width."""
+    random = np.random.default_rng(0)
+    noise = random.normal(0, 1, size=(400, 1))
+
+    def scores(documents: npt.NDArray[Any]) -> Scores:
+        found = Scores(documents, np.ones(400, int), np.ones((400, 1), bool), noise)
+        found.add("off", 10 + noise[:, 0], 400)
+        found.add("on", 10 + random.normal(0, 1, size=400), 400)
+        return found
+
+    one, many = np.zeros(400, int), np.arange(400)
+    for documents in (one, many, np.arange(400) // 200):
+        resampled = scores(documents).bootstrap(2000, seed=1)
+        low, high = interval(resampled["off"] - resampled["on"])
+        assert high - low == pytest.approx(2 * 1.96 * math.sqrt(2 / 400) / math.log(2), rel=0.25)
+    np.testing.assert_array_equal(resampled_units(many), many)
+    assert np.unique(resampled_units(one), return_counts=True)[1].tolist() == [PIECE] * (400 // PIECE)
+    two = resampled_units(np.array([5] * 9 + [7] * 9))
+    assert [len(set(two[:9])), len(set(two[9:])), len(set(two))] == [2, 2, 4]
+
+
 def test_the_control_draws_rows_of_the_database_only() -> None:
     drawn = random_neighbors(5000, 3, 7, seed=1)
     assert drawn.shape == (5000, 3) and drawn.min() == 0 and drawn.max() == 6
@@ -724,6 +748,19 @@ def test_the_page_says_what_was_left_out_and_what_is_lossy(world: World, tmp_pat
     page = (tmp_path / "reports/evaluate.html").read_text()
     assert "cannot spell 3 of the 12 test documents exactly" in page
     assert f"Scored: 20 of {world.chunks('test').rows} test chunks" in page
+
+
+def test_the_page_says_that_retro_had_the_training_of_another_model(world: World, tmp_path: Path) -> None:
+    here = world.chunks("train").fingerprint
+    for number, (before, here_too) in enumerate([([here], False), (["another", here], True)]):
+        copy = shutil.copytree(world.root, tmp_path / f"world{number}")
+        change_fact(copy / "retro", "init_from_chunks", before)
+        World(copy).evaluate(tmp_path, sweep_knn=[], max_chunks=20)
+        page = (tmp_path / "reports/evaluate.html").read_text()
+        assert "had more training than the baseline" in page
+        assert ("Careful: that model was trained on other chunks" in page) == here_too
+    world.evaluate(tmp_path, sweep_knn=[], max_chunks=20)
+    assert "had more training" not in (tmp_path / "reports/evaluate.html").read_text()
 
 
 def test_text_without_a_byte_is_nothing_to_evaluate_on(world: World, tmp_path: Path) -> None:

@@ -283,6 +283,14 @@ def test_seed() -> None:
     assert not torch.equal(a, c)
 
 
+def test_greedy_too_takes_only_what_the_filter_leaves() -> None:
+    """The wrapper keeps tokens that its tokenizer does not have from being written by a filter."""
+    logits = torch.tensor([[0.0, 1.0, 5.0]])
+    options: dict[str, Any] = {"filter_thres": 0.9, "temperature": 0, "generator": None}
+    kept = sample(logits, filter_fn=lambda x, _: x.masked_fill(x > 2, -torch.inf), **options)
+    assert kept.tolist() == [1] and sample(logits, filter_fn=top_p, **options).tolist() == [2]
+
+
 @pytest.mark.parametrize("filter_fn", [top_k, top_p])
 def test_only_what_the_filter_left_is_written(filter_fn: Any) -> None:
     model, prompt = make(), tokens(1, 5)
@@ -340,6 +348,17 @@ def test_streaming_token_by_token() -> None:
         assert torch.equal(writer.text_BN[:, 3 + count - 1], written)
         assert writer.length_B.tolist() == [3 + count] * 2
     assert torch.equal(writer.text_BN, generate(model, prompt, retrieve=search, max_new_tokens=2 * M, seed=5))
+
+
+def test_a_loop_that_was_left_goes_on_in_the_next() -> None:
+    model, prompt = make(), tokens(1, 3)
+    whole = generate(model, prompt, retrieve=search, max_new_tokens=2 * M, temperature=0)
+    writer = Writer(model, prompt, retrieve=search, max_new_tokens=2 * M, temperature=0)
+    for count, _ in enumerate(writer, start=1):
+        if count == M + 1:
+            break
+    assert len(list(writer)) == M - 1
+    assert torch.equal(writer.text_BN, whole)
 
 
 def test_a_model_in_training_is_left_as_it_was() -> None:

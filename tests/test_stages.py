@@ -16,6 +16,7 @@ from fixtures import tiny_corpus
 from stagewise import OUTS, ROOT, STAGES, contents, copy_of, refuse, run, write_params
 
 from retro_model.artifacts import Artifact
+from retro_model.errors import MismatchError
 from stages import summary
 
 
@@ -205,6 +206,17 @@ def test_evaluation_without_the_encoder_says_that_retrieval_was_not_timed(
     run("evaluate")
     assert "evaluate: retrieval was not timed: embed.encoder: nobody/no-such-encoder" in capsys.readouterr().out
     assert Path("metrics/evaluate.json").read_bytes() == before
+
+
+def test_another_encoder_than_the_one_used_costs_the_timing_of_retrieval_and_nothing_else(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(*arguments: object) -> None:
+        raise MismatchError("data/embeddings: made by encoder a, found b")
+
+    monkeypatch.setattr("stages.evaluate.time_retrieval", other)
+    run("evaluate")
+    assert "evaluate: retrieval was not timed: data/embeddings: made by encoder a" in capsys.readouterr().out
 
 
 def test_knn_beyond_what_is_stored_is_refused_before_any_work(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -315,6 +315,16 @@ def test_the_baseline_is_the_same_decoder_without_retrieval(woven: Woven, tmp_pa
     assert RETRO.from_pretrained(tmp_path / "retro").encoder is None
 
 
+def test_baseline_and_retro_begin_with_the_same_decoder(woven: Woven, tmp_path: Path) -> None:
+    """What differs between them after training is then retrieval, and not the luck of the first weights."""
+    train = dataclasses.replace(TRAIN, steps=1, warmup=0, lr=1e-12)
+    for name, neighbors in (("baseline", None), ("retro", woven.neighbors)):
+        run(woven, tmp_path, train, neighbors=neighbors, out_folder=tmp_path / name)
+    plain, retro = (RETRO.from_pretrained(tmp_path / name).state_dict() for name in ("baseline", "retro"))
+    for name, weight in plain.items():
+        torch.testing.assert_close(weight, retro[name], atol=1e-9, rtol=0)
+
+
 def test_validation_averages_over_labels(woven: Woven) -> None:
     trainer = make_trainer(woven, dataclasses.replace(TRAIN, validate_sequences=0))
     row = trainer.validate()
@@ -414,6 +424,40 @@ def test_an_interrupt_is_obeyed_after_the_step_is_saved(
     run(woven, tmp_path, work_folder=work, log=lambda now, record: steps.append(now), log_every=1)
     assert steps == list(range(step + 1, 13))
     assert folder_digests(tmp_path / "retro") == undisturbed[1]
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_while_the_last_step_is_saved_is_obeyed(
+    woven: Woven, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else `dvc repro` would go on with the next stage, as if nobody had asked it to stop."""
+    save = Trainer.save
+
+    def interrupted(trainer: Trainer) -> Path | None:
+        if trainer.state.step == TRAIN.steps:
+            signal.raise_signal(signal.SIGINT)
+        return save(trainer)
+
+    monkeypatch.setattr(Trainer, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(woven, tmp_path, work_folder=tmp_path / "work")
+    latest = Checkpoints(tmp_path / "work/checkpoints", "any").latest()
+    assert latest is not None and str(TRAIN.steps) in latest.name
+
+
+def test_processes_that_find_different_checkpoints_refuse_to_go_on(woven: Woven, tmp_path: Path) -> None:
+    """As on machines that each have a folder of their own."""
+
+    class OfTwo(World):
+        def largest(self, number: int) -> int:
+            return max(number, 6)
+
+    trainer = make_trainer(woven, checkpoints=Checkpoints(tmp_path, "fingerprint"))
+    trainer.step(trainer.data(0))
+    trainer.save()
+    other = OfTwo(**{field.name: getattr(ALONE, field.name) for field in dataclasses.fields(ALONE)})
+    with pytest.raises(TrainingError, match=f"{tmp_path}: .* different checkpoints, this one step 1"):
+        make_trainer(woven, checkpoints=Checkpoints(tmp_path, "fingerprint"), world=other)
 
 
 def test_a_finished_run_is_not_trained_again(woven: Woven, tmp_path: Path, undisturbed: Outcome) -> None:
@@ -690,6 +734,8 @@ def test_a_model_with_retrieval_can_be_trained_further(woven: Woven, tmp_path: P
     before, after = (RETRO.from_pretrained(tmp_path / name / "retro").state_dict() for name in ("first", "second"))
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed and all(name.startswith("encoder.") or ".cross_attention." in name for name in changed)
+    first, second = (Artifact.open(tmp_path / name / "retro", "model").facts for name in ("first", "second"))
+    assert "init_from_chunks" not in first and second["init_from_chunks"] == [first["chunks"]]
 
 
 def test_a_run_from_another_model_never_picks_up_a_checkpoint(woven: Woven, tmp_path: Path, baseline: Path) -> None:
@@ -754,6 +800,15 @@ def test_numbers_that_are_not_finite_name_the_step_and_the_chunks(woven: Woven, 
         assert f"{rows[0]}-{rows[-1]}" in message
     after = trainer.model.state_dict()
     assert all(tensor.equal(after[name]) or tensor.isnan().all() for name, tensor in before.items())
+
+
+def test_a_validation_loss_that_is_not_finite_stops(woven: Woven, tmp_path: Path) -> None:
+    trainer = make_trainer(woven, checkpoints=Checkpoints(tmp_path, "fingerprint"))
+    trainer.step(trainer.data(0))
+    trainer.model.embedding.weight.data.fill_(torch.nan)
+    with pytest.raises(TrainingError, match="validation after step 1: loss nan, expected a finite number; last good"):
+        trainer.validate()
+    assert trainer.state.best is None
 
 
 def test_another_tokenizer_is_refused(woven: Woven, tmp_path: Path) -> None:
