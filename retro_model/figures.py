@@ -205,8 +205,9 @@ def gains_curve(scores: Scores, resampled: Mapping[str, FloatArray]) -> Curve:
     rows = []
     for one, other in scores.differences:
         gain = scores.bpb(other) - scores.bpb(one)
-        rows.append((one, other, *_rounded(gain, *interval(resampled[other] - resampled[one]))))
-    return Curve(("one", "other", "gain", "low", "high"), tuple(rows))
+        figures = _rounded(gain, *interval(resampled[other] - resampled[one]))
+        rows.append((f"{one} against {other}", one, other, *figures))
+    return Curve(("pair", "one", "other", "gain", "low", "high"), tuple(rows))
 
 
 def leakage_curve(scores: Scores, runs: IntArray) -> Curve:

@@ -96,7 +96,8 @@ def sweep_curves(scored: Scored, scorer: Scorer, inputs: Inputs, ks: Sequence[in
         return round(float(bits_per_byte(scored.row_losses[name].sum(), scorer.bytes.sum())), DIGITS)
 
     by_knn = [(k, bpb({0: "off", knn: "on"}.get(k, f"knn {k}"))) for k in ks]
-    by_part = [("none", bpb("off")), *((part, bpb("on" if part == "both" else f"part {part}")) for part in PARTS)]
+    parts = {"none": bpb("off")} | {part: bpb("on" if part == "both" else f"part {part}") for part in PARTS}
+    by_part = [(part, found, round(parts["none"] - found, DIGITS)) for part, found in parts.items()]
     nearest, documents = inputs.neighbors["ids"][scorer.rows], inputs.database["documents"][:]
     by_share = []
     for share in DATABASE_SHARES:
@@ -105,7 +106,7 @@ def sweep_curves(scored: Scored, scorer: Scorer, inputs: Inputs, ks: Sequence[in
         by_share.append((round(share, 3), bpb("on" if share == 1 else f"share {share}"), *figures))
     return {
         "knn": Curve(("knn", "test_bpb"), tuple(by_knn)),
-        "part": Curve(("part", "test_bpb"), tuple(by_part)),
+        "part": Curve(("part", "test_bpb", "gain"), tuple(by_part)),
         "database": Curve(("share", "test_bpb", "neighbors_left", "chunks_short"), tuple(by_share)),
     }
 

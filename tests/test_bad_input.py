@@ -666,6 +666,16 @@ CALLS: list[tuple[str, Callable[[SimpleNamespace], Any], str]] = [
         "labels must have the shape of seq, (1, 8): (1, 7)",
     ),
     (
+        "forward: a label outside the vocabulary",
+        lambda t: network(t)(tokens(1, 8), return_loss=True, labels=tokens(1, 8) * -100),
+        "labels has token ids -100 to -100; num_tokens is 50",
+    ),
+    (
+        "forward: a loss of one dimension",
+        lambda t: network(t)(tokens(8), return_loss=True),
+        "seq must be integers (batch, tokens), at least 1 x 2: (8,)",
+    ),
+    (
         "from_pretrained: nothing there",
         lambda t: RETRO.from_pretrained(t.folder / "nothing"),
         "FOLDER/nothing/config.json is not there: no model was saved in this folder, or not to its end",

@@ -24,7 +24,7 @@ def faults_of_a_tensor(keep: bool) -> int:
             keep_freed_memory()
         def faults():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(8):
+        for _ in range(30):  # until the heap is large enough for it
             torch.ones(2**24)  # 64 MiB
         before = faults()
         torch.ones(2**24)

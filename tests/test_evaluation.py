@@ -416,9 +416,11 @@ def test_metrics_are_flat_finite_numbers_and_agree_with_each_other(
         assert written[f"gain_{one}_vs_{other}"] == pytest.approx(gain, abs=2e-6)
         assert written[f"gain_{one}_vs_{other}_low"] <= gain <= written[f"gain_{one}_vs_{other}_high"]
     curves = evaluated[0].curves
-    for one, other, *figures in curves["gains"].rows:
+    for pair, one, other, *figures in curves["gains"].rows:
+        assert pair == f"{one} against {other}"
         assert figures == [written[f"gain_{one}_vs_{other}{end}"] for end in ("", "_low", "_high")]
-    parts = dict(curves["part"].rows)
+    parts = {part: bpb for part, bpb, _ in curves["part"].rows}
+    assert curves["part"].column("gain") == pytest.approx([parts["none"] - bpb for bpb in parts.values()], abs=1e-6)
     assert parts["none"] == written["test_bpb_off"] and parts["both"] == written["test_bpb_on"]
     assert list(parts) == ["none", "neighbor", "continuation", "both"] and len({*parts.values()}) == 4
     assert curves["database"].column("share") == (0.1, 0.333, 1.0)

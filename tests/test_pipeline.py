@@ -207,7 +207,7 @@ def test_what_dvc_shows_is_worth_looking_at(project: Project) -> None:
         assert "evaluate.max_chunks" in project.run("dvc", "params", "diff", "HEAD", "--md").stdout
         project.run("dvc", "plots", "diff", "HEAD")
         page = (project.root / "dvc_plots" / "index.html").read_text()
-        for title in ("Validation loss", "Training loss", "Bits per byte", "nats a token", "training step"):
+        for title in ("Validation loss", "Training loss", "What is saved on held-out", "Bits per byte", "nats a token"):
             assert title in page, title
     finally:
         (project.root / "params.yaml").write_bytes(params)
