@@ -9,7 +9,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from retro_model.errors import DocumentError
 
@@ -73,8 +73,14 @@ def find_files(path: Path) -> tuple[list[Path], int]:
 
 def _walk(path: Path) -> Iterator[Path]:
     """All files that are not hidden; links to folders are followed, each folder once."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DocumentError(
+            f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it out of {path}"
+        ) from error
+
     seen = set()
-    for folder, names, file_names in os.walk(path, followlinks=True):
+    for folder, names, file_names in os.walk(path, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             names.clear()

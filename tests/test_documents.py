@@ -1,5 +1,6 @@
 """Reading, judging, splitting and de-duplicating documents."""
 
+import errno
 import gzip
 import json
 import os
@@ -8,6 +9,7 @@ import tempfile
 import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -280,6 +282,20 @@ def test_no_documents_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     write_files(empty, {"a.pdf": "x", "b.py": "x"})
     assert "found 2 files of other types" in refusal(empty)
     assert "a.pdf: not a file of documents, expected one of .txt" in refusal(empty / "a.pdf")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path, {**many(5), "locked/a.txt": "one more"})
+    locked, scandir = str(tmp_path / "locked"), os.scandir
+
+    def refuse(path: str) -> Any:
+        if path == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # for root no mode locks a folder
+    expected = f"{locked}: cannot be listed (Permission denied); make it readable, or move it out of {tmp_path}"
+    assert refusal(tmp_path) == expected
 
 
 def test_only_empty_documents_is_refused_with_the_reasons(tmp_path: Path) -> None:
