@@ -1,6 +1,7 @@
 """What files hold, place by place: texts, and the reasons why there is none, with file and line.
 
-Everything is read as a stream: memory holds one document, however large file or archive.
+Everything is read as a stream: memory holds one document, or a few rows of a table, however large the file,
+archive or row group.
 """
 
 import gzip
@@ -26,7 +27,7 @@ FLAWS = {
     "bad_file": "unreadable file or truncated archive",
 }
 BLOCK_BYTES = 1 << 20
-ROWS_PER_BATCH = 1024  # of a .parquet file
+ROWS_PER_BATCH = 64  # of a .parquet file: a row may be a book
 
 
 class Entry(NamedTuple):
@@ -241,7 +242,8 @@ def _rows(file: Path, source: str, text_field: str) -> Iterator[Entry]:
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
+        # Without a buffer size, or with pre_buffer, a row group's whole column is read at once.
+        with pyarrow.parquet.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False) as table:
             yield from _check_columns(table, source, text_field)
             if text_field not in table.schema_arrow.names:
                 return

@@ -547,6 +547,17 @@ def test_memory_does_not_grow_with_a_file(tmp_path: Path) -> None:
     assert peaks[1] - peaks[0] < 3_000_000, peaks
 
 
+def test_memory_does_not_grow_with_the_row_group_of_a_table(tmp_path: Path) -> None:
+    generator, peaks = np.random.default_rng(0), []
+    for num in (2_000, 20_000):
+        texts = [generator.bytes(500).hex() for _ in range(num)]
+        file = tmp_path / f"{num}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), file, row_group_size=num)
+        entries = reading.read_entries(file, file.name, "text", None)
+        peaks.append(max(pyarrow.total_allocated_bytes() for _ in entries))
+    assert peaks[1] - peaks[0] < 1_000_000, peaks  # 18,000 rows more are 18 MB
+
+
 def test_reading_works_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_files(tmp_path / "documents", many(5))
     monkeypatch.chdir(tmp_path)
