@@ -178,17 +178,18 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield last
 
 
-def _decoded(source: str, record: int | None, content: bytes) -> Entry:
+def _decoded(source: str, record: int | None, content: bytes, *, spans_lines: bool = False) -> Entry:
+    """The text at `record`. If it `spans_lines`, that is where it begins, and a flaw is at the line of its own."""
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        line = (record or 1) + content[: error.start].count(b"\n")
-        return Entry(source, line, "", "not_utf8", f"byte 0x{content[error.start]:02x}")
+        place = (record or 1) + content[: error.start].count(b"\n") if spans_lines else record
+        return Entry(source, place, "", "not_utf8", f"byte 0x{content[error.start]:02x}")
     return Entry(source, record, text) if text.strip() else Entry(source, record, "", "empty")
 
 
 def _whole_file(blocks: Iterable[bytes], source: str) -> Iterator[Entry]:
-    yield _decoded(source, None, b"".join(blocks))
+    yield _decoded(source, None, b"".join(blocks), spans_lines=True)
 
 
 def _separated(lines: Iterable[bytes], source: str, separator: str) -> Iterator[Entry]:
@@ -200,10 +201,10 @@ def _separated(lines: Iterable[bytes], source: str, separator: str) -> Iterator[
             pending.append(line)
             continue
         if pending or start > 1:
-            yield _decoded(source, start, b"".join(pending))
+            yield _decoded(source, start, b"".join(pending), spans_lines=True)
         pending, start = [], number + 1
     if pending or not number:
-        yield _decoded(source, start, b"".join(pending))
+        yield _decoded(source, start, b"".join(pending), spans_lines=True)
 
 
 def _json_lines(lines: Iterable[bytes], source: str, text_field: str) -> Iterator[Entry]:

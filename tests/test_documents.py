@@ -184,7 +184,7 @@ def parquet_bytes(**columns: object) -> bytes:
     return bytes(sink.getvalue())
 
 
-NOT_UTF8_COLUMN = pyarrow.array([b"fine text", b"\xff\xfe"]).cast(pyarrow.binary()).view(pyarrow.string())
+NOT_UTF8_COLUMN = pyarrow.array([b"fine text", b"\n\n\n\xff\xfe"]).cast(pyarrow.binary()).view(pyarrow.string())
 
 FAULTS: dict[str, tuple[str, bytes, str, str]] = {
     "an empty file": ("x.txt", b"", "empty", "x.txt: empty"),
@@ -193,6 +193,7 @@ FAULTS: dict[str, tuple[str, bytes, str, str]] = {
     "bytes that are no text": ("x.txt", b"a\nb\n\xff", "not_utf8", "x.txt:3: not UTF-8 (byte 0xff)"),
     "a bad byte in a record": ("x.jsonl", b'{"text": "\xe9"}\n', "not_utf8", "x.jsonl:1: not UTF-8"),
     "half a surrogate pair": ("x.jsonl", rb'{"text": "\ud800"}', "not_utf8", "x.jsonl:1: not UTF-8"),
+    "half a pair after line feeds": ("x.jsonl", rb'{"text": "\n\n\n\ud800"}', "not_utf8", "x.jsonl:1: not UTF-8"),
     "a torn record": ("x.jsonl", b'{"text": "a', "bad_record", "x.jsonl:1: no valid record (Unterminated"),
     "a record too deep": ("x.jsonl", b"[" * 100_000, "bad_record", "x.jsonl:1: no valid record"),
     "a record that is a list": ("x.jsonl", b'["a"]', "bad_record", "(list, expected an object)"),
