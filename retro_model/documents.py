@@ -20,7 +20,6 @@ documents that the model will see.
 """
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -203,7 +202,7 @@ class Corpus:
                 continue
             digest = hashlib.blake2b(entry.text.encode(), digest_size=16).digest()
             digests += digest
-            path = hashlib.blake2b(os.fsencode(entry.source), digest_size=8).digest()
+            path = hashlib.blake2b(entry.source.encode(), digest_size=8).digest()
             identities += path if entry.record is None else digest[:8]
         return np.frombuffer(digests, "<u8").reshape(-1, 2), np.frombuffer(identities, "<u8")
 

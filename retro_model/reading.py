@@ -104,8 +104,10 @@ def read_entries(file: Path, source: str, text_field: str, separator: str | None
     """Yields what `file` holds, in order; text that comes before damage is not lost.
 
     `text_field` is where the text of a record is, `separator` the line that parts the documents of a text
-    file, if any does. `source` is what the entries call the file.
+    file, if any does. `source` is what the entries call the file; bytes of it that are not UTF-8 are spelled
+    with backslashes, so that it can be written anywhere.
     """
+    source = source.encode(errors="surrogateescape").decode(errors="backslashreplace")
     suffix, record = _suffix(file), 0
     if suffix == ".parquet":
         entries = _rows(file, source, text_field)
@@ -244,7 +246,10 @@ def _rows(file: Path, source: str, text_field: str) -> Iterator[Entry]:
     number = 0
     try:
         # Without a buffer size, or with pre_buffer, a row group's whole column is read at once.
-        with pyarrow.parquet.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False) as table:
+        with (
+            file.open("rb") as stream,  # pyarrow itself opens no name that is not UTF-8
+            pyarrow.parquet.ParquetFile(stream, buffer_size=BLOCK_BYTES, pre_buffer=False) as table,
+        ):
             yield from _check_columns(table, source, text_field)
             if text_field not in table.schema_arrow.names:
                 return

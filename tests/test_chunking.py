@@ -1,6 +1,7 @@
 """Chunks: rows that give their documents back, and never two documents in one."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -252,6 +253,16 @@ def test_a_split_without_a_token_is_refused_and_leaves_nothing(bert: Tokenizer, 
     with pytest.raises(DocumentError, match="finds no token in the documents of train"):
         make_chunks(documents, CONFIG, bert.folder, 8, tmp_path / "chunks")
     assert [path.name for path in tmp_path.iterdir()] == ["documents"]
+
+
+def test_a_file_name_that_is_not_utf8_is_cut_and_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for number in range(4):
+        (folder / os.fsdecode(b"caf\xe9-%d.txt" % number)).write_text(f"some words, {number}")
+    make_chunks(folder, CONFIG, tokenizer.folder, 16, tmp_path / "chunks")
+    named = [entry["source"] for chunks in opened(tmp_path / "chunks").values() for entry in table(chunks)]
+    assert sorted(map(str, named)) == [rf"caf\xe9-{number}.txt" for number in range(4)]
 
 
 def test_lost_text_is_counted(bert: Tokenizer, corpus: Path, tmp_path: Path) -> None:

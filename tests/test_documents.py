@@ -265,6 +265,23 @@ def test_the_rows_of_a_table_without_the_column_all_count(tmp_path: Path) -> Non
     assert (report.read, report.flawed["missing_field"]) == (10, 7)
 
 
+@pytest.mark.parametrize("suffix", reading.SUFFIXES)
+def test_a_name_that_is_not_utf8_is_spelled_with_backslashes(tmp_path: Path, suffix: str) -> None:
+    content = {
+        ".jsonl": lines_of(["fine text"]),
+        ".jsonl.gz": gzip.compress(lines_of(["fine text"])),
+        ".jsonl.zst": zstandard.compress(lines_of(["fine text"])),
+        ".parquet": parquet_bytes(text=["fine text"]),
+    }
+    file = tmp_path / os.fsdecode(b"caf\xe9" + suffix.encode())
+    file.write_bytes(content.get(suffix, b"fine text"))
+    (entry,) = reading.read_entries(file, file.name, "text", None)
+    assert (entry.source, entry.text, entry.flaw) == (rf"caf\xe9{suffix}", "fine text", "")
+    file.write_bytes(b"\xff")
+    (entry,) = reading.read_entries(file, file.name, "text", None)
+    assert entry.flaw and f"{entry.place} {entry.detail}".isascii()
+
+
 # ---- refusals ------------------------------------------------------------------------------------------
 
 
