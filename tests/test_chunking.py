@@ -195,9 +195,9 @@ def test_equal_inputs_give_equal_bytes_whatever_the_batches(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(module, "BATCH_BYTES", 1000)
     monkeypatch.setattr(module, "BATCH_DOCUMENTS", 3)
-    monkeypatch.setattr(module, "PART_CHARACTERS", 5000)
+    monkeypatch.setattr(module, "PART_BYTES", 5000)
     monkeypatch.setattr(module, "PART_DOCUMENTS", 5)
     metrics = make_chunks(corpus, CONFIG, tokenizer.folder, 16, tmp_path / "chunks")
     assert metrics == made[1]
@@ -335,8 +335,9 @@ def test_a_chunk_that_begins_within_a_word_has_no_mark_of_it(bert: Tokenizer) ->
     assert found[1].startswith("bacodi fu # #"), "number signs of the text stay"
 
 
-def test_batches_hold_little_text_at_once() -> None:
-    documents = [Document(number, "a", None, "train", "x" * (1 << 19)) for number in range(20)]
+@pytest.mark.parametrize(("character", "most"), [("x", 4), ("\u00e9", 2), ("\ud55c", 1), ("\U0001f600", 1)])
+def test_batches_hold_little_text_at_once(character: str, most: int) -> None:
+    documents = [Document(number, "a", None, "train", character * (1 << 19)) for number in range(20)]
     batches = list(module.batches(iter(documents), 1 << 21, 100))
     assert [document for batch in batches for document in batch] == documents
-    assert max(len(batch) for batch in batches) == 4
+    assert max(len(batch) for batch in batches) == most, "bytes count, not characters"

@@ -331,7 +331,7 @@ def test_how_many_documents_are_read_at_once_changes_nothing(
 ) -> None:
     make_chunks(corpus, tmp_path)
     expected = digests(tmp_path)
-    for most in ({"most_texts": 1}, {"most_texts": 3}, {"most_characters": 1}):
+    for most in ({"most_texts": 1}, {"most_texts": 3}, {"most_bytes": 1}):
         with monkeypatch.context() as patch:
             patch.setattr(retrieval, "batches", partial(batches, **most))
             make_chunks(corpus, tmp_path)
