@@ -30,12 +30,12 @@ from retro_model.artifacts import SPLITS, Artifact, ArtifactWriter, whole_folder
 from retro_model.documents import Corpus, CorpusConfig, Document
 from retro_model.engine import Engine, Part, work_or_temporary
 from retro_model.errors import DocumentError
-from retro_model.tokenizer import Encoded, Tokenizer
+from retro_model.tokenizer import Encoded, Tokenizer, utf8_size
 
 TABLE = "documents.jsonl"
-BATCH_CHARACTERS = 1 << 21  # of text in memory at once, unless one document is longer
+BATCH_BYTES = 1 << 21  # of text in memory at once, unless one document is longer
 BATCH_DOCUMENTS = 1 << 12
-PART_CHARACTERS = 1 << 24  # of text that one part of the work has, a few seconds of it
+PART_BYTES = 1 << 24  # of text that one part of the work has, a few seconds of it
 PART_DOCUMENTS = 1 << 17
 ROWS_PER_SHARD = 1 << 18
 
@@ -117,7 +117,7 @@ class ChunkJob:
         id_type = np.int32 if self.num_documents < 1 << 31 else np.int64
         totals = {split: Counter[str]() for split in SPLITS}
         with ArtifactWriter(folder, self.kind) as writer, _Table(folder) as table:
-            for batch, encoded in ahead(_encode(batches(documents, BATCH_CHARACTERS, BATCH_DOCUMENTS), tokenizer)):
+            for batch, encoded in ahead(_encode(batches(documents, BATCH_BYTES, BATCH_DOCUMENTS), tokenizer)):
                 chunks = cut(encoded, self.chunk_size, tokenizer.pad_id, tokenizer.begin_id, tokenizer.end_id)
                 places = np.array([SPLITS.index(document.split) for document in batch], np.uint8)
                 kept = np.diff(encoded.starts) > 0
@@ -227,8 +227,9 @@ def make_chunks(
 ) -> dict[str, float]:
     """Writes the chunk artifacts of all splits below `folder` and returns the counts of what was done.
 
-    Memory is that of a few batches, however large the corpus is. `engine` changes speed only; what was
-    finished before a kill is found again in `work_folder`.
+    Memory is that of a few parts of the text and one shard a split, beside what `Corpus` knows of each
+    document and file. `engine` changes speed only; what was finished before a kill is found again in
+    `work_folder`.
 
     Raises DocumentError where a split has no document to cut.
     """
@@ -247,7 +248,7 @@ def make_chunks(
 
 
 def _parts(corpus: Corpus) -> Iterator[Part]:
-    for number, batch in enumerate(batches(corpus.documents(), PART_CHARACTERS, PART_DOCUMENTS)):
+    for number, batch in enumerate(batches(corpus.documents(), PART_BYTES, PART_DOCUMENTS)):
         digest = hashlib.blake2b(digest_size=16)
         for document in batch:
             digest.update(json.dumps(document).encode())
@@ -301,17 +302,18 @@ def _metrics(corpus: Corpus, totals: dict[str, Counter[str]], chunk_size: int) -
 
 
 def batches(
-    texts: Iterable[Text], most_characters: int = BATCH_CHARACTERS, most_texts: int = BATCH_DOCUMENTS
+    texts: Iterable[Text], most_bytes: int = BATCH_BYTES, most_texts: int = BATCH_DOCUMENTS
 ) -> Iterator[list[Text]]:
-    """The documents in order, some at a time: as many as have that many characters, one at least."""
+    """The documents in order, some at a time: as many as have that many UTF-8 bytes, one at least."""
     batch: list[Text] = []
-    characters = 0
+    total = 0
     for item in texts:
-        if batch and (characters + len(item.text) > most_characters or len(batch) == most_texts):
+        size = utf8_size(item.text)
+        if batch and (total + size > most_bytes or len(batch) == most_texts):
             yield batch
-            batch, characters = [], 0
+            batch, total = [], 0
         batch.append(item)
-        characters += len(item.text)
+        total += size
     if batch:
         yield batch
 

@@ -6,7 +6,7 @@
 This is the only way that text becomes a vector: for the database, for held-out chunks and for live
 queries. A chunk's vector is a function of the chunk alone. Whatever shares its batch, the shapes are
 the same: every text is padded to one length, and a batch that is not full is filled up with rows that
-nobody reads.
+nobody reads. On a GPU the batch size is a part of that function: another one may change the last bits.
 
     encoder = Encoder.open(EmbedConfig())
     encoder.embed(["a text", "another"])          # float32 (2, 384)
@@ -43,7 +43,7 @@ NUMBER_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Chunks of a full batch: on a CPU, what the second-level cache holds; on a GPU, what keeps it busy. No clock
 # decides, since a probe would take longer than it saves, and finds no difference between 16 and 64 on a CPU:
-# `benchmarks/data.py embed` compares. Vectors do not depend on it (see below).
+# `benchmarks/data.py embed` compares. On a CPU, vectors do not depend on it (see below).
 ROWS_PER_BATCH = {"cpu": 32, "cuda": 512}
 
 # Batches are filled up to a multiple of this. On CPUs, matrix products of fewer rows take other
@@ -418,8 +418,9 @@ class EmbedJob:
         return _Opened(encoder, tokenizer, splits)
 
     def facts(self, opened: _Opened) -> dict[str, Any]:
-        """What makes a vector, and the kind of device that made it: another one rounds differently."""
-        return {**opened.encoder.facts(), "device": opened.encoder.device.type}
+        """What makes a vector, and what rounds it: the kind of device, and of how many texts its shapes are."""
+        encoder = opened.encoder
+        return {**encoder.facts(), "device": encoder.device.type, "rows_alike": encoder.rows_alike}
 
     def make(self, opened: _Opened, folder: Path, split: str, start: int, stop: int) -> Iterator[int]:
         """The vectors of chunks `start` to `stop` of a split."""
@@ -448,8 +449,9 @@ def make_embeddings(
 ) -> Outcome:
     """Writes the embeddings of every split's chunks below `out_folder` and returns what there is to say.
 
-    `batch_size` is in chunks (None: chosen by the device) and, like `engine`, changes speed only. What was
-    finished before a kill is found again in `work_folder`.
+    `batch_size` is in chunks (None: chosen by the device) and, like `engine`, changes speed only; but on a
+    GPU another one may change the last bits. What was finished before a kill is found again in
+    `work_folder`, unless its batches rounded differently.
 
     Raises MismatchError where the chunks are not of this tokenizer; SourceError and ConfigError as
     `Encoder.open` does.

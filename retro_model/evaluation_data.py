@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from retro_model.artifacts import SPLITS, Artifact, ArtifactWriter
-from retro_model.chunking import BATCH_CHARACTERS, ROWS_PER_SHARD, TABLE, batches, cut
+from retro_model.chunking import BATCH_BYTES, ROWS_PER_SHARD, TABLE, batches, cut
 from retro_model.documents import CorpusConfig
 from retro_model.embedding import EmbedConfig, make_embeddings
 from retro_model.engine import Engine
@@ -98,7 +98,7 @@ def write_chunks(
     token_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     with ArtifactWriter(folder, "chunks", ROWS_PER_SHARD) as writer:
         with (folder / TABLE).open("w", encoding="utf-8", newline="\n") as table:
-            for batch in batches(texts, BATCH_CHARACTERS):
+            for batch in batches(texts, BATCH_BYTES):
                 encoded = tokenizer.encode_batch([item.text for item in batch])
                 chunks = cut(encoded, chunk_size, tokenizer.pad_id, tokenizer.begin_id, tokenizer.end_id)
                 kept = np.diff(encoded.starts) > 0

@@ -1,6 +1,7 @@
 """What files hold, place by place: texts, and the reasons why there is none, with file and line.
 
-Everything is read as a stream: memory holds one document, however large file or archive.
+Everything is read as a stream: memory holds one document, or a few rows of a table, however large the file,
+archive or row group.
 """
 
 import gzip
@@ -9,7 +10,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from retro_model.errors import DocumentError
 
@@ -26,7 +27,7 @@ FLAWS = {
     "bad_file": "unreadable file or truncated archive",
 }
 BLOCK_BYTES = 1 << 20
-ROWS_PER_BATCH = 1024  # of a .parquet file
+ROWS_PER_BATCH = 64  # of a .parquet file: a row may be a book
 
 
 class Entry(NamedTuple):
@@ -73,8 +74,14 @@ def find_files(path: Path) -> tuple[list[Path], int]:
 
 def _walk(path: Path) -> Iterator[Path]:
     """All files that are not hidden; links to folders are followed, each folder once."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DocumentError(
+            f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it out of {path}"
+        ) from error
+
     seen = set()
-    for folder, names, file_names in os.walk(path, followlinks=True):
+    for folder, names, file_names in os.walk(path, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             names.clear()
@@ -97,8 +104,10 @@ def read_entries(file: Path, source: str, text_field: str, separator: str | None
     """Yields what `file` holds, in order; text that comes before damage is not lost.
 
     `text_field` is where the text of a record is, `separator` the line that parts the documents of a text
-    file, if any does. `source` is what the entries call the file.
+    file, if any does. `source` is what the entries call the file; bytes of it that are not UTF-8 are spelled
+    with backslashes, so that it can be written anywhere.
     """
+    source = source.encode(errors="surrogateescape").decode(errors="backslashreplace")
     suffix, record = _suffix(file), 0
     if suffix == ".parquet":
         entries = _rows(file, source, text_field)
@@ -171,17 +180,18 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield last
 
 
-def _decoded(source: str, record: int | None, content: bytes) -> Entry:
+def _decoded(source: str, record: int | None, content: bytes, *, spans_lines: bool = False) -> Entry:
+    """The text at `record`. If it `spans_lines`, that is where it begins, and a flaw is at the line of its own."""
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        line = (record or 1) + content[: error.start].count(b"\n")
-        return Entry(source, line, "", "not_utf8", f"byte 0x{content[error.start]:02x}")
+        place = (record or 1) + content[: error.start].count(b"\n") if spans_lines else record
+        return Entry(source, place, "", "not_utf8", f"byte 0x{content[error.start]:02x}")
     return Entry(source, record, text) if text.strip() else Entry(source, record, "", "empty")
 
 
 def _whole_file(blocks: Iterable[bytes], source: str) -> Iterator[Entry]:
-    yield _decoded(source, None, b"".join(blocks))
+    yield _decoded(source, None, b"".join(blocks), spans_lines=True)
 
 
 def _separated(lines: Iterable[bytes], source: str, separator: str) -> Iterator[Entry]:
@@ -193,10 +203,10 @@ def _separated(lines: Iterable[bytes], source: str, separator: str) -> Iterator[
             pending.append(line)
             continue
         if pending or start > 1:
-            yield _decoded(source, start, b"".join(pending))
+            yield _decoded(source, start, b"".join(pending), spans_lines=True)
         pending, start = [], number + 1
     if pending or not number:
-        yield _decoded(source, start, b"".join(pending))
+        yield _decoded(source, start, b"".join(pending), spans_lines=True)
 
 
 def _json_lines(lines: Iterable[bytes], source: str, text_field: str) -> Iterator[Entry]:
@@ -235,7 +245,11 @@ def _rows(file: Path, source: str, text_field: str) -> Iterator[Entry]:
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
+        # Without a buffer size, or with pre_buffer, a row group's whole column is read at once.
+        with (
+            file.open("rb") as stream,  # pyarrow itself opens no name that is not UTF-8
+            pyarrow.parquet.ParquetFile(stream, buffer_size=BLOCK_BYTES, pre_buffer=False) as table,
+        ):
             yield from _check_columns(table, source, text_field)
             if text_field not in table.schema_arrow.names:
                 return

@@ -387,8 +387,12 @@ def chunks_to_precalculated_knn_(
 
 
 def beside(chunks_path: AnyPath, name: str) -> Path:
-    """The path of what is made from a chunk file: train.chunks.knn.dat of train.chunks.dat."""
-    return Path(chunks_path).with_suffix(f".{name}")
+    """The path of what is made from a chunk file: train.chunks.knn.dat of train.chunks.dat.
+
+    No suffix but .dat is dropped, so that corpus.train and corpus.valid do not share their files.
+    """
+    path = Path(chunks_path)
+    return path.with_name(f"{path.name.removesuffix('.dat')}.{name}")
 
 
 def _digest(array: npt.NDArray[Any]) -> str:

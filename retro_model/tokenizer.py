@@ -81,7 +81,8 @@ class Encoded:
         flat = chain.from_iterable(encoding.ids for encoding in encodings)
         self.ids: npt.NDArray[np.int32] = np.fromiter(flat, np.int32, int(lengths.sum()))
         self.sizes = np.fromiter((utf8_size(text) for text in texts), np.int64, len(texts))
-        self._texts, self._encodings = texts, encodings
+        # Of a batch of text, encodings take most of the memory, and only offsets are read from them again.
+        self._texts, self._encodings = (texts, encodings) if token_bytes is None else ((), [])
         self._covered: npt.NDArray[np.int64] | None = None
         if token_bytes is not None:
             self._covered = np.concatenate([[0], np.cumsum(token_bytes[self.ids])])

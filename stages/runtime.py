@@ -1,5 +1,5 @@
-"""Settings of this machine. They change how fast a stage runs and never what it should write, so that
-dvc.yaml does not track them: edit them freely, nothing runs again."""
+"""Settings of this machine. They change how fast a stage runs and never what it should write (params.yaml
+says which ones round differently), so that dvc.yaml does not track them: edit them freely, nothing runs again."""
 
 from dataclasses import dataclass
 

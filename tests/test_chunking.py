@@ -1,6 +1,7 @@
 """Chunks: rows that give their documents back, and never two documents in one."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -194,9 +195,9 @@ def test_equal_inputs_give_equal_bytes_whatever_the_batches(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(module, "BATCH_BYTES", 1000)
     monkeypatch.setattr(module, "BATCH_DOCUMENTS", 3)
-    monkeypatch.setattr(module, "PART_CHARACTERS", 5000)
+    monkeypatch.setattr(module, "PART_BYTES", 5000)
     monkeypatch.setattr(module, "PART_DOCUMENTS", 5)
     metrics = make_chunks(corpus, CONFIG, tokenizer.folder, 16, tmp_path / "chunks")
     assert metrics == made[1]
@@ -252,6 +253,16 @@ def test_a_split_without_a_token_is_refused_and_leaves_nothing(bert: Tokenizer, 
     with pytest.raises(DocumentError, match="finds no token in the documents of train"):
         make_chunks(documents, CONFIG, bert.folder, 8, tmp_path / "chunks")
     assert [path.name for path in tmp_path.iterdir()] == ["documents"]
+
+
+def test_a_file_name_that_is_not_utf8_is_cut_and_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for number in range(4):
+        (folder / os.fsdecode(b"caf\xe9-%d.txt" % number)).write_text(f"some words, {number}")
+    make_chunks(folder, CONFIG, tokenizer.folder, 16, tmp_path / "chunks")
+    named = [entry["source"] for chunks in opened(tmp_path / "chunks").values() for entry in table(chunks)]
+    assert sorted(map(str, named)) == [rf"caf\xe9-{number}.txt" for number in range(4)]
 
 
 def test_lost_text_is_counted(bert: Tokenizer, corpus: Path, tmp_path: Path) -> None:
@@ -324,8 +335,9 @@ def test_a_chunk_that_begins_within_a_word_has_no_mark_of_it(bert: Tokenizer) ->
     assert found[1].startswith("bacodi fu # #"), "number signs of the text stay"
 
 
-def test_batches_hold_little_text_at_once() -> None:
-    documents = [Document(number, "a", None, "train", "x" * (1 << 19)) for number in range(20)]
+@pytest.mark.parametrize(("character", "most"), [("x", 4), ("\u00e9", 2), ("\ud55c", 1), ("\U0001f600", 1)])
+def test_batches_hold_little_text_at_once(character: str, most: int) -> None:
+    documents = [Document(number, "a", None, "train", character * (1 << 19)) for number in range(20)]
     batches = list(module.batches(iter(documents), 1 << 21, 100))
     assert [document for batch in batches for document in batch] == documents
-    assert max(len(batch) for batch in batches) == 4
+    assert max(len(batch) for batch in batches) == most, "bytes count, not characters"

@@ -5,6 +5,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from retro_model.artifacts import SPLITS, Artifact
 from retro_model.chunking import chunk_text
 from retro_model.embedding import (
     EmbedConfig,
+    EmbedJob,
     Encoder,
     derived_max_tokens,
     find_encoder,
@@ -299,6 +301,47 @@ def test_equal_bytes_for_any_batch_size_and_block(
         make_embeddings(data / "chunks", data / "tokenizer", config, out, batch_size=batch_size)
         fingerprints.add(tuple(Artifact.open(out / split, "embeddings").fingerprint for split in SPLITS))
     assert len(fingerprints) == 1
+
+
+class OnAnyDevice(SimpleNamespace):
+    """Stands for a model on a GPU that this machine lacks."""
+
+    def to(self, **where: object) -> "OnAnyDevice":
+        return self
+
+    def eval(self) -> "OnAnyDevice":
+        return self
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", [8, 8]), ("cuda", [24, 512])])
+def test_facts_hold_what_shapes_a_batch(device: str, expected: list[int], data: Path, encoder_folder: Path) -> None:
+    config = config_for(encoder_folder, max_tokens=24)
+    model, found = OnAnyDevice(config=SimpleNamespace(hidden_size=4)), []
+    for batch_size in (24, 512):
+        encoder = Encoder(config, model, None, "-", device=torch.device(device), batch_size=batch_size)
+        job = EmbedJob(data / "chunks", data / "tokenizer", config, device, batch_size)
+        opened = SimpleNamespace(encoder=encoder)
+        found.append(job.facts(opened)["rows_alike"])  # type: ignore[arg-type]
+    assert found == expected
+
+
+def test_parts_of_batches_that_round_differently_are_not_mixed(
+    encoder_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, embed_rows = [], embedding.embed_rows
+
+    def count(encoder: Encoder, *rest: Any) -> Any:
+        made.append(encoder.rows_alike)
+        return embed_rows(encoder, *rest)
+
+    monkeypatch.setattr(embedding, "embed_rows", count)
+    work, config = tmp_path / "work", config_for(encoder_folder, max_tokens=24)
+    for rows_alike in (8, 8, 16):
+        monkeypatch.setattr(embedding, "ROWS_ALIKE_ON_CPU", rows_alike)  # as batch sizes are on a GPU
+        out = tmp_path / f"out-{rows_alike}"
+        shutil.rmtree(out, ignore_errors=True)
+        make_embeddings(data / "chunks", data / "tokenizer", config, out, work_folder=work)
+    assert made == [8] * 3 + [16] * 3, "a part a split, and what was there was used again"
 
 
 def test_chunks_of_another_tokenizer_are_refused(encoder_folder: Path, data: Path, tmp_path: Path) -> None:

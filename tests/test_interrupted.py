@@ -45,7 +45,7 @@ def make(stage: str, data: Path, out: Path, work: Path, config: EngineConfig) ->
 def small_parts() -> None:
     """Settings of this file's processes: parts so small that there are many."""
     artifacts.LEAST_ROWS_PER_PART = 256
-    chunking.PART_CHARACTERS = 10_000
+    chunking.PART_BYTES = 10_000
     index_building.ROWS_PER_ADDED_PART = 128
 
 
@@ -90,7 +90,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(artifacts, "LEAST_ROWS_PER_PART", 256)
-        patch.setattr(chunking, "PART_CHARACTERS", 10_000)
+        patch.setattr(chunking, "PART_BYTES", 10_000)
         patch.setattr(index_building, "ROWS_PER_ADDED_PART", 128)
         tiny_data(folder, tiny_corpus(folder / "documents"))
         tiny_encoder(folder / "encoder")
@@ -140,7 +140,7 @@ def test_two_processes_write_the_same_bytes_as_one(
     stage: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(artifacts, "LEAST_ROWS_PER_PART", 256)
-    monkeypatch.setattr(chunking, "PART_CHARACTERS", 10_000)
+    monkeypatch.setattr(chunking, "PART_BYTES", 10_000)
     monkeypatch.setattr(index_building, "ROWS_PER_ADDED_PART", 128)
     make(stage, data, tmp_path / "out", tmp_path / "work", EngineConfig(workers=2))
     assert files_of(tmp_path / "out") == files_of(data / OUT[stage])

@@ -86,7 +86,7 @@ def test_a_cluster_writes_the_bytes_of_one_process(
     stage: str, cluster: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(artifacts, "LEAST_ROWS_PER_PART", 256)
-    monkeypatch.setattr(chunking, "PART_CHARACTERS", 10_000)
+    monkeypatch.setattr(chunking, "PART_BYTES", 10_000)
     monkeypatch.setattr(index_building, "ROWS_PER_ADDED_PART", 128)
     test_interrupted.make(stage, data, tmp_path / "out", tmp_path / "work", RAY)
     expected = test_interrupted.files_of(data / test_interrupted.OUT[stage])

@@ -331,7 +331,7 @@ def test_how_many_documents_are_read_at_once_changes_nothing(
 ) -> None:
     make_chunks(corpus, tmp_path)
     expected = digests(tmp_path)
-    for most in ({"most_texts": 1}, {"most_texts": 3}, {"most_characters": 1}):
+    for most in ({"most_texts": 1}, {"most_texts": 3}, {"most_bytes": 1}):
         with monkeypatch.context() as patch:
             patch.setattr(retrieval, "batches", partial(batches, **most))
             make_chunks(corpus, tmp_path)
@@ -791,6 +791,17 @@ def test_two_chunk_files_in_one_folder_do_not_disturb_each_other(corpus: Path, t
         num_chunks=20, chunk_size=M, chunk_memmap_path=files["one"], index_file=tmp_path / "sub" / "my.index"
     )
     assert (tmp_path / "sub" / "my.index").is_file() and (tmp_path / "two.chunks.knn.index").is_file()
+
+
+def test_files_made_from_a_chunk_file_are_its_own() -> None:
+    assert beside("./train.chunks.dat", "knn.dat") == Path("train.chunks.knn.dat")
+    names = ("corpus.train", "corpus.valid", "corpus.dat", "corpus.1.dat")
+    assert [beside(f"a.b/{name}", "knn.dat").as_posix() for name in names] == [
+        "a.b/corpus.train.knn.dat",
+        "a.b/corpus.valid.knn.dat",
+        "a.b/corpus.knn.dat",
+        "a.b/corpus.1.knn.dat",
+    ]
 
 
 def test_a_record_holds_no_path_and_says_what_the_file_was_made_from(made: tuple[Path, dict[str, int]]) -> None:

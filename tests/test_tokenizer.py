@@ -4,8 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from retro_model.artifacts import Artifact
 from retro_model.documents import Corpus, CorpusConfig
 from retro_model.errors import ConfigError, DamagedArtifactError, MissingArtifactError, SourceError
-from retro_model.tokenizer import SpecialIds, Tokenizer, TokenizerConfig, make_tokenizer, save, train
+from retro_model.tokenizer import Encoded, SpecialIds, Tokenizer, TokenizerConfig, make_tokenizer, save, train
 
 TEXTS = [
     "Plain text, twice: plain text.",
@@ -92,6 +94,19 @@ def test_bytes_covered_are_those_that_the_first_tokens_give_back(trained: Tokeni
     for number, count, size in zip(numbers, counts, covered, strict=True):
         back = trained.decode(encoded.ids[encoded.starts[number] :][:count])
         assert texts[number].encode()[:size].decode(errors="ignore") == back.rstrip("\ufffd")
+
+
+def test_what_is_measured_by_bytes_keeps_no_encoding(trained: Tokenizer) -> None:
+    class Watched(list[Any]):  # a list that can be watched
+        pass
+
+    backend = Backend.from_file(str(trained.folder / "tokenizer.json"))
+    encodings = Watched(backend.encode_batch_fast(TEXTS))
+    watch = weakref.ref(encodings)
+    encoded = Encoded(TEXTS, encodings, np.ones(trained.vocab_size, np.int64))
+    del encodings
+    assert watch() is None, "encodings take most of the memory of the chunk stage"
+    assert len(encoded) == len(TEXTS)
 
 
 def test_special_ids_come_first_and_decode_to_nothing(trained: Tokenizer) -> None:
