@@ -1,5 +1,8 @@
 """Neighbors are what brute force finds in other documents, for any batch, any surplus and any shards."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from retro_model.index_keys import IndexConfig
 from retro_model.neighbors import Database, KnnJob, NeighborsConfig, describe_neighbors, make_neighbors
 
 faiss = import_faiss()
+TESTS = Path(__file__).parent
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
@@ -284,6 +288,29 @@ def test_lists_that_hold_too_few_are_not_the_end() -> None:
     database = database_of(vectors, np.arange(100), lists=8)
     ids, _ = database.nearest(vectors[:3], np.arange(3), 90)
     assert (ids >= 0).all()
+
+
+# Shares go on to more lists each at its own time; where they shared that number, faiss read beyond an array.
+THREADS = """
+import numpy as np
+from test_neighbors import database_of, faiss
+
+random = np.random.default_rng(0)
+vectors = (random.normal(size=(20_000, 16)) * np.exp(random.normal(size=(20_000, 1)))).astype(np.float32)
+database = database_of(vectors, np.arange(20_000), lists=256)  # of 2 to 672 rows each
+faiss.omp_set_num_threads(1)
+expected = database.nearest(vectors[:2000], np.full(2000, -1), 64)
+faiss.omp_set_num_threads(8)
+for _ in range(20):
+    for found, right in zip(database.nearest(vectors[:2000], np.full(2000, -1), 64), expected):
+        assert found.tobytes() == right.tobytes()
+"""
+
+
+def test_threads_that_visit_different_numbers_of_lists_do_not_meet() -> None:
+    program = [sys.executable, "-c", THREADS]  # a process of its own: faiss may end it
+    done = subprocess.run(program, cwd=TESTS, env={**os.environ, "PYTHONPATH": str(TESTS.parent)}, check=False)
+    assert done.returncode == 0
 
 
 def test_a_small_database_ends_in_none() -> None:
