@@ -175,6 +175,8 @@ class Running(Generic[Opened]):
 
     def _found(self, folder: Path, facts: dict[str, Any]) -> Artifact | None:
         if not (folder / DESCRIPTION).is_file():
+            if folder.exists():
+                shutil.rmtree(folder)  # what a kill left of one that was being deleted
             return None
         try:
             return Artifact.open(folder, self.job.kind).require(**facts)

@@ -131,11 +131,14 @@ def work_folder(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> It
     """
     folder = work_path(stage, inputs, params)
     home, key = folder.parent, folder.name
-    folder.mkdir(parents=True, exist_ok=True)
+    home.mkdir(parents=True, exist_ok=True)
     with _lock(home / f"{key}.lock") as locked:
         if not locked:
             raise RetroError(f"{folder}: another process is running this very stage; wait for it or stop it")
-        _prune(home, keep=key)
+        folder.mkdir(exist_ok=True)
+        with _lock(home / "prune.lock") as alone:
+            if alone:
+                _prune(home, keep=key)
         yield folder
         (folder / "finished").touch()
 
@@ -165,7 +168,12 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def _prune(home: Path, keep: str) -> None:
-    """Removes the finished work of other settings, and unfinished work beyond the newest few."""
+    """Removes the finished work of other settings, and unfinished work beyond the newest few.
+
+    Each is renamed before: half of it would pass for unfinished work, which a later run goes on with.
+    """
+    for leftover in home.glob("*.deleted"):
+        shutil.rmtree(leftover)
     others = sorted(
         (path for path in home.iterdir() if path.is_dir() and path.name != keep),
         key=lambda path: path.stat().st_mtime,
@@ -176,7 +184,8 @@ def _prune(home: Path, keep: str) -> None:
         if path not in unfinished[:KEPT_UNFINISHED]:
             with _lock(home / f"{path.name}.lock") as locked:
                 if locked:
-                    shutil.rmtree(path)
+                    doomed = path.rename(path.with_name(f"{path.name}.deleted"))
+                    shutil.rmtree(doomed)
 
 
 class _Terminated(BaseException):

@@ -150,6 +150,13 @@ def test_a_part_of_another_job_or_damaged_is_made_again(
     assert times_made(diary) == [2, 3, 2, 2, 2]
 
 
+def test_a_part_whose_deletion_was_cut_short_is_made_again(diary: Path, tmp_path: Path) -> None:
+    run(SquareJob(diary), tmp_path / "work")
+    (tmp_path / "work" / "p-10" / "artifact.json").unlink()  # first, as it may happen
+    assert run(SquareJob(diary), tmp_path / "work") == [x * x for x in range(50)]
+    assert times_made(diary) == [1, 2, 1, 1, 1]
+
+
 def test_a_part_made_with_other_facts_than_asked_for_is_made_again(diary: Path, tmp_path: Path) -> None:
     parts = [part._replace(facts={"offset": 0}) for part in PARTS]
     run(SquareJob(diary), tmp_path / "work", parts=parts)

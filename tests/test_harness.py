@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,24 @@ def test_finished_work_of_other_settings_is_cleared_and_unfinished_kept(project:
             raise RuntimeError("stop")
         os.utime(folder, (rate, rate))
     assert not unfinished.exists()
+
+
+def test_work_is_whole_or_absent_when_its_deletion_is_cut_short(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = project / ".retro" / "work" / "train"
+    with work_folder("train", [Path("data")], {"lr": 1.0}) as finished:
+        (finished / "checkpoint").write_text("x")
+
+    def killed(path: Path) -> None:
+        (path / "finished").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        key({"lr": 2.0})
+    assert not finished.exists(), "half of it would pass for work to go on with"
+    assert list(home.glob("*.deleted"))
+    key({"lr": 3.0})
+    assert not list(home.glob("*.deleted")), "the next one clears it"
 
 
 def test_the_same_work_twice_at_once_is_refused(project: Path) -> None:
