@@ -32,6 +32,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 from retro_model.artifacts import DESCRIPTION, Artifact
 from retro_model.config import Config, setting
 from retro_model.errors import ConfigError, DamagedArtifactError, MismatchError, RetroError
+from retro_model.processes import end_with_parent
 from retro_model.progress import Progress
 
 Opened = TypeVar("Opened")
@@ -318,6 +319,7 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(job: Job[Any], numbers: Any, num_gpus: int) -> None:
+    end_with_parent()
     number = numbers.get()
     if num_gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")

@@ -205,6 +205,26 @@ def test_what_a_kill_left_is_cleared_and_the_rest_goes_on(diary: Path, tmp_path:
     assert not list(work.glob("*.partial"))
 
 
+def test_a_killed_parent_takes_its_workers_with_it(diary: Path, tmp_path: Path) -> None:
+    program = f"""
+        import sys
+        sys.path.insert(0, {str(TESTS)!r})
+        from pathlib import Path
+        from test_engine import EngineConfig, SquareJob, run
+        job = SquareJob(Path({str(diary)!r}), together=2, broken="hangs")
+        run(job, Path({str(tmp_path / "work")!r}), EngineConfig(workers=2))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    process = subprocess.Popen(command, cwd=TESTS.parent, stdout=subprocess.PIPE)
+    try:
+        wait_until(lambda: list(diary.glob("hangs-*")) or process.poll() is not None)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)  # until the last process that could write there has ended
+    finally:
+        (diary / "go on").touch()
+    assert process.returncode == -signal.SIGKILL
+
+
 def test_two_processes_may_make_one_part_at_a_time(diary: Path, tmp_path: Path) -> None:
     job = SquareJob(diary)
     first = make_part(job, 0, tmp_path / "p-00", (0, 10))
