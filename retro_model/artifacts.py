@@ -395,7 +395,7 @@ class ShardedArray:
                 rows = min(self._rows_per_shard, len(self) - number * self._rows_per_shard)
                 try:
                     shard = np.load(path, mmap_mode="r", allow_pickle=False)
-                except (OSError, ValueError) as error:
+                except (ValueError, EOFError) as error:
                     raise _damaged(path, f"cannot be read ({error})") from error
                 if shard.shape != (rows, *self.shape[1:]) or shard.dtype != self.dtype:
                     expected = f"{(rows, *self.shape[1:])} {self.dtype}"

@@ -225,6 +225,7 @@ class Index:
         faiss, gpu = import_faiss(), on_gpu(device)
         facts = artifact.require(metric="l2").facts
         path = artifact.folder / INDEX_FILE
+        path.open("rb").close()  # what the system refuses is its own error, and no damage
         try:
             index = faiss.read_index(str(path))
         except RuntimeError as error:

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -24,13 +25,14 @@ import yaml
 
 from retro_model.artifacts import DESCRIPTION, file_digest
 from retro_model.errors import RetroError
+from retro_model.processes import allow_open_files
 
 # Unfinished work of other settings that is kept, newest first: it may still be wanted.
 KEPT_UNFINISHED = 3
 
 # What the disk or its owner can do to any stage, told in one line as it is.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-DISK_ERRORS = {*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
+DISK_ERRORS = {*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENFILE}
 
 # The same in the words of libraries that raise errors of their own: faiss, safetensors, tokenizers, SQLite.
 FULL_IN_WORDS = (*map(os.strerror, FULL), "disk I/O error", "database or disk is full")
@@ -50,6 +52,7 @@ def run_stage(name: str, main: Callable[[], None]) -> None:
     if Path(sys.argv[0]).stem == name and len(sys.argv) > 1:
         _stop(f"{name}: found {' '.join(sys.argv[1:])!r}, expected no argument: params.yaml has all settings", 2)
     signal.signal(signal.SIGTERM, _raise_terminated)
+    allow_open_files()
     started = time.monotonic()
     print(f"{name}: started", file=sys.stderr, flush=True)
     try:
@@ -71,6 +74,9 @@ def run_stage(name: str, main: Callable[[], None]) -> None:
 
 def _of_the_disk(error: Exception) -> str | None:
     """What the disk or its owner did, and to which file; None for any other error."""
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"{error.strerror}: {allowed} are allowed, raise that with `ulimit -n`"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"{error.strerror}: {error.filename or 'while writing'}"
     words = full_disk(error)

@@ -31,6 +31,11 @@ def stop_with(error: BaseException) -> None:
         (KeyboardInterrupt(), 130, "chunk: interrupted; the next `dvc repro` goes on"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "chunk: No space left on device: while writing; mend"),
         (PermissionError(errno.EACCES, "Permission denied", "data/x"), 1, "chunk: Permission denied: data/x; mend"),
+        (
+            OSError(errno.ENFILE, "Too many open files in system", "x"),
+            1,
+            "chunk: Too many open files in system: x; mend",
+        ),
     ],
 )
 def test_what_a_user_can_cause_is_one_line(
@@ -75,6 +80,42 @@ def test_signals_run_the_cleanup_and_say_so(tmp_path: Path, number: int, status:
     assert process.returncode == status
     assert errors.splitlines()[-1].endswith("; the next `dvc repro` goes on")
     assert list(tmp_path.iterdir()) == []
+
+
+MANY_FILES = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from retro_model.artifacts import Artifact, ArtifactWriter
+from stages.harness import run_stage
+
+def main():
+    with ArtifactWriter(Path("a"), "chunks", 1) as writer:
+        writer.append(tokens=np.arange(100))
+    assert (Artifact.open("a", "chunks")["tokens"][:] == np.arange(100)).all()
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[1])))
+run_stage("embed", main)
+"""
+
+
+@pytest.mark.parametrize(("most", "status"), [(200, 0), (64, 1)])
+def test_a_stage_opens_as_many_files_as_it_may_and_says_when_that_is_too_few(
+    tmp_path: Path, most: int, status: int
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_FILES, str(most)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    if status:
+        assert done.stderr.splitlines()[-1].startswith(
+            "embed: Too many open files: 64 are allowed, raise that with `ulimit -n`; mend that and run `dvc repro`"
+        )
 
 
 @pytest.fixture
