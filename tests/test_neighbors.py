@@ -505,6 +505,28 @@ def test_recall_counts_what_was_missed(data: Path, tmp_path: Path, monkeypatch: 
     assert 1 < len(sampled) <= 4, "the seed draws the queries"
 
 
+def test_a_long_document_does_not_take_the_memory_of_all_its_rows_for_every_query(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(900, 8)).astype(np.float32)
+    documents, rows = np.repeat([3, 4, 5], [700, 100, 100]), random.permutation(900)[:150]
+    queries, expected = vectors[rows], brute_force(vectors, documents, vectors[rows], documents[rows], 10)[1]
+    asked = []
+
+    def watched(some: Floats, block: Floats, k: int) -> Any:
+        asked.append(len(some) * k)
+        return knn(some, block, k)
+
+    knn = faiss.knn
+    monkeypatch.setattr(faiss, "knn", watched)
+    monkeypatch.setattr(distances_module, "ROWS_PER_BLOCK", 400)
+    monkeypatch.setattr(neighbors_module, "PAIRS_AT_ONCE", 5000)
+    found, largest = neighbors_module._exact_elsewhere(queries, documents[rows], vectors, documents, 10)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert largest == pytest.approx(float((vectors**2).sum(axis=1).max())) and max(asked) <= 5000
+
+
 def test_neighbors_that_cannot_be_are_not_missed(tmp_path: Path) -> None:
     vectors = {"train": np.arange(6.0)[:, None], "valid": np.ones((1, 1)), "test": np.ones((2, 1))}
     write_vectors(
