@@ -395,7 +395,7 @@ class ShardedArray:
                 rows = min(self._rows_per_shard, len(self) - number * self._rows_per_shard)
                 try:
                     shard = np.load(path, mmap_mode="r", allow_pickle=False)
-                except (OSError, ValueError) as error:
+                except (ValueError, EOFError) as error:
                     raise _damaged(path, f"cannot be read ({error})") from error
                 if shard.shape != (rows, *self.shape[1:]) or shard.dtype != self.dtype:
                     expected = f"{(rows, *self.shape[1:])} {self.dtype}"
@@ -482,6 +482,7 @@ def whole_files(*paths: Path) -> Iterator[list[Path]]:
 
     They do so together: after a kill there are all old files, all new ones, or some are absent. What was
     recorded of the old ones (`write_record`) goes with them. If the block fails, nothing has changed.
+    Two processes must not do so for one path: see `one_at_a_time`.
     """
     partials = [path.with_name(path.name + ".partial") for path in paths]
     for path in paths:
@@ -496,6 +497,38 @@ def whole_files(*paths: Path) -> Iterator[list[Path]]:
     finally:
         for partial in partials:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Waits until no other process is in such a block for `path`; what that one made is then there to be used.
+
+    The lock is a file beside `path`, which goes with the block. Blocks for one path do not nest.
+    """
+    lock = path.with_name(path.name + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = False
+    while not held:
+        with lock.open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+            held = _is_at(stream, lock)  # else whoever had it has removed it, and a new one counts
+            if held:
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
+
+
+def _is_at(stream: IO[Any], path: Path) -> bool:
+    """Whether the open file is the one that lies at `path`."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_record(path: Path, made_from: Mapping[str, Any], **facts: Any) -> str:

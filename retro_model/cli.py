@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from retro_model.artifacts import SPLITS, Artifact
 from retro_model.errors import ConfigError, MismatchError, RetroError
+from retro_model.processes import allow_open_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +44,7 @@ Run it from the folder that holds data/ and models/, after `dvc repro` or `dvc p
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
     options = _parser().parse_args(arguments)
+    allow_open_files()
     try:
         options.run(options)
         sys.stdout.flush()

@@ -13,7 +13,6 @@ import multiprocessing.connection
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from retro_model.errors import ConfigError, RetroError, TrainingError
+from retro_model.processes import end_with_parent
 
 CPU = torch.device("cpu")
 SECONDS_TO_END = 10.0  # for a process whose group has broken
@@ -196,7 +196,7 @@ def _lost(others: Sequence[BaseProcess]) -> tuple[int, int] | None:
 def _other(rank: int, size: int, port: int, device: str, threads: int, work: Callable[[World], object]) -> None:
     """What each of the other processes runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; process 0 says when to stop
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(threads)
     store = _store(port, size, main=False)
     store.set(_begun(rank), "")
@@ -207,11 +207,3 @@ def _other(rank: int, size: int, port: int, device: str, threads: int, work: Cal
         sys.exit(1)  # all see the same numbers, and process 0 says it
     except RetroError as error:
         sys.exit(f"process {rank}: {error}")
-
-
-def _end_with_parent() -> None:
-    """A killed parent takes this process with it, whatever it waits for."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

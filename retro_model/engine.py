@@ -32,6 +32,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 from retro_model.artifacts import DESCRIPTION, Artifact
 from retro_model.config import Config, setting
 from retro_model.errors import ConfigError, DamagedArtifactError, MismatchError, RetroError
+from retro_model.processes import allow_open_files, end_with_parent
 from retro_model.progress import Progress
 
 Opened = TypeVar("Opened")
@@ -175,6 +176,8 @@ class Running(Generic[Opened]):
 
     def _found(self, folder: Path, facts: dict[str, Any]) -> Artifact | None:
         if not (folder / DESCRIPTION).is_file():
+            if folder.exists():
+                shutil.rmtree(folder)  # what a kill left of one that was being deleted
             return None
         try:
             return Artifact.open(folder, self.job.kind).require(**facts)
@@ -316,6 +319,8 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(job: Job[Any], numbers: Any, num_gpus: int) -> None:
+    end_with_parent()
+    allow_open_files()
     number = numbers.get()
     if num_gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
@@ -427,6 +432,7 @@ _on_cluster: dict[str, Any] = {}  # what this worker process loaded for the job 
 
 def _opened_on_cluster(key: str, job: Job[Any]) -> Any:
     if key not in _on_cluster:
+        allow_open_files()
         _on_cluster.clear()
         _on_cluster[key] = job.open()
     return _on_cluster[key]

@@ -168,10 +168,30 @@ class Searcher:
             distances, ids = index.search(queries, k)
         else:
             to_lists, lists = self._centroids.nearest(queries, probes)
-            index.nprobe = probes
-            distances, ids = index.search_preassigned(queries, k, lists, to_lists)
+            if on_gpu:
+                index.nprobe = probes
+                distances, ids = index.search_preassigned(queries, k, lists, to_lists)
+            else:
+                distances, ids = _search_lists(index, queries, k, lists, to_lists)
         distances[ids < 0] = np.inf
         return distances, ids
+
+
+def _search_lists(index: Any, queries: FloatArray, k: int, lists: IdArray, to_lists: FloatArray) -> Found:
+    """The k nearest rows in `lists` (n, probes) of each query.
+
+    `index.nprobe` is not set for that: threads that search one index visit different numbers of lists.
+    """
+    faiss = import_faiss()
+    distances, ids = np.empty((len(queries), k), dtype=np.float32), np.empty((len(queries), k), dtype=np.int64)
+    assert queries.dtype == to_lists.dtype == np.float32 and lists.dtype == np.int64
+    assert queries.shape == (len(lists), index.d) and lists.shape == to_lists.shape
+    arrays = [np.ascontiguousarray(array) for array in (queries, lists, to_lists)]
+    asked, visited, to_visited = map(faiss.swig_ptr, arrays)
+    found = map(faiss.swig_ptr, (distances, ids))
+    parameters = faiss.SearchParametersIVF(nprobe=lists.shape[1])
+    index.search_preassigned_c(len(queries), asked, k, visited, to_visited, *found, False, parameters)
+    return distances, ids
 
 
 class Index:
@@ -205,6 +225,7 @@ class Index:
         faiss, gpu = import_faiss(), on_gpu(device)
         facts = artifact.require(metric="l2").facts
         path = artifact.folder / INDEX_FILE
+        path.open("rb").close()  # what the system refuses is its own error, and no damage
         try:
             index = faiss.read_index(str(path))
         except RuntimeError as error:

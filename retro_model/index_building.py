@@ -69,7 +69,7 @@ class TrainJob:
         """The index without a vector in it."""
         with ArtifactWriter(folder, self.kind) as writer:
             gpu = _trains_on_gpu(self.key, self.device)
-            index = _trained_index(train["vectors"], self.key, self.config, gpu)
+            index = _trained_index(train["vectors"], self.key, self.config, gpu, folder)
             write_index(index, folder / INDEX_FILE)
             writer.add_file(INDEX_FILE)
             writer.facts.update(self.facts(train))
@@ -257,8 +257,17 @@ def packed(key: str, index: Any) -> Any:
     """The filled index as its key has it: codes of 4 bits in the order in which fast scan reads them.
 
     They are not trained and added so, because fast scan's lists, put together, differ from run to run.
+    `index` is left without rows.
     """
-    return import_faiss().IndexIVFPQFastScan(index) if key.endswith("fs") else index
+    if not key.endswith("fs"):
+        return index
+    faiss = import_faiss()
+    made = faiss.IndexIVFPQFastScan(index)
+    # It holds on to `index`, whose centroids it uses, and so to the same codes in their other order.
+    empty = faiss.ArrayInvertedLists(index.nlist, index.code_size)
+    empty.this.disown()
+    index.replace_invlists(empty, True)
+    return made
 
 
 def _trains_on_gpu(key: str, device: str) -> bool:
@@ -266,14 +275,16 @@ def _trains_on_gpu(key: str, device: str) -> bool:
     return on_gpu(device) and num_lists(key) > 0 and code_of(key) is None
 
 
-def _trained_index(vectors: Vectors, key: str, config: IndexConfig, gpu: bool = False) -> Any:
+def _trained_index(vectors: Vectors, key: str, config: IndexConfig, gpu: bool = False, work: Path | None = None) -> Any:
     """An empty index, trained by autofaiss on a seeded random sample; see `packed` for 4-bit codes.
 
-    Left to itself, autofaiss trains on the first rows it meets, which are of few topics.
+    Left to itself, autofaiss trains on the first rows it meets, which are of few topics. The sample lies in
+    the folder `work` meanwhile, or where temporary files lie, which may be memory.
     """
     sample = sample_rows(vectors, max(num_lists(key) * config.train_points_per_list, RECALL_AT), config.seed)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=work) as folder:
         save_array(Path(folder) / "sample.npy", sample)
+        del sample  # autofaiss reads it again
         index = _build_with_autofaiss(folder, _trained_key(key), gpu)
     index.reset()
     return index

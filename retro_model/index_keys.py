@@ -33,7 +33,8 @@ class IndexConfig(Config, section="index"):
     of 4 bits a row) or IVF<lists>,PQ<m>x8 (m bytes); auto chooses (see `choose_key`). `target_recall`
     holds for the 10 nearest of held-out queries. `seed` draws the training sample of
     `train_points_per_list` rows for each list, and the queries. `max_memory_gb` is what the finished
-    index may take, in 10^9 bytes.
+    index may take, in 10^9 bytes. Building it takes twice that at its height, as lists have room to grow;
+    where codes make it small, up to three times the training sample in float32, and blocks of vectors.
     """
 
     key: str = setting("auto")
@@ -134,5 +135,5 @@ def check_memory(config: IndexConfig, key: str, num_rows: int, dim: int) -> None
     if needed > config.max_memory_gb * 1e9:
         raise ConfigError(
             f"index.max_memory_gb: found {config.max_memory_gb:g}, expected >= {needed / 1e9:.3g} "
-            f"for {key} over {num_rows:,} vectors of {dim} dimensions"
+            f"for {key} over {num_rows:,} vectors of {dim} dimensions; building it takes twice that or more"
         )

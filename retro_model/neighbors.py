@@ -388,9 +388,11 @@ def _exact_elsewhere(
         # So many rows more as any query's own document has here.
         names, counts = np.unique(here, return_counts=True)
         own = int(counts[np.isin(names, query_documents)].max(initial=0))
-        distances, places = import_faiss().knn(queries, block, min(k + own, len(block)))
-        distances[here[places] == query_documents[:, None]] = np.inf
-        nearest = np.sort(np.concatenate([nearest, distances], axis=1), axis=1)[:, :k]
+        fetched = min(k + own, len(block))
+        for part in _slices(0, len(queries), max(1, PAIRS_AT_ONCE // fetched)):
+            distances, places = import_faiss().knn(queries[part], block, fetched)
+            distances[here[places] == query_documents[part, None]] = np.inf
+            nearest[part] = np.sort(np.concatenate([nearest[part], distances], axis=1), axis=1)[:, :k]
         start += len(block)
     return nearest, largest
 

@@ -15,7 +15,8 @@ What is on disk, all of it without a header:
     train.chunks.knn.dat          int32 (chunks, K): rows, nearest first, -1 for none
 
 Beside each of the last three lies a NAME.json, written last, with the digests and settings that the file
-was made from: it is used again as long as all of them are the same.
+was made from: it is used again as long as all of them are the same. Several processes that need one file
+make it once: the others wait.
 
 Chunker, embedder, index and search are those of the pipeline; which tokenizer and encoder, retro_model.bert
 says. Vectors are compared as they are, not scaled to unit length, by their L2 distance (section 2.2 of the
@@ -26,7 +27,7 @@ import contextlib
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retro_model.ahead import ahead
-from retro_model.artifacts import open_raw, read_record, whole_files, write_record
+from retro_model.artifacts import one_at_a_time, open_raw, read_record, whole_files, write_record
 from retro_model.bert import (
     DEFAULT_DIM,
     AnyPath,
@@ -147,7 +148,7 @@ def text_folder_to_chunks_(
     tokenizer = open_tokenizer(encoder)
     totals: Counter[str] = Counter(chunks=0, docs=0, seqs=0)
     lossy = without_tokens = 0
-    with whole_files(*paths) as partials:
+    with one_at_a_time(paths[0]), whole_files(*paths) as partials:
         with contextlib.ExitStack() as stack:
             chunks_file, seqs_file, ids_file = (stack.enter_context(path.open("wb")) for path in partials)
             for encoded in ahead(tokenizer.encode_batch(batch) for batch in reader.batches()):
@@ -379,10 +380,12 @@ def chunks_to_precalculated_knn_(
         "documents": _digest(documents),
         "neighbors": num_nearest_neighbors,
     }
-    if _reusable(path, made_from, "knn", force_reprocess) is None:
-        with whole_files(path) as (partial,):
-            _write_neighbors(chunks.database(documents), num_nearest_neighbors, num_extra_neighbors, partial)
-        write_record(path, made_from)
+
+    def write(partial: Path) -> dict[str, Any]:
+        _write_neighbors(chunks.database(documents), num_nearest_neighbors, num_extra_neighbors, partial)
+        return {}
+
+    _made(path, made_from, "knn", force_reprocess, write)
     return path, chunks.faiss_index
 
 
@@ -399,6 +402,24 @@ def _digest(array: npt.NDArray[Any]) -> str:
     return hashlib.sha256(array.data).hexdigest()
 
 
+def _made(
+    path: Path, made_from: Mapping[str, Any], title: str, force: bool, write: Callable[[Path], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The record of `path`, which is made by `write` unless it is there and made from just this.
+
+    `write` gets the path to write to and returns the facts to record. Of several processes that come for
+    one file (torchrun starts a script in each) one makes it, and the others wait and find it.
+    """
+    if (found := _reusable(path, made_from, title, force)) is not None:
+        return found
+    with one_at_a_time(path):
+        if (found := _reusable(path, made_from, title, force)) is not None:
+            return found
+        with whole_files(path) as (partial,):
+            facts = write(partial)
+        return {"facts": facts, "sha256": write_record(path, made_from, **facts)}
+
+
 def _reusable(path: Path, made_from: Mapping[str, Any], title: str, force: bool) -> dict[str, Any] | None:
     record = None if force else read_record(path, made_from)
     if record is not None:
@@ -411,13 +432,12 @@ def _made_vectors(rows: IntArray, embedder: ChunkEmbedder, path: Path, force: bo
     facts = embedder.encoder.facts()
     del facts["encoder_name"]  # another name for the same encoder makes the same vectors
     made_from = {"chunks": _digest(rows), "tokenizer": embedder.tokenizer.fingerprint, **facts}
-    record = _reusable(path, made_from, "embed", force)
-    if record is None:
-        with whole_files(path) as (partial,):
-            _write_vectors(rows, embedder, partial)
-        digest = write_record(path, made_from)
-    else:
-        digest = record["sha256"]
+
+    def write(partial: Path) -> dict[str, Any]:
+        _write_vectors(rows, embedder, partial)
+        return {}
+
+    digest = _made(path, made_from, "embed", force, write)["sha256"]
     return open_raw(path, (len(rows), embedder.encoder.dim), np.float32), digest
 
 
@@ -426,13 +446,14 @@ def _made_index(
 ) -> tuple[Any, Mapping[str, Any], str]:
     """The faiss index in the file `path`, what `Index` must know of it, and the file's digest."""
     made_from = {"vectors": vectors_digest, **settings.facts()}
-    record = _reusable(path, made_from, "index", force)
-    if record is not None:
-        return import_faiss().read_index(str(path)), record["facts"], record["sha256"]
-    index, facts = _built_index(vectors, settings)
-    with whole_files(path) as (partial,):
+
+    def write(partial: Path) -> dict[str, Any]:
+        index, facts = _built_index(vectors, settings)
         write_index(index, partial)
-    return index, facts, write_record(path, made_from, **facts)
+        return facts
+
+    record = _made(path, made_from, "index", force, write)
+    return import_faiss().read_index(str(path)), record["facts"], record["sha256"]
 
 
 def _write_vectors(rows: IntArray, embedder: ChunkEmbedder, path: Path) -> None:

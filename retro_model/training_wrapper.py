@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from retro_model.artifacts import file_digest, open_raw, write_json
+from retro_model.artifacts import file_digest, one_at_a_time, open_raw, write_json
 from retro_model.bert import AnyPath, open_tokenizer
 from retro_model.errors import ConfigError, DocumentError
 from retro_model.generation import Filter, generate, top_k
@@ -102,8 +102,12 @@ class TrainingWrapper:
             "tokenizer": self.tokenizer.fingerprint,
             **settings,
         }
-        stats = None if force else _found(stats_path, made_from, files)
-        if stats is None or stats["chunks"] > max_chunks or stats["seqs"] > max_seqs:
+
+        def found() -> dict[str, Any] | None:
+            stats = None if force else _found(stats_path, made_from, files)
+            return stats if stats and stats["chunks"] <= max_chunks and stats["seqs"] <= max_seqs else None
+
+        def make() -> dict[str, Any]:
             stats = text_folder_to_chunks_(
                 folder=documents_path,
                 max_chunks=max_chunks,
@@ -114,6 +118,12 @@ class TrainingWrapper:
             )
             digests = {name: file_digest(path) for name, path in files.items()}
             write_json(stats_path, {**stats, "version": VERSION, "made_from": made_from, "sha256": digests})
+            return stats
+
+        stats = found()
+        if stats is None:
+            with one_at_a_time(stats_path):
+                stats = found() or make()  # another process may have made it meanwhile
         self.stats = {name: stats[name] for name in ("chunks", "docs", "seqs")}
         search: dict[str, Any] = {
             "num_chunks": stats["chunks"],

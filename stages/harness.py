@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -24,13 +25,14 @@ import yaml
 
 from retro_model.artifacts import DESCRIPTION, file_digest
 from retro_model.errors import RetroError
+from retro_model.processes import allow_open_files
 
 # Unfinished work of other settings that is kept, newest first: it may still be wanted.
 KEPT_UNFINISHED = 3
 
 # What the disk or its owner can do to any stage, told in one line as it is.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-DISK_ERRORS = {*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
+DISK_ERRORS = {*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENFILE}
 
 # The same in the words of libraries that raise errors of their own: faiss, safetensors, tokenizers, SQLite.
 FULL_IN_WORDS = (*map(os.strerror, FULL), "disk I/O error", "database or disk is full")
@@ -50,6 +52,7 @@ def run_stage(name: str, main: Callable[[], None]) -> None:
     if Path(sys.argv[0]).stem == name and len(sys.argv) > 1:
         _stop(f"{name}: found {' '.join(sys.argv[1:])!r}, expected no argument: params.yaml has all settings", 2)
     signal.signal(signal.SIGTERM, _raise_terminated)
+    allow_open_files()
     started = time.monotonic()
     print(f"{name}: started", file=sys.stderr, flush=True)
     try:
@@ -71,6 +74,9 @@ def run_stage(name: str, main: Callable[[], None]) -> None:
 
 def _of_the_disk(error: Exception) -> str | None:
     """What the disk or its owner did, and to which file; None for any other error."""
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"{error.strerror}: {allowed} are allowed, raise that with `ulimit -n`"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"{error.strerror}: {error.filename or 'while writing'}"
     words = full_disk(error)
@@ -131,11 +137,14 @@ def work_folder(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> It
     """
     folder = work_path(stage, inputs, params)
     home, key = folder.parent, folder.name
-    folder.mkdir(parents=True, exist_ok=True)
+    home.mkdir(parents=True, exist_ok=True)
     with _lock(home / f"{key}.lock") as locked:
         if not locked:
             raise RetroError(f"{folder}: another process is running this very stage; wait for it or stop it")
-        _prune(home, keep=key)
+        folder.mkdir(exist_ok=True)
+        with _lock(home / "prune.lock") as alone:
+            if alone:
+                _prune(home, keep=key)
         yield folder
         (folder / "finished").touch()
 
@@ -165,7 +174,12 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def _prune(home: Path, keep: str) -> None:
-    """Removes the finished work of other settings, and unfinished work beyond the newest few."""
+    """Removes the finished work of other settings, and unfinished work beyond the newest few.
+
+    Each is renamed before: half of it would pass for unfinished work, which a later run goes on with.
+    """
+    for leftover in home.glob("*.deleted"):
+        shutil.rmtree(leftover)
     others = sorted(
         (path for path in home.iterdir() if path.is_dir() and path.name != keep),
         key=lambda path: path.stat().st_mtime,
@@ -176,7 +190,8 @@ def _prune(home: Path, keep: str) -> None:
         if path not in unfinished[:KEPT_UNFINISHED]:
             with _lock(home / f"{path.name}.lock") as locked:
                 if locked:
-                    shutil.rmtree(path)
+                    doomed = path.rename(path.with_name(f"{path.name}.deleted"))
+                    shutil.rmtree(doomed)
 
 
 class _Terminated(BaseException):

@@ -126,12 +126,25 @@ def test_every_fault_in_a_file_is_refused(tmp_path: Path, name: str, fault: obje
         Artifact.open(tmp_path / "a", "chunks")
 
 
-def test_a_torn_shard_is_refused_even_where_bytes_were_not_verified(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [0, 3, 60, 140])
+def test_a_torn_shard_is_refused_even_where_bytes_were_not_verified(tmp_path: Path, size: int) -> None:
     write(tmp_path / "a")
-    os.truncate(tmp_path / "a" / "tokens-00000.npy", 140)
+    os.truncate(tmp_path / "a" / "tokens-00000.npy", size)
     array = Artifact.open(tmp_path / "a", "chunks", verify=False)["tokens"]
     with pytest.raises(DamagedArtifactError, match="tokens-00000.npy"):
         array[0]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO])
+def test_what_the_system_refuses_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(path: Path, **options: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    write(tmp_path / "a")
+    array = Artifact.open(tmp_path / "a", "chunks")["tokens"]
+    monkeypatch.setattr(np, "load", refuse)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        array[:]
 
 
 def test_a_torn_description_is_refused(tmp_path: Path) -> None:

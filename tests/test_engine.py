@@ -150,6 +150,13 @@ def test_a_part_of_another_job_or_damaged_is_made_again(
     assert times_made(diary) == [2, 3, 2, 2, 2]
 
 
+def test_a_part_whose_deletion_was_cut_short_is_made_again(diary: Path, tmp_path: Path) -> None:
+    run(SquareJob(diary), tmp_path / "work")
+    (tmp_path / "work" / "p-10" / "artifact.json").unlink()  # first, as it may happen
+    assert run(SquareJob(diary), tmp_path / "work") == [x * x for x in range(50)]
+    assert times_made(diary) == [1, 2, 1, 1, 1]
+
+
 def test_a_part_made_with_other_facts_than_asked_for_is_made_again(diary: Path, tmp_path: Path) -> None:
     parts = [part._replace(facts={"offset": 0}) for part in PARTS]
     run(SquareJob(diary), tmp_path / "work", parts=parts)
@@ -196,6 +203,26 @@ def test_what_a_kill_left_is_cleared_and_the_rest_goes_on(diary: Path, tmp_path:
     assert run(SquareJob(diary), work) == [x * x for x in range(50)]
     assert times_made(diary) == [1, 1, 2, 1, 1]
     assert not list(work.glob("*.partial"))
+
+
+def test_a_killed_parent_takes_its_workers_with_it(diary: Path, tmp_path: Path) -> None:
+    program = f"""
+        import sys
+        sys.path.insert(0, {str(TESTS)!r})
+        from pathlib import Path
+        from test_engine import EngineConfig, SquareJob, run
+        job = SquareJob(Path({str(diary)!r}), together=2, broken="hangs")
+        run(job, Path({str(tmp_path / "work")!r}), EngineConfig(workers=2))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    process = subprocess.Popen(command, cwd=TESTS.parent, stdout=subprocess.PIPE)
+    try:
+        wait_until(lambda: list(diary.glob("hangs-*")) or process.poll() is not None)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)  # until the last process that could write there has ended
+    finally:
+        (diary / "go on").touch()
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_two_processes_may_make_one_part_at_a_time(diary: Path, tmp_path: Path) -> None:

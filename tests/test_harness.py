@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,11 @@ def stop_with(error: BaseException) -> None:
         (KeyboardInterrupt(), 130, "chunk: interrupted; the next `dvc repro` goes on"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "chunk: No space left on device: while writing; mend"),
         (PermissionError(errno.EACCES, "Permission denied", "data/x"), 1, "chunk: Permission denied: data/x; mend"),
+        (
+            OSError(errno.ENFILE, "Too many open files in system", "x"),
+            1,
+            "chunk: Too many open files in system: x; mend",
+        ),
     ],
 )
 def test_what_a_user_can_cause_is_one_line(
@@ -76,6 +82,42 @@ def test_signals_run_the_cleanup_and_say_so(tmp_path: Path, number: int, status:
     assert list(tmp_path.iterdir()) == []
 
 
+MANY_FILES = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from retro_model.artifacts import Artifact, ArtifactWriter
+from stages.harness import run_stage
+
+def main():
+    with ArtifactWriter(Path("a"), "chunks", 1) as writer:
+        writer.append(tokens=np.arange(100))
+    assert (Artifact.open("a", "chunks")["tokens"][:] == np.arange(100)).all()
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[1])))
+run_stage("embed", main)
+"""
+
+
+@pytest.mark.parametrize(("most", "status"), [(200, 0), (64, 1)])
+def test_a_stage_opens_as_many_files_as_it_may_and_says_when_that_is_too_few(
+    tmp_path: Path, most: int, status: int
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_FILES, str(most)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    if status:
+        assert done.stderr.splitlines()[-1].startswith(
+            "embed: Too many open files: 64 are allowed, raise that with `ulimit -n`; mend that and run `dvc repro`"
+        )
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -118,6 +160,24 @@ def test_finished_work_of_other_settings_is_cleared_and_unfinished_kept(project:
             raise RuntimeError("stop")
         os.utime(folder, (rate, rate))
     assert not unfinished.exists()
+
+
+def test_work_is_whole_or_absent_when_its_deletion_is_cut_short(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = project / ".retro" / "work" / "train"
+    with work_folder("train", [Path("data")], {"lr": 1.0}) as finished:
+        (finished / "checkpoint").write_text("x")
+
+    def killed(path: Path) -> None:
+        (path / "finished").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        key({"lr": 2.0})
+    assert not finished.exists(), "half of it would pass for work to go on with"
+    assert list(home.glob("*.deleted"))
+    key({"lr": 3.0})
+    assert not list(home.glob("*.deleted")), "the next one clears it"
 
 
 def test_the_same_work_twice_at_once_is_refused(project: Path) -> None:

@@ -1,6 +1,7 @@
 """An index of equal bytes for equal input, of the recall that was asked for, and of L2 distances."""
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,10 @@ def test_codes_that_cannot_be_trained_or_do_not_fit_the_vectors() -> None:
 
 
 def test_too_little_memory_is_one_line_with_both_numbers(data: Path, tmp_path: Path) -> None:
-    message = r"index.max_memory_gb: found 0.0001, expected >= 0.000192 for Flat over 3,000 vectors of 16 dimensions"
+    message = (
+        r"index.max_memory_gb: found 0.0001, expected >= 0.000192 for Flat over 3,000 vectors of 16 dimensions; "
+        "building it takes twice that or more"
+    )
     with pytest.raises(ConfigError, match=message):
         make_index(data / "embeddings", IndexConfig(max_memory_gb=0.0001), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -422,6 +426,45 @@ def test_the_training_sample_is_random_and_not_the_first_rows(
     assert 1200 < rows.mean() < 1800 and rows.min() < 100 and rows.max() > 2900
     built = faiss.read_index(str(tmp_path / "index" / INDEX_FILE))
     assert max(built.invlists.list_size(number) for number in range(4)) < 1500
+
+
+def test_the_training_sample_lies_beside_the_index_and_not_in_memory(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    draw, build = index_building.sample_rows, index_building._build_with_autofaiss
+
+    def drawing(*arguments: Any) -> Floats:
+        sample = draw(*arguments)
+        drawn.append(weakref.ref(sample))
+        return sample
+
+    def building(folder: str, key: str, gpu: bool) -> Any:
+        assert tmp_path in Path(folder).parents, "/tmp may be memory"
+        assert drawn[-1]() is None, "autofaiss has its own copy"
+        return build(folder, key, gpu)
+
+    monkeypatch.setattr(index_building, "sample_rows", drawing)
+    monkeypatch.setattr(index_building, "_build_with_autofaiss", building)
+    make_index(data / "embeddings", IndexConfig(key="IVF4,Flat"), tmp_path / "index")
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_codes_are_in_memory_once() -> None:
+    vectors = clustered(3000, 1)
+    index = faiss.IndexIVFPQ(faiss.IndexFlatL2(DIM), DIM, 16, 8, 4)
+    index.train(vectors)
+    index.add(vectors)
+    made = index_building.packed("IVF16,PQ8x4fs", index)
+    assert index.invlists.compute_ntotal() == 0 and made.invlists.compute_ntotal() == made.ntotal == 3000
+    again = faiss.IndexIVFPQ(index.quantizer, DIM, 16, 8, 4)
+    again.pq = index.pq
+    again.is_trained = True
+    again.by_residual = index.by_residual
+    again.add(vectors)
+    expected = faiss.IndexIVFPQFastScan(again)
+    for found, right in zip(made.search(vectors[:20], 5), expected.search(vectors[:20], 5), strict=True):
+        np.testing.assert_array_equal(found, right)
 
 
 def test_all_rows_are_added_once_and_in_order(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

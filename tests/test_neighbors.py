@@ -1,5 +1,8 @@
 """Neighbors are what brute force finds in other documents, for any batch, any surplus and any shards."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from retro_model.index_keys import IndexConfig
 from retro_model.neighbors import Database, KnnJob, NeighborsConfig, describe_neighbors, make_neighbors
 
 faiss = import_faiss()
+TESTS = Path(__file__).parent
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
@@ -286,6 +290,29 @@ def test_lists_that_hold_too_few_are_not_the_end() -> None:
     assert (ids >= 0).all()
 
 
+# Shares go on to more lists each at its own time; where they shared that number, faiss read beyond an array.
+THREADS = """
+import numpy as np
+from test_neighbors import database_of, faiss
+
+random = np.random.default_rng(0)
+vectors = (random.normal(size=(20_000, 16)) * np.exp(random.normal(size=(20_000, 1)))).astype(np.float32)
+database = database_of(vectors, np.arange(20_000), lists=256)  # of 2 to 672 rows each
+faiss.omp_set_num_threads(1)
+expected = database.nearest(vectors[:2000], np.full(2000, -1), 64)
+faiss.omp_set_num_threads(8)
+for _ in range(20):
+    for found, right in zip(database.nearest(vectors[:2000], np.full(2000, -1), 64), expected):
+        assert found.tobytes() == right.tobytes()
+"""
+
+
+def test_threads_that_visit_different_numbers_of_lists_do_not_meet() -> None:
+    program = [sys.executable, "-c", THREADS]  # a process of its own: faiss may end it
+    done = subprocess.run(program, cwd=TESTS, env={**os.environ, "PYTHONPATH": str(TESTS.parent)}, check=False)
+    assert done.returncode == 0
+
+
 def test_a_small_database_ends_in_none() -> None:
     vectors = np.arange(5, dtype=np.float32)[:, None]
     database = database_of(vectors, np.array([0, 0, 1, 1, 2]))
@@ -476,6 +503,28 @@ def test_recall_counts_what_was_missed(data: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(neighbors_module, "RECALL_QUERIES", 20)
     sampled = {described(data, tmp_path / "lost", "train", seed)["recall"] for seed in (0, 0, 1, 2, 3)}
     assert 1 < len(sampled) <= 4, "the seed draws the queries"
+
+
+def test_a_long_document_does_not_take_the_memory_of_all_its_rows_for_every_query(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(900, 8)).astype(np.float32)
+    documents, rows = np.repeat([3, 4, 5], [700, 100, 100]), random.permutation(900)[:150]
+    queries, expected = vectors[rows], brute_force(vectors, documents, vectors[rows], documents[rows], 10)[1]
+    asked = []
+
+    def watched(some: Floats, block: Floats, k: int) -> Any:
+        asked.append(len(some) * k)
+        return knn(some, block, k)
+
+    knn = faiss.knn
+    monkeypatch.setattr(faiss, "knn", watched)
+    monkeypatch.setattr(distances_module, "ROWS_PER_BLOCK", 400)
+    monkeypatch.setattr(neighbors_module, "PAIRS_AT_ONCE", 5000)
+    found, largest = neighbors_module._exact_elsewhere(queries, documents[rows], vectors, documents, 10)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert largest == pytest.approx(float((vectors**2).sum(axis=1).max())) and max(asked) <= 5000
 
 
 def test_neighbors_that_cannot_be_are_not_missed(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from fixtures import tiny_corpus, tiny_encoder
 
+import retro_model.retrieval
 import retro_model.training_wrapper
 from retro_model import RETRO, TrainingWrapper
 from retro_model.errors import ConfigError, DocumentError
@@ -96,6 +99,35 @@ def test_a_few_lines_train_from_a_folder_of_text(place: Path) -> None:
     prompted = wrapper.generate(tokenize(["ba co di fu ga lem mi nor pa que"], add_special_tokens=False))
     assert isinstance(prompted, torch.Tensor) and prompted.shape[0] == 1
     assert retro.training, "generate leaves the model as it was"
+
+
+def test_of_two_processes_that_start_at_once_the_second_finds_what_the_first_made(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads stand for them, which hold a lock against each other as processes do."""
+    expected = {name: (place / name).read_bytes() for name in EVERYTHING}
+    for name in written(place):
+        (place / name).unlink()
+    calls = []
+
+    def slow(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def called(*arguments: Any, **named: Any) -> Any:
+            calls.append(name)
+            time.sleep(1)  # for the other to come
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(module, name, called)
+
+    slow(retro_model.training_wrapper, "text_folder_to_chunks_")
+    for name in ("_write_vectors", "_built_index", "_write_neighbors"):
+        slow(retro_model.retrieval, name)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda retro: wrap(retro=retro), [small_retro(), small_retro()])
+    assert calls == ["text_folder_to_chunks_", "_write_vectors", "_built_index", "_write_neighbors"]
+    assert {name: (place / name).read_bytes() for name in EVERYTHING} == expected
+    assert first.stats == second.stats and not list(place.glob("*.lock"))
 
 
 def test_what_it_holds_fits_together(place: Path) -> None:
