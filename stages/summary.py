@@ -29,7 +29,7 @@ NEXT = """
 look next:
   reports/evaluate.html        what retrieval gave, in numbers and passages (open it in a browser)
   retro generate --prompt TEXT watch the model write; with --show-neighbors, what it looks up
-  mlflow ui                    the runs: losses, params, models
+  mlflow ui                    the runs, at http://127.0.0.1:5000/#/experiments/1/runs
   dvc plots show               the curves
   dvc exp run -S knn=4         change one thing; only what depends on it runs again
 (with `source .venv/bin/activate` first; README.md says the rest)"""
