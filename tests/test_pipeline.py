@@ -231,7 +231,7 @@ def test_experiments_here_in_temporary_checkouts_and_in_the_queue(project: Proje
     assert sorted(ran(done.stdout)) == ["evaluate", "train"]
     done = fresh.run("dvc", "exp", "run", "--temp", "-S", "knn=3", "-n", "temporary")
     assert "Running stage 'train'" in done.stdout and "Running stage 'embed'" not in done.stdout
-    fresh.run("dvc", "exp", "run", "-S", "knn=1,2,4", "-S", "evaluate.passages=1", "--queue")
+    fresh.run("dvc", "exp", "run", "-S", "knn=1,4", "-S", "evaluate.passages=1", "--queue")
     fresh.run("dvc", "queue", "start")
     deadline = time.monotonic() + 1500  # it waits for an end, not for speed
     while True:
@@ -240,13 +240,13 @@ def test_experiments_here_in_temporary_checkouts_and_in_the_queue(project: Proje
             break
         assert time.monotonic() < deadline, status
         time.sleep(2)
-    assert status.count("Success") == 3, status + fresh.run("dvc", "queue", "logs", "--help").stdout
+    assert status.count("Success") == 2, status + fresh.run("dvc", "queue", "logs", "--help").stdout
     rows = experiment_rows(fresh)
     tried = {row["knn"] for row in rows if row["Experiment"]}
-    assert tried >= {"1", "2", "3", "4"}
+    assert tried >= {"1", "3", "4"}
     assert all(row["test_bpb_on"] for row in rows if row["Experiment"])
     names = {run["tags"].get("dvc.experiment") for run in mlflow_runs(fresh)[runs_before:]}  # type: ignore[attr-defined]
-    assert {"here", "temporary"} <= names and len(names) >= 5  # those of the queue too, in this store
+    assert {"here", "temporary"} <= names and len(names) >= 4  # those of the queue too, in this store
 
 
 def ran(output: str) -> list[str]:
