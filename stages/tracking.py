@@ -66,11 +66,6 @@ class TrackedRun:
         """Keeps a copy of a file in the run's artifact folder `name`."""
         self.client.log_artifact(self.run_id, str(file), name)
 
-    def tag(self, **tags: str) -> None:
-        """Sets tags; `__` in a name stands for a dot."""
-        for name, value in tags.items():
-            self.client.set_tag(self.run_id, name.replace("__", "."), value)
-
     def log_model(self, folder: Path, fingerprint: str, metrics: Mapping[str, object]) -> None:
         """Registers a model folder (safetensors and JSON, no pickle) as this run's logged model."""
         import mlflow

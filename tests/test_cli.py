@@ -146,6 +146,16 @@ def test_what_cannot_be_is_one_line(
     assert message in refused(capsys, *arguments)
 
 
+@pytest.mark.usefixtures("run")
+def test_params_that_are_no_yaml_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It reads them for the encoder, which may be a folder."""
+    monkeypatch.setattr("retro_model.cli.PARAMS_FILE", tmp_path / "broken.yaml")
+    (tmp_path / "broken.yaml").write_text("embed: [1, 2\n", encoding="utf-8")
+    assert "broken.yaml: not valid YAML" in refused(capsys, "neighbors", "--text", "a")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

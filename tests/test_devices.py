@@ -5,8 +5,20 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
-from retro_model.devices import keep_freed_memory
+from retro_model.devices import keep_freed_memory, resolve_device
+from retro_model.errors import ConfigError
+from retro_model.index_arguments import index_settings
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="runtime.device: found cuda, expected auto or cpu: torch sees no GPU here"):
+        resolve_device("cuda")
+    with pytest.raises(ConfigError, match="use_gpu: found True, expected False: faiss sees no GPU here"):
+        index_settings({"use_gpu": True})
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other C libraries are left as they are")

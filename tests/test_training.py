@@ -607,12 +607,13 @@ def test_a_checkpoint_has_no_pickle_and_only_the_newest_stays(woven: Woven, tmp_
     }
 
 
-def test_a_torn_checkpoint_is_refused(woven: Woven, tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", ["optimizer.safetensors", "state.json"])
+def test_a_torn_checkpoint_is_refused(woven: Woven, tmp_path: Path, torn: str) -> None:
     with pytest.raises(Killed):
         run(woven, tmp_path, work_folder=tmp_path / "work", log=stop_at(7), log_every=1, checkpoint_every=3)
-    (file,) = (tmp_path / "work").rglob("optimizer.safetensors")
+    (file,) = (tmp_path / "work").rglob(torn)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DamagedArtifactError, match=r"optimizer.safetensors does not have the bytes.*delete"):
+    with pytest.raises(DamagedArtifactError, match=rf"{torn} does not have the bytes.*delete"):
         run(woven, tmp_path, work_folder=tmp_path / "work")
 
 
