@@ -10,7 +10,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from retro_model.errors import DocumentError
 
@@ -128,18 +128,31 @@ def read_entries(file: Path, source: str, text_field: str, separator: str | None
 def _blocks(file: Path, suffix: str) -> Iterator[bytes]:
     """The file's bytes, decompressed, without a byte order mark at the start."""
     try:
-        if suffix == ".jsonl.gz":
-            with gzip.open(file, "rb") as stream:
-                blocks = _read_blocks(stream)
-                yield next(blocks, b"").removeprefix(b"\xef\xbb\xbf")
-                yield from blocks
-            return
-        with file.open("rb") as stream:
-            blocks = _zstandard_blocks(stream) if suffix == ".jsonl.zst" else _read_blocks(stream)
+        with _opened(file) as stream:
+            if suffix == ".jsonl.gz":
+                blocks = _read_blocks(gzip.GzipFile(fileobj=stream))
+            else:
+                blocks = _zstandard_blocks(stream) if suffix == ".jsonl.zst" else _read_blocks(stream)
             yield next(blocks, b"").removeprefix(b"\xef\xbb\xbf")
             yield from blocks
-    except (OSError, EOFError, zlib.error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise _UnreadableError(" ".join(str(error).split())) from error
+    except OSError as error:
+        raise _gone(file, error) from error
+
+
+def _opened(file: Path) -> BinaryIO:
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise _gone(file, error) from error
+
+
+def _gone(file: Path, error: OSError) -> DocumentError:
+    """What the system does not give is no flaw of a document: to skip it would be to train on less than there is."""
+    return DocumentError(
+        f"{file}: cannot be read ({error.strerror or error}); make it readable, or move it out of the documents"
+    )
 
 
 def _read_blocks(stream: Any) -> Iterator[bytes]:
@@ -247,7 +260,7 @@ def _rows(file: Path, source: str, text_field: str) -> Iterator[Entry]:
     try:
         # Without a buffer size, or with pre_buffer, a row group's whole column is read at once.
         with (
-            file.open("rb") as stream,  # pyarrow itself opens no name that is not UTF-8
+            _opened(file) as stream,  # pyarrow itself opens no name that is not UTF-8
             pyarrow.parquet.ParquetFile(stream, buffer_size=BLOCK_BYTES, pre_buffer=False) as table,
         ):
             yield from _check_columns(table, source, text_field)

@@ -217,9 +217,11 @@ def _origin() -> dict[str, str]:
     tags = {"mlflow.source.name": "dvc repro"}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if commit.returncode == 0:
-        changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
+        # Without its locks git writes nothing, and so fails on no full disk.
+        status = ["git", "--no-optional-locks", "status", "--porcelain"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=False)
         tags["git.commit"] = tags["mlflow.source.git.commit"] = commit.stdout.strip()
-        tags["git.dirty"] = str(bool(changed.stdout.strip())).lower()
+        tags["git.dirty"] = "unknown" if changed.returncode else str(bool(changed.stdout.strip())).lower()
     if "DVC_EXP_NAME" in os.environ:
         tags["dvc.experiment"] = os.environ["DVC_EXP_NAME"]
     return tags

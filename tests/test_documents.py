@@ -316,6 +316,17 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
     assert refusal(tmp_path) == expected
 
 
+@pytest.mark.parametrize("name", ["gone.txt", "gone.jsonl.gz", "gone.parquet"])
+def test_a_file_that_is_gone_when_it_is_read_is_an_error_and_no_flaw(tmp_path: Path, name: str) -> None:
+    """To skip it would be to train on less than there is: a share that was unmounted, a folder that was moved."""
+    gone = tmp_path / name
+    with pytest.raises(DocumentError) as caught:
+        list(reading.read_entries(gone, name, "text", None))
+    assert str(caught.value) == (
+        f"{gone}: cannot be read (No such file or directory); make it readable, or move it out of the documents"
+    )
+
+
 def test_only_empty_documents_is_refused_with_the_reasons(tmp_path: Path) -> None:
     write_files(tmp_path, {"a.txt": "", "b.txt": " ", "c.txt": b"\xff", "d.txt": "fine"})
     message = refusal(tmp_path)
