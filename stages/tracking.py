@@ -218,8 +218,9 @@ def _origin() -> dict[str, str]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if commit.returncode == 0:
         # Without its locks git writes nothing, and so fails on no full disk.
-        status = ["git", "--no-optional-locks", "status", "--porcelain"]
-        changed = subprocess.run(status, capture_output=True, text=True, check=False)
+        changed = subprocess.run(
+            ["git", "--no-optional-locks", "status", "--porcelain"], capture_output=True, text=True, check=False
+        )
         tags["git.commit"] = tags["mlflow.source.git.commit"] = commit.stdout.strip()
         tags["git.dirty"] = "unknown" if changed.returncode else str(bool(changed.stdout.strip())).lower()
     if "DVC_EXP_NAME" in os.environ:
