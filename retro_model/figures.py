@@ -73,6 +73,7 @@ def sum_by_document(values: npt.NDArray[Any], documents: IntArray) -> FloatArray
 def resampled_units(documents: IntArray) -> IntArray:
     """What is drawn to see how much depends on the text (rows,): documents, or pieces of few of them.
 
+    The rows of a document stand one after the other.
     One document drawn again and again is always itself: its interval would have no width.
     """
     found, first, numbers = np.unique(documents, return_index=True, return_inverse=True)

@@ -151,7 +151,8 @@ def _opened(file: Path) -> BinaryIO:
 def _gone(file: Path, error: OSError) -> DocumentError:
     """What the system does not give is no flaw of a document: to skip it would be to train on less than there is."""
     return DocumentError(
-        f"{file}: cannot be read ({error.strerror or error}); make it readable, or move it out of the documents"
+        f"{file}: cannot be read ({error.strerror or error}); bring it back or make it readable, or run again "
+        "without it in the folder"
     )
 
 

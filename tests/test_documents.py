@@ -323,7 +323,8 @@ def test_a_file_that_is_gone_when_it_is_read_is_an_error_and_no_flaw(tmp_path: P
     with pytest.raises(DocumentError) as caught:
         list(reading.read_entries(gone, name, "text", None))
     assert str(caught.value) == (
-        f"{gone}: cannot be read (No such file or directory); make it readable, or move it out of the documents"
+        f"{gone}: cannot be read (No such file or directory); bring it back or make it readable, or run again "
+        "without it in the folder"
     )
 
 
