@@ -59,17 +59,17 @@ Log = Callable[[int, Mapping[str, float]], None]
 class TrainConfig(Config, section="train"):
     """How the network is trained. A step is one update of the weights."""
 
-    steps: int = setting(450, minimum=1)
+    steps: int = setting(1000, minimum=1)
     batch_size: int = setting(4, minimum=1)  # sequences of a step
     accumulation: int = setting(1, minimum=1)  # portions of a step that are computed one after the other
-    lr: float = setting(1.5e-3, above=0.0)
+    lr: float = setting(4e-3, above=0.0)
     schedule: str = setting("cosine", choices=("cosine", "constant"))
     warmup: int = setting(30, minimum=0)  # steps
     final_lr: float = setting(0.1, minimum=0.0, maximum=1.0)  # share of lr at the end of the cosine
     weight_decay: float = setting(0.1, minimum=0.0)
     clip: float = setting(1.0, minimum=0.0)  # greatest norm of the gradient; 0: any
     neighbor_dropout: float = setting(0.1, minimum=0.0, maximum=1.0)  # share of sequences without neighbors
-    validate_every: int = setting(75, minimum=1)  # steps
+    validate_every: int = setting(200, minimum=1)  # steps
     validate_sequences: int = setting(32, minimum=0)  # spread over the split; 0: all
     number_type: str = setting("auto", choices=("auto", "float32", "bfloat16"))
     compile: bool = setting(False)

@@ -45,7 +45,7 @@ class ModelConfig(Config, section="model"):
     enc_dim: int = setting(128, minimum=1)
     enc_depth: int = setting(1, minimum=1)
     enc_cross_attn_layers: tuple[int, ...] | None = setting(None, minimum=1)  # None: every layer
-    dec_dim: int = setting(256, minimum=1)
+    dec_dim: int = setting(128, minimum=1)
     dec_depth: int = setting(3, minimum=1)
     dec_cross_attn_layers: tuple[int, ...] = setting((2, 3), minimum=1)
     heads: int = setting(4, minimum=1)

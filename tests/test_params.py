@@ -29,7 +29,7 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 def test_the_committed_params_are_whole_and_typed() -> None:
     params = parse_params(read_yaml(ROOT / "params.yaml"))
-    assert params["train"].lr == 1.5e-3 and isinstance(params["train"].lr, float)
+    assert params["train"].lr == 4e-3 and isinstance(params["train"].lr, float)
     assert params["documents"] == "data/sample"
 
 
@@ -146,7 +146,7 @@ def test_a_stage_gets_what_it_named_and_the_whole_file_is_checked(
 def test_flat_params_name_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     flat = flat_params()
-    assert flat["knn"] == 2 and flat["train.lr"] == 1.5e-3
+    assert flat["knn"] == 2 and flat["train.lr"] == 4e-3
     content = read_yaml(ROOT / "params.yaml")
     assert len(flat) == sum(len(value) if isinstance(value, dict) else 1 for value in content.values())
 

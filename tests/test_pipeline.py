@@ -12,10 +12,11 @@ import shutil
 import signal
 import sqlite3
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from project import Project
+from project import Project, stages_run
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +30,15 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     assert sorted(project.repro()) == sorted(STAGES)
     project.commit("first run")
     return project
+
+
+def as_after_the_first_run(project: Project, root: Path) -> Project:
+    """A copy of the project in which the first run is not committed yet, and MLflow's store begins anew."""
+    shutil.copytree(project.root, root, symlinks=True, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+    copy = Project(root)
+    copy.run("git", "reset", "-q", copy.run("git", "rev-list", "--max-parents=0", "HEAD").stdout.strip())
+    assert copy.repro() == []
+    return copy
 
 
 def metrics(project: Project, stage: str) -> dict[str, float]:
@@ -82,17 +92,24 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "expected"), CHANGES, ids=[next(iter(change)) for change, _ in CHANGES])
-def test_a_change_runs_what_depends_on_it_and_nothing_else(
-    project: Project, change: dict[str, object], expected: list[str]
-) -> None:
-    before = (project.root / "params.yaml").read_bytes()
-    project.set(**change)
-    try:
-        assert sorted(project.repro()) == sorted(expected)
-    finally:
-        (project.root / "params.yaml").write_bytes(before)
-        assert project.repro() == []  # back from the run cache, without running anything
+class TestAChange:
+    """Each is made in the outputs of the one before: what it does not touch has to come from the run cache."""
+
+    @pytest.fixture(scope="class")
+    def changing(self, project: Project) -> Iterator[Project]:
+        yield project
+        assert project.repro() == [], "back to the first run, without running anything"
+
+    @pytest.mark.parametrize(("change", "expected"), CHANGES, ids=[next(iter(change)) for change, _ in CHANGES])
+    def test_it_runs_what_depends_on_it_and_nothing_else(
+        self, changing: Project, change: dict[str, object], expected: list[str]
+    ) -> None:
+        before = (changing.root / "params.yaml").read_bytes()
+        changing.set(**change)
+        try:
+            assert sorted(changing.repro()) == sorted(expected)
+        finally:
+            (changing.root / "params.yaml").write_bytes(before)
 
 
 def test_retrieval_is_trained_around_the_frozen_baseline(project: Project) -> None:
@@ -224,11 +241,9 @@ def experiment_rows(project: Project) -> list[dict[str, str]]:
 
 def test_experiments_here_in_temporary_checkouts_and_in_the_queue(project: Project, tmp_path: Path) -> None:
     """From a fresh set-up: one commit, and nothing of the first run committed yet."""
-    fresh = Project.create(tmp_path / "fresh")
-    fresh.repro()
-    runs_before = len(mlflow_runs(fresh))
+    fresh = as_after_the_first_run(project, tmp_path / "fresh")
     done = fresh.run("dvc", "exp", "run", "-S", "knn=1", "-n", "here")
-    assert sorted(ran(done.stdout)) == ["evaluate", "train"]
+    assert sorted(stages_run(done.stdout)) == ["evaluate", "train"]
     done = fresh.run("dvc", "exp", "run", "--temp", "-S", "knn=3", "-n", "temporary")
     assert "Running stage 'train'" in done.stdout and "Running stage 'embed'" not in done.stdout
     fresh.run("dvc", "exp", "run", "-S", "knn=1,4", "-S", "evaluate.passages=1", "--queue")
@@ -245,14 +260,8 @@ def test_experiments_here_in_temporary_checkouts_and_in_the_queue(project: Proje
     tried = {row["knn"] for row in rows if row["Experiment"]}
     assert tried >= {"1", "3", "4"}
     assert all(row["test_bpb_on"] for row in rows if row["Experiment"])
-    names = {run["tags"].get("dvc.experiment") for run in mlflow_runs(fresh)[runs_before:]}  # type: ignore[attr-defined]
+    names = {run["tags"].get("dvc.experiment") for run in mlflow_runs(fresh)}  # type: ignore[attr-defined]
     assert {"here", "temporary"} <= names and len(names) >= 4  # those of the queue too, in this store
-
-
-def ran(output: str) -> list[str]:
-    from project import stages_run
-
-    return stages_run(output)
 
 
 def test_the_readme_shows_the_pipeline_as_it_is(project: Project) -> None:
