@@ -92,13 +92,15 @@ CHANGES = [
 ]
 
 
+@pytest.fixture(scope="class")
+def changing(project: Project) -> Iterator[Project]:
+    """The project, for changes one after the other."""
+    yield project
+    assert project.repro() == [], "back to the first run, without running anything"
+
+
 class TestAChange:
     """Each is made in the outputs of the one before: what it does not touch has to come from the run cache."""
-
-    @pytest.fixture(scope="class")
-    def changing(self, project: Project) -> Iterator[Project]:
-        yield project
-        assert project.repro() == [], "back to the first run, without running anything"
 
     @pytest.mark.parametrize(("change", "expected"), CHANGES, ids=[next(iter(change)) for change, _ in CHANGES])
     def test_it_runs_what_depends_on_it_and_nothing_else(
