@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,7 @@ class Torture:
         self.pristine = folder / "pristine"
         self.faults = folder / "faults"
         self.faults.mkdir()
+        self.last_fault: dict[str, Any] = {}
         self.project.environment["PYTHONPATH"] = str(ROOT / "tests" / "faults")
         self.plain = dict(self.project.environment)
         done = self.repro({"stage": "every"})
@@ -118,14 +119,17 @@ class Torture:
 
     def compare(self) -> None:
         """Raises Lost unless everything is as the undisturbed run left it."""
-        found = self.hashes()
-        different = sorted(name for name in found.keys() | self.files.keys() if found.get(name) != self.files.get(name))
-        if different:
-            raise Lost(f"other files than undisturbed: {', '.join(different[:3])}")
+        self.compare_files(self.hashes().keys() | self.files.keys())
         if self.locked() != self.lock:
             raise Lost("another dvc.lock than undisturbed")
         if left := [str(path) for path in self.root.glob("*/*.partial")]:
             raise Lost(f"left behind: {left[0]}")
+
+    def compare_files(self, names: Iterable[str]) -> None:
+        """Raises Lost unless these files are those of the undisturbed run."""
+        found = self.hashes()
+        if different := sorted(name for name in names if found.get(name) != self.files.get(name)):
+            raise Lost(f"other files than undisturbed: {', '.join(different[:3])}")
 
     # ---- running -----------------------------------------------------------------------------------
 
@@ -133,6 +137,7 @@ class Torture:
         """A command (by default `dvc repro`) in a process group of its own, with a fault to come."""
         environment = dict(self.plain)
         if fault is not None:
+            self.last_fault = fault
             for leftover in self.faults.glob("*"):
                 if leftover.name in ("reached", "go"):
                     leftover.unlink()
@@ -256,8 +261,8 @@ class Torture:
 
     def must_have_failed(self, done: "subprocess.CompletedProcess[str]", stage: str) -> None:
         """A stage that was stopped before its end must not look finished to DVC."""
-        if done.returncode == 0:
-            self.compare()  # then it was finished: the fault came to nothing, or behind its end
+        if done.returncode == 0:  # then it was finished: the fault came to nothing, or behind its end
+            self.compare_files([name for name in self.files if name.startswith(OUTS[stage])])
         elif not self.reached:
             raise Lost(f"{stage} failed before its point: {done.stdout[-200:]} {done.stderr[-200:]}")
 
@@ -395,7 +400,7 @@ class Torture:
                 fault, where = kind()
                 what = self.recover()
             except Lost as error:
-                lost = str(error)
+                lost, where = str(error), where or str(self.last_fault)
                 self.random.setstate(state)
                 self.random.random()
                 shutil.rmtree(self.root)
