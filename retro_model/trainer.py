@@ -59,7 +59,7 @@ Log = Callable[[int, Mapping[str, float]], None]
 class TrainConfig(Config, section="train"):
     """How the network is trained. A step is one update of the weights."""
 
-    steps: int = setting(1000, minimum=1)
+    steps: int = setting(800, minimum=1)
     batch_size: int = setting(4, minimum=1)  # sequences of a step
     accumulation: int = setting(1, minimum=1)  # portions of a step that are computed one after the other
     lr: float = setting(4e-3, above=0.0)
