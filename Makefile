@@ -6,7 +6,8 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3 python;
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 	&& { echo $$python; break; }; done)
 
-SHELL := /bin/bash
+# A pip that fails must not look like the grep behind it that does not.
+SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 VENV := .venv
 INSTALLED := $(VENV)/installed

@@ -241,7 +241,8 @@ class Torture:
 
     def shown(self, path: Path) -> str:
         name = path.relative_to(self.root).as_posix()
-        return re.sub(r"work/(\w+)/[0-9a-f]{16}", r"work/\1/…", re.sub(r"md5/(..)/[0-9a-f]+", r"md5/\1/…", name))
+        name = re.sub(r"md5/(..)/[0-9a-f]+", r"md5/\1/…", name)
+        return re.sub(r"\.retro/work/(\w+)/[0-9a-f]{16}/", r"\1's ", name)
 
     # ---- the faults --------------------------------------------------------------------------------
 
@@ -259,10 +260,14 @@ class Torture:
             where += f", then kill at {again}"
         return how, where
 
-    def must_have_failed(self, done: "subprocess.CompletedProcess[str]", stage: str) -> None:
+    def must_have_failed(
+        self, done: "subprocess.CompletedProcess[str]", stage: str, vanished: str | None = None
+    ) -> None:
         """A stage that was stopped before its end must not look finished to DVC."""
-        if done.returncode == 0:  # then it was finished: the fault came to nothing, or behind its end
-            self.compare_files([name for name in self.files if name.startswith(OUTS[stage])])
+        if done.returncode == 0 and vanished is not None:  # it had read all of that; the next repro brings it back
+            self.compare_files(name for name in self.files if not name.startswith(f"{vanished}/"))
+        elif done.returncode == 0:
+            self.compare()  # then it was finished: the fault came to nothing, or behind its end
         elif not self.reached:
             raise Lost(f"{stage} failed before its point: {done.stdout[-200:]} {done.stderr[-200:]}")
 
@@ -303,7 +308,7 @@ class Torture:
         point = self.random.randint(1, self.steps[stage])
         self.forget(stage)
         done = self.repro({"stage": stage, "action": "input vanishes", "point": point, "target": place})
-        self.must_have_failed(done, stage)
+        self.must_have_failed(done, stage, vanished=place)
         return "input vanishes", f"{stage}, {place} at step {point} of {self.steps[stage]}"
 
     def damaged(self) -> tuple[str, str]:
@@ -395,7 +400,7 @@ class Torture:
         kinds = [kind for kind in self.kinds() if chosen is None or kind.__name__ == chosen]
         for kind in itertools.islice(itertools.cycle(kinds), count):
             started, fault, where, lost, what = time.monotonic(), kind.__name__, "", "", ""
-            state = self.random.getstate()
+            state, self.last_fault = self.random.getstate(), {}
             try:
                 fault, where = kind()
                 what = self.recover()
