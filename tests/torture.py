@@ -240,9 +240,12 @@ class Torture:
                 stream.write(content)
 
     def shown(self, path: Path) -> str:
-        name = path.relative_to(self.root).as_posix()
-        name = re.sub(r"md5/(..)/[0-9a-f]+", r"md5/\1/…", name)
-        return re.sub(r"\.retro/work/(\w+)/[0-9a-f]{16}/", r"\1's ", name)
+        """The file's name without what no one would look for: a key of work in progress, a hash."""
+        work = self.root / ".retro" / "work"
+        if path.is_relative_to(work):
+            stage, _, *inside = path.relative_to(work).parts
+            return f"{stage}'s {'/'.join(inside)}"
+        return re.sub(r"md5/(..)/[0-9a-f]+", r"md5/\1/…", path.relative_to(self.root).as_posix())
 
     # ---- the faults --------------------------------------------------------------------------------
 
