@@ -8,7 +8,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -72,16 +72,35 @@ def find_files(path: Path) -> tuple[list[Path], int]:
     return sorted(files, key=lambda file: file.relative_to(path).as_posix()), others
 
 
-def _walk(path: Path) -> Iterator[Path]:
-    """All files that are not hidden; links to folders are followed, each folder once."""
+def matching_files(folder: Path, glob: str) -> list[Path]:
+    """The files in `folder` that match, ordered by path; at least one.
 
+    `Path.glob` leaves out a folder that it may not list. Here a missing corner of the corpus is an error.
+    """
+    if not folder.is_dir():
+        raise DocumentError(f"{folder}: no such folder; name the one with the text files")
+    for _ in os.walk(folder, onerror=_refusal(folder)):
+        if "**" not in glob:
+            break
+    files = sorted((file for file in folder.glob(glob) if file.is_file()), key=Path.as_posix)
+    if not files:
+        raise DocumentError(f"{folder}: no file matches {glob!r}; give another glob, such as '**/*.md'")
+    return files
+
+
+def _refusal(path: Path) -> Callable[[OSError], NoReturn]:
     def refuse(error: OSError) -> NoReturn:
         raise DocumentError(
             f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it out of {path}"
         ) from error
 
+    return refuse
+
+
+def _walk(path: Path) -> Iterator[Path]:
+    """All files that are not hidden; links to folders are followed, each folder once."""
     seen = set()
-    for folder, names, file_names in os.walk(path, onerror=refuse, followlinks=True):
+    for folder, names, file_names in os.walk(path, onerror=_refusal(path), followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             names.clear()

@@ -58,7 +58,7 @@ from retro_model.index_building import BuiltIndex, build_index
 from retro_model.memmaps import check_counts, check_seq_len
 from retro_model.neighbors import NONE, QUERIES_PER_BATCH, Database
 from retro_model.progress import Progress
-from retro_model.reading import FLAWS, Entry, read_entries
+from retro_model.reading import FLAWS, Entry, matching_files, read_entries
 
 __all__ = [
     "SearchableChunks",
@@ -81,14 +81,10 @@ class _Reader:
     """The documents of a folder, in the order of their paths; counts what is no document."""
 
     def __init__(self, folder: Path, glob: str, separator: str | None) -> None:
-        if not folder.is_dir():
-            raise DocumentError(f"{folder}: no such folder; name the one with the text files")
         self.folder, self._separator = folder, separator
-        self.files = sorted((file for file in folder.glob(glob) if file.is_file()), key=Path.as_posix)
+        self.files = matching_files(folder, glob)
         self.left_out: Counter[str] = Counter()
         self.example = ""
-        if not self.files:
-            raise DocumentError(f"{folder}: no file matches {glob!r}; give another glob, such as '**/*.md'")
 
     def batches(self) -> Iterator[list[str]]:
         """Texts of documents, some at a time."""

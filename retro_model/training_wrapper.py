@@ -27,12 +27,13 @@ from torch.utils.data import DataLoader
 
 from retro_model.artifacts import file_digest, one_at_a_time, open_raw, write_json
 from retro_model.bert import AnyPath, open_tokenizer
-from retro_model.errors import ConfigError, DocumentError
+from retro_model.errors import ConfigError
 from retro_model.generation import Filter, generate, top_k
 from retro_model.memmaps import RETRODataset, check_counts, neighbor_tokens
 from retro_model.model import RETRO
 from retro_model.neighbors import NONE
 from retro_model.optimization import make_optimizer
+from retro_model.reading import matching_files
 from retro_model.retrieval import SearchableChunks, chunks_to_precalculated_knn_, text_folder_to_chunks_
 from retro_model.tokenizer import Tokenizer
 
@@ -281,9 +282,7 @@ def _check_model(retro: RETRO, chunk_size: int, tokenizer: Tokenizer) -> None:
 
 def _text_digest(folder: Path, glob: str) -> str:
     """Stands for the paths and bytes of all files that match."""
-    if not folder.is_dir():
-        raise DocumentError(f"{folder}: no such folder; name the one with the text files")
-    files = sorted((file for file in folder.glob(glob) if file.is_file()), key=Path.as_posix)
+    files = matching_files(folder, glob)
     listed = [(file.relative_to(folder).as_posix(), file_digest(file)) for file in files]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 

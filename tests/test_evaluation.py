@@ -15,7 +15,6 @@ import torch
 from browser import PHONE, needs_browser, show
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from woven import write_woven
 
 from retro_model.artifacts import Artifact, ArtifactWriter, write_description
 from retro_model.dataset import NO_ROW, retrieved_tokens
@@ -52,7 +51,6 @@ from retro_model.passages import token_texts
 from retro_model.passes import neighbors_of_share, random_neighbors
 from retro_model.scoring import Scorer, Span, Window, choose_spans, pack, sliding_windows
 from retro_model.tokenizer import Tokenizer, save, train
-from retro_model.training import ModelConfig, TrainConfig, train_model
 
 CHUNK_SIZE, SEQ_LEN, STORED, KNN = 8, 32, 12, 2
 LENGTH = SEQ_LEN // CHUNK_SIZE
@@ -510,43 +508,6 @@ def test_a_tenth_of_the_database_is_about_a_tenth() -> None:
     documents = np.arange(20_000)
     left = neighbors_of_share(np.arange(20_000)[None], documents, 0.1) != NO_ROW
     assert 1800 < left.sum() < 2200
-
-
-@pytest.mark.slow
-def test_random_neighbors_give_a_trained_model_nothing(tmp_path: Path) -> None:
-    """On text whose continuations stand in the neighbors: its own save most of the loss, any others none of it."""
-    torch.set_num_threads(2)
-    woven = write_woven(tmp_path, num_documents=400)
-    train_model(
-        woven.chunks,
-        woven.neighbors,
-        woven.tokenizer,
-        ModelConfig(enc_dim=64, dec_dim=64, dec_depth=2, dec_cross_attn_layers=(1, 2), heads=2, dim_head=32),
-        TrainConfig(
-            steps=400,
-            batch_size=16,
-            lr=4e-3,
-            warmup=30,
-            validate_every=400,
-            neighbor_dropout=0.3,
-            number_type="float32",
-        ),
-        knn=2,
-        seq_len=128,
-        seed=0,
-        out_folder=tmp_path / "retro",
-    )
-    held_out, database = (Artifact.open(woven.chunks / split, "chunks") for split in ("valid", "train"))
-    scorer = Scorer(held_out, database, choose_spans(held_out["documents"][:], None, 0), 128)
-    model = RETRO.from_pretrained(tmp_path / "retro")
-    own = Artifact.open(woven.neighbors / "valid", "neighbors")["ids"][scorer.rows][:, :2]
-    drawn = random_neighbors(len(scorer.rows), 2, database.rows, seed=0)
-    columns = {"off": None, "on": own, "random": drawn}
-    losses = {name: scorer.losses(model, neighbors) for name, neighbors in columns.items()}
-    scores = scores_of(scorer, **losses)
-    metrics = metrics_of(scores, scores.bootstrap(200, 0), np.zeros(len(scorer.rows), dtype=int))
-    assert metrics["gain_on_vs_off_low"] > metrics["test_bpb_off"] / 2
-    assert metrics["gain_random_vs_off_high"] < 0.02 * metrics["test_bpb_off"]
 
 
 # ---- overlap ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ embed, 8 text that spells special tokens, 9 chunks without text, 12 autofaiss's 
 first rows, 14 queries that are in no database. (1, 2, 10 and 11 are about the network and training.)
 """
 
+import errno
 import hashlib
 import inspect
 import json
@@ -370,6 +371,23 @@ def test_what_is_no_text_is_left_out_and_told(tmp_path: Path, capsys: pytest.Cap
     (texts / "bytes.txt").write_bytes(b"lem\n\xff")
     assert make_chunks(texts, tmp_path)["docs"] == 2
     assert "left out: 1 empty, 1 not UTF-8; first: 002.txt" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Path.glob would leave it out without a word."""
+    texts = write_texts(tmp_path / "texts", ["lem " * 40])
+    (texts / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path) == texts / "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # for root no mode locks a folder
+    with pytest.raises(DocumentError, match=r"texts/locked: cannot be listed \(Permission denied\); make it readable"):
+        make_chunks(texts, tmp_path, glob="**/*.txt")
+    assert make_chunks(texts, tmp_path, glob="*.txt")["docs"] == 1  # which looks into no folder
 
 
 @pytest.mark.parametrize(

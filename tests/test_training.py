@@ -823,27 +823,3 @@ def test_more_neighbors_than_stored_are_refused_before_any_work(woven: Woven, tm
     with pytest.raises(ConfigError, match="knn: found 9, expected 1 to 3"):
         run(woven, tmp_path, knn=9, work_folder=tmp_path / "work")
     assert not (tmp_path / "work").exists() and not (tmp_path / "retro").exists()
-
-
-# ---- does it learn ---------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_it_learns_to_use_what_it_retrieves(tmp_path: Path) -> None:
-    """What follows a chunk stands in its neighbor: that halves the loss, shuffled neighbors give nothing."""
-    torch.set_num_threads(2)
-    woven = write_woven(tmp_path, num_documents=400)
-    result = train_model(
-        woven.chunks,
-        woven.neighbors,
-        woven.tokenizer,
-        ModelConfig(enc_dim=64, dec_dim=64, dec_depth=2, dec_cross_attn_layers=(1, 2), heads=2, dim_head=32),
-        dataclasses.replace(TRAIN, steps=500, batch_size=16, lr=4e-3, warmup=30, validate_every=500),
-        knn=2,
-        seq_len=128,
-        seed=0,
-        out_folder=tmp_path / "retro",
-    )
-    metrics = result.metrics
-    assert metrics["valid_loss"] < metrics["valid_loss_off"] / 2
-    assert metrics["valid_loss_shuffled"] > 0.98 * metrics["valid_loss_off"]
