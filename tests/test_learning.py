@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_evaluation import scores_of
 from woven import Woven, write_woven
 
 from retro_model.artifacts import Artifact
-from retro_model.figures import metrics_of, scores_of
+from retro_model.figures import metrics_of
 from retro_model.model import RETRO
 from retro_model.passes import random_neighbors
 from retro_model.scoring import Scorer, choose_spans
