@@ -25,7 +25,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Any
@@ -189,8 +189,39 @@ def _described(description: Mapping[str, Any]) -> bytes:
     return _json({**description, "digest": digest}).encode()
 
 
+class _Shard:
+    """The file of an array in one shard, written as its rows come; once it is closed, what np.save would write."""
+
+    def __init__(self, path: Path, dtype: str, row_shape: Sequence[int]) -> None:
+        self.path = path
+        self._dtype, self._row_shape, self._rows = np.dtype(dtype), row_shape, 0
+        self._stream = path.open("wb")
+        self._write_head()
+
+    def append(self, rows: npt.NDArray[Any]) -> None:
+        """Adds rows of the array's type and shape."""
+        self._stream.write(np.ascontiguousarray(rows).data)
+        self._rows += len(rows)
+
+    def close(self) -> None:
+        """Ends the file. A head leaves room for any number of rows, so that of all rows fits where the first was."""
+        self._stream.seek(0)
+        self._write_head()
+        self._stream.close()
+
+    def abandon(self) -> None:
+        """Closes the file as it is."""
+        with suppress(OSError):  # a full disk, which is what ended the writing: its error is on its way
+            self._stream.close()
+
+    def _write_head(self) -> None:
+        shape = (self._rows, *self._row_shape)
+        head = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}  # type: ignore[no-untyped-call]
+        np.lib.format.write_array_header_1_0(self._stream, head)  # type: ignore[no-untyped-call]
+
+
 class ArtifactWriter:
-    """Writes an artifact into a new folder, shard by shard; memory holds one shard at the most.
+    """Writes an artifact into a new folder, shard by shard; memory holds the rows of one call at the most.
 
     Used as a context manager: `artifact.json` is written when the block ends without an error.
     """
@@ -202,8 +233,7 @@ class ArtifactWriter:
         self.kind = kind
         self.rows_per_shard = rows_per_shard
         self.facts: dict[str, Any] = {}
-        self._pending: dict[str, list[npt.NDArray[Any]]] = {}
-        self._pending_rows = 0
+        self._open: dict[str, _Shard] = {}
         self._rows = 0
         self._arrays: dict[str, dict[str, Any]] = {}
         self._files: dict[str, str] = {}
@@ -213,7 +243,7 @@ class ArtifactWriter:
     @property
     def rows(self) -> int:
         """How many rows were appended so far."""
-        return self._rows + self._pending_rows
+        return self._rows
 
     def append(self, **columns: npt.NDArray[Any]) -> None:
         """Adds rows: every call names the same arrays, and all of one call are equally long."""
@@ -225,20 +255,23 @@ class ArtifactWriter:
         assert columns.keys() == self._arrays.keys(), (columns.keys(), self._arrays.keys())
         start, total = 0, next(iter(lengths.values()))
         while start < total:
-            stop = min(total, start + self.rows_per_shard - self._pending_rows)
+            number, filled = divmod(self._rows, self.rows_per_shard)
+            stop = min(total, start + self.rows_per_shard - filled)
             for name, column in columns.items():
-                self._pending.setdefault(name, []).append(np.array(column[start:stop]))
-            self._pending_rows += stop - start
+                if not filled:
+                    self._open[name] = _Shard(self.folder / _shard_name(name, number), **self._arrays[name])
+                self._open[name].append(column[start:stop])
+            self._rows += stop - start
             start = stop
-            if self._pending_rows == self.rows_per_shard:
-                self._write_shard()
+            if self._rows % self.rows_per_shard == 0:
+                self._close_shard()
 
     def adopt(self, part: "Artifact") -> None:
         """Adds all rows of an artifact of one shard, by hard links to its files where the disk allows it.
 
         All but the last one adopted have `rows_per_shard` rows.
         """
-        assert self._rows % self.rows_per_shard == 0 and not self._pending_rows, "only full shards lie before another"
+        assert self._rows % self.rows_per_shard == 0, "only full shards lie before another"
         assert part.kind == self.kind and part.rows <= self.rows_per_shard, (part.kind, part.rows)
         number = self._rows // self.rows_per_shard
         for name, array in part.arrays.items():
@@ -254,14 +287,11 @@ class ArtifactWriter:
         """Counts a file that the caller wrote below the folder (`/` in names) as part of the artifact."""
         self._files[name] = file_digest(self.folder / name)
 
-    def _write_shard(self) -> None:
-        number = self._rows // self.rows_per_shard
-        for name, parts in self._pending.items():
-            file = _shard_name(name, number)
-            save_array(self.folder / file, np.concatenate(parts))
-            self._files[file] = file_digest(self.folder / file)
-        self._rows += self._pending_rows
-        self._pending, self._pending_rows = {}, 0
+    def _close_shard(self) -> None:
+        for shard in self._open.values():
+            shard.close()
+            self._files[shard.path.name] = file_digest(shard.path)
+        self._open = {}
 
     def __enter__(self) -> "ArtifactWriter":
         return self
@@ -269,10 +299,13 @@ class ArtifactWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            return  # without its description the folder is no artifact
-        if self._pending_rows:
-            self._write_shard()
+        try:
+            if error is not None:
+                return  # without its description the folder is no artifact
+            self._close_shard()
+        finally:
+            for shard in self._open.values():
+                shard.abandon()
         write_description(
             self.folder,
             {

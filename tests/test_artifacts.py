@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,31 @@ def test_rows_come_back_whatever_the_shards(tmp_path: Path) -> None:
     np.testing.assert_array_equal(artifact["tokens"][:], tokens)
     np.testing.assert_array_equal(artifact["documents"][:], tokens[:, 0])
     assert [len(shard) for shard in artifact["tokens"].shards()] == [10, 10, 5]
+
+
+@pytest.mark.parametrize("rows", [1, 9, 10, 1234])
+@pytest.mark.parametrize("column", [np.zeros(1234, np.int64), np.arange(2468, dtype=np.float16).reshape(2, -1).T])
+def test_a_shard_that_was_written_in_pieces_is_what_numpy_would_save(
+    column: np.ndarray, rows: int, tmp_path: Path
+) -> None:
+    with ArtifactWriter(tmp_path / "a", "embeddings") as writer:
+        for row in range(0, rows, 7):
+            writer.append(vectors=column[row : min(row + 7, rows)])
+    np.save(tmp_path / "whole.npy", column[:rows].copy(order="C"))
+    assert (tmp_path / "a" / "vectors-00000.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+def test_a_writer_holds_no_shard_in_memory(tmp_path: Path) -> None:
+    rows = np.zeros((1000, 256), np.float32)
+    with ArtifactWriter(tmp_path / "a", "embeddings") as writer:
+        writer.append(vectors=rows)
+        tracemalloc.start()
+        for _ in range(100):  # 102 MB in one shard
+            writer.append(vectors=rows)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert Artifact.open(tmp_path / "a", "embeddings").rows == 101_000
+    assert peak < 1 << 20
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
