@@ -35,7 +35,7 @@ from retro_model.tokenizer import Encoded, Tokenizer, utf8_size
 TABLE = "documents.jsonl"
 BATCH_BYTES = 1 << 21  # of text in memory at once, unless one document is longer
 BATCH_DOCUMENTS = 1 << 12
-PART_BYTES = 1 << 24  # of text that one part of the work has, a few seconds of it
+PART_BYTES = 1 << 23  # of text that one part of the work has, a second or two of it
 PART_DOCUMENTS = 1 << 17
 ROWS_PER_SHARD = 1 << 18
 
