@@ -227,9 +227,8 @@ def make_chunks(
 ) -> dict[str, float]:
     """Writes the chunk artifacts of all splits below `folder` and returns the counts of what was done.
 
-    Memory is that of a few parts of the text and one shard a split, beside what `Corpus` knows of each
-    document and file. `engine` changes speed only; what was finished before a kill is found again in
-    `work_folder`.
+    Memory is that of a few parts of the text, beside what `Corpus` knows of each document and file. `engine`
+    changes speed only; what was finished before a kill is found again in `work_folder`.
 
     Raises DocumentError where a split has no document to cut.
     """
