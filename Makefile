@@ -28,12 +28,11 @@ repro: install  ## run what has changed of the pipeline, from documents to the e
 install: $(INSTALLED) $(if $(GPU),$(INSTALLED)-gpu)  ## make .venv, install the locked dependencies (GPU=1: faiss for CUDA 12)
 
 # The lock is for several Pythons; pip's lines about what it has for the others would be all that one sees first.
-# Of 22,000 modules a fifth is ever imported: those are compiled then, not all of them now.
 $(INSTALLED): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "retro needs Python 3.10, 3.11 or 3.12; name one: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	@echo "installing the locked dependencies (2 to 3 minutes, a little over 2 GB; several more with torch for CUDA)"
-	python -m pip install --disable-pip-version-check --progress-bar off --no-compile -r requirements.lock \
+	python -m pip install --disable-pip-version-check --progress-bar off -r requirements.lock \
 		| grep -v --line-buffered '^Ignoring .*: markers'
 	python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 	@touch $@
