@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measured import measured
 
-from retro_model.devices import keep_freed_memory, resolve_number_type
+from retro_model.devices import fast_float32_products, keep_freed_memory, resolve_number_type
 from retro_model.generation import CachedDecoder
 from retro_model.hardware import DATA_SHEETS, known_chip, products
 from retro_model.model import RETRO, RETROConfig
@@ -77,6 +77,7 @@ MAKE_BENCH = {
     "full": ["--theirs {theirs}"],
     "quick": ["--turns 1 --only writing --theirs {theirs}"],
 }
+SET_UP_AS_OURS = "theirs, set up as ours"  # their network in a process that this project's trainer has prepared
 AUTOCAST = {"bfloat16 autocast": torch.bfloat16}
 NUMBER_TYPES = {"float32": torch.float32, **AUTOCAST}
 SETTINGS = {
@@ -165,7 +166,8 @@ def matrix_limit(setting: Setting, dtype: torch.dtype) -> float:
         a = torch.randn(m, k, dtype=dtype, device=setting.device)
         b = torch.randn(n, k, dtype=dtype, device=setting.device)
         tasks = {"product": lambda a=a, b=b: nn.functional.linear(a, b)}
-        fastest = max(fastest, 2 * m * k * n / min(in_turns(tasks, 8, setting.device)["product"]))
+        with fast_float32_products(torch.device(setting.device)):
+            fastest = max(fastest, 2 * m * k * n / min(in_turns(tasks, 8, setting.device)["product"]))
     return fastest
 
 
@@ -193,7 +195,7 @@ def training(setting: Setting, theirs: str | None, turns: int) -> dict[str, dict
     """
     sides = ["ours"]
     if theirs:
-        sides += ["theirs", "theirs, memory kept"] if setting.device == "cpu" else ["theirs"]
+        sides += ["theirs", SET_UP_AS_OURS] if setting.device == "cpu" else ["theirs"]
     print(
         f"\none training step, batch {setting.batch} x {setting.length} tokens, k = {setting.neighbors} "
         f"(forward and backward; median of {turns} turns)"
@@ -219,7 +221,7 @@ def prepare(side: str, setting: Setting, theirs: str | None, dtype: torch.dtype,
     """Make the steps of one side in the process that is to run them."""
     torch.set_num_threads(threads)
     if setting.device == "cpu" and side != "theirs":
-        keep_freed_memory()  # as the trainer does; the other side is measured as it comes, and with it
+        keep_freed_memory()
     prepared.update(training_tasks(side, setting, theirs, dtype))
 
 
@@ -241,7 +243,9 @@ def training_tasks(
     seq, retrieved = random_batch(setting, setting.batch, setting.length)
 
     def task(called: Callable[..., Tensor], *inputs: Tensor | None, **options: Any) -> None:
-        step(called, cast("Tensor", inputs[0]), inputs[1], dtype, **options)
+        # as in the trainer, as is the memory in `prepare`; the other side is measured as it comes, and so
+        with nullcontext() if side == "theirs" else fast_float32_products(torch.device(setting.device)):
+            step(called, cast("Tensor", inputs[0]), inputs[1], dtype, **options)
         model.zero_grad(set_to_none=True)
         synchronize(setting.device)
 
@@ -266,7 +270,7 @@ def print_training(setting: Setting, dtype_name: str, seconds: Mapping[str, floa
         neighbors = 0 if name == "without neighbors" else setting.neighbors
         rate = products(setting.config, setting.batch, setting.length, neighbors) / of_task
         tokens = setting.batch * setting.length / of_task
-        line = f"    {name:20} {of_task * 1e3:8.0f} ms  {tokens:8,.0f} tokens/s  {rate / limit:6.1%} of that"
+        line = f"    {name:22} {of_task * 1e3:8.0f} ms  {tokens:8,.0f} tokens/s  {rate / limit:6.1%} of that"
         print(line + (f"  {rate / promised:6.1%} of the data sheet's" if promised else ""))
     print(f"    retrieval costs a factor of {seconds['ours'] / seconds['without neighbors']:.2f}")
     tokens = setting.batch * setting.length
@@ -285,9 +289,9 @@ def print_training(setting: Setting, dtype_name: str, seconds: Mapping[str, floa
             if name.startswith("ours"):
                 ratio = seconds["theirs"] / seconds[name]
                 print(f"    RATIO of tokens a second, {name} to theirs: {ratio:.2f}")
-        if "theirs, memory kept" in seconds:
-            ratio = seconds["theirs, memory kept"] / seconds["ours"]
-            print(f"    ours to theirs in a process that keeps its memory, as this project's trainer does: {ratio:.2f}")
+        if SET_UP_AS_OURS in seconds:
+            ratio = seconds[SET_UP_AS_OURS] / seconds["ours"]
+            print(f"    ours to theirs in a process set up as this project's trainer sets up its own: {ratio:.2f}")
         most = seconds["theirs"] * limit / products(setting.config, setting.batch, setting.length, setting.neighbors)
         print(f"    a step at the speed of the fastest matrix product would have a ratio of {most:.2f}")
 

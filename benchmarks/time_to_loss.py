@@ -40,7 +40,7 @@ from training import one_document_a_sequence, open_sequences
 
 from retro_model.ahead import ahead
 from retro_model.dataset import Batch, PackedSequences
-from retro_model.devices import NumberType, keep_freed_memory, resolve_number_type
+from retro_model.devices import NumberType, fast_float32_products, keep_freed_memory, resolve_number_type
 from retro_model.optimization import autocast, make_optimizer, set_learning_rate
 from retro_model.training import build_model
 from stages.params import read_params
@@ -166,6 +166,7 @@ class Run:
 
 
 running: list[Run] = []  # in the process of a side, that side's
+for_good = ExitStack()  # what stays as it is until that process ends
 
 
 def start(arguments: argparse.Namespace, of_theirs: bool) -> None:
@@ -175,8 +176,9 @@ def start(arguments: argparse.Namespace, of_theirs: bool) -> None:
     training, validation = (
         open_sequences(arguments.data, split, params.seq_len, params.knn) for split in ("train", "valid")
     )
-    if not of_theirs:
-        keep_freed_memory()  # as the trainer does
+    if not of_theirs:  # as the trainer does
+        keep_freed_memory()
+        for_good.enter_context(fast_float32_products(CPU))
     side = theirs(arguments.theirs, params, training) if of_theirs else ours(params, training)
     running.append(Run(side, params, validation, arguments.sequences, arguments.between))
 

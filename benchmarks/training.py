@@ -27,6 +27,7 @@ from measured import measured
 
 from retro_model.artifacts import Artifact
 from retro_model.dataset import NO_ROW, IntArray, PackedSequences
+from retro_model.devices import fast_float32_products
 from retro_model.trainer import Step, Trainer
 from retro_model.training import build_model
 from stages.params import read_params
@@ -79,7 +80,8 @@ def in_turns(trainer: Trainer, steps: int) -> dict[str, tuple[float, float]]:
         alone = Step(rows, [training.batch(rows)], training.count_labels(rows))
         for name, data in zip(seconds, (trainer.data(number), alone), strict=True):
             started = time.perf_counter()
-            trainer.step(data)
+            with fast_float32_products(trainer.world.device):
+                trainer.step(data)
             if number:  # the first does not count
                 seconds[name].append(time.perf_counter() - started)
                 labels[name] += data.num_labels

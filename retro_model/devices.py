@@ -1,6 +1,8 @@
 """Where to compute, and in which numbers: what `auto` stands for on this machine."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -49,3 +51,22 @@ def keep_freed_memory() -> None:
     # Before its version 2.35 glibc takes no more than 32 MiB for the first.
     if mallopt is not None and (mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def fast_float32_products(device: torch.device) -> Iterator[None]:
+    """In the block, large float32 products on this CPU are by the library that uses all of it.
+
+    MKL, which torch asks by default, has 256-bit products for AMD's processors, also for those with units of
+    512 bits; oneDNN, which torch asks where it may round to bfloat16, has both and rounds only on AMX units.
+    So where the processor is AMD's, has AVX-512 and no AMX, such leave is given, and the products stay float32.
+    Products with a single row are slower by it, so writing is better left outside.
+    """
+    products, has = torch.backends.mkldnn.matmul, torch.cpu.get_capabilities()
+    before = products.fp32_precision
+    if device.type == "cpu" and "AMD" in has.get("cpu_name", "") and has.get("avx512_bw") and not has.get("amx_tile"):
+        products.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before

@@ -16,6 +16,7 @@ import torch
 
 from retro_model.artifacts import Artifact
 from retro_model.dataset import NO_ROW, PackedSequences, retrieved_tokens
+from retro_model.devices import fast_float32_products
 from retro_model.errors import TrainingError
 from retro_model.model import RETRO
 from retro_model.progress import Progress
@@ -166,13 +167,14 @@ class Scorer:
         """
         model.eval()
         losses = np.zeros(self.labels.shape, dtype=np.float32)
-        for start in range(0, self.num_sequences, self.batch_size):
-            some = slice(start, start + self.batch_size)
-            rows, scored = self.layout.rows[some], self.layout.scored[some]
-            places = np.searchsorted(self.rows, rows[scored])
-            losses[places] = self._batch_losses(model, rows, neighbors, part)[scored]
-            if shown is not None:
-                shown.update(len(rows))
+        with fast_float32_products(self.device):
+            for start in range(0, self.num_sequences, self.batch_size):
+                some = slice(start, start + self.batch_size)
+                rows, scored = self.layout.rows[some], self.layout.scored[some]
+                places = np.searchsorted(self.rows, rows[scored])
+                losses[places] = self._batch_losses(model, rows, neighbors, part)[scored]
+                if shown is not None:
+                    shown.update(len(rows))
         if not np.isfinite(losses).all():
             raise TrainingError("evaluate: a loss on held-out text is not finite; train again with a lower train.lr")
         return losses

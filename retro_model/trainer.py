@@ -23,7 +23,7 @@ from torch import Tensor
 from retro_model.ahead import ahead
 from retro_model.config import Config, setting
 from retro_model.dataset import NO_ROW, Batch, IntArray, PackedSequences
-from retro_model.devices import keep_freed_memory, resolve_number_type
+from retro_model.devices import fast_float32_products, keep_freed_memory, resolve_number_type
 from retro_model.distributed import ALONE, World
 from retro_model.errors import ConfigError, TrainingError
 from retro_model.hardware import peak, products
@@ -339,7 +339,12 @@ class Trainer:
         config, main = self.config, self.world.main
         clock = _Clock(self.state)
         bar = Progress(title, config.steps, unit="step", done=self.state.step) if main else nullcontext()
-        with torch.random.fork_rng(), _StopSignals(self.checkpoints is not None) as stop, bar as shown:
+        with (
+            fast_float32_products(self.world.device),
+            torch.random.fork_rng(),
+            _StopSignals(self.checkpoints is not None) as stop,
+            bar as shown,
+        ):
             for data in ahead(map(self.data, range(self.state.step, config.steps))):
                 record = self.step(data)
                 validates = self._done or self.state.step % config.validate_every == 0

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 import torch
 
-from retro_model.devices import keep_freed_memory, resolve_device
+from retro_model.devices import fast_float32_products, keep_freed_memory, resolve_device
 from retro_model.errors import ConfigError
 from retro_model.index_arguments import index_settings
 
@@ -44,3 +44,30 @@ def faults_of_a_tensor(keep: bool) -> int:
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def test_fast_float32_products_are_float32() -> None:
+    """torch is told that it may round to bfloat16; on the processors where it is told so, it cannot."""
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(512, 384, generator=generator), torch.randn(640, 384, generator=generator)
+    batched = torch.randn(16, 128, 64, generator=generator)
+    with fast_float32_products(torch.device("cpu")):
+        assert relative_error(rows @ weight.T, rows.double() @ weight.double().T) < 1e-6
+        assert relative_error(rows.T @ rows, rows.double().T @ rows.double()) < 1e-6
+        assert relative_error(batched @ batched.mT, batched.double() @ batched.double().mT) < 1e-6
+    rounded = rows.bfloat16() @ weight.bfloat16().T
+    assert relative_error(rounded, rows.double() @ weight.double().T) > 1e-3
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+def test_the_precision_of_products_is_as_before_after_the_block() -> None:
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    with pytest.raises(ZeroDivisionError), fast_float32_products(torch.device("cpu")):
+        _ = 1 / 0
+    assert products.fp32_precision == before
+    with fast_float32_products(torch.device("cuda")):
+        assert products.fp32_precision == before, "a GPU's products are none of its business"
