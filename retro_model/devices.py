@@ -62,7 +62,8 @@ def fast_float32_products(device: torch.device) -> Iterator[None]:
     So where the processor is AMD's, has AVX-512 and no AMX, such leave is given, and the products stay float32.
     Products with a single row are slower by it, so writing is better left outside.
     """
-    products, has = torch.backends.mkldnn.matmul, torch.cpu.get_capabilities()
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set where torch starts
+    has = torch.cpu.get_capabilities()
     before = products.fp32_precision
     if device.type == "cpu" and "AMD" in has.get("cpu_name", "") and has.get("avx512_bw") and not has.get("amx_tile"):
         products.fp32_precision = "bf16"
