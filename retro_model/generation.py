@@ -72,7 +72,7 @@ def sample(
 # ---- the cached decoder ----------------------------------------------------------------------------
 
 
-ALONE = 2**20  # multiplications that one thread has done before a second one would be awake
+ALONE = 2**17  # multiplications that one thread has done before a second one would be awake
 
 
 @contextmanager
@@ -86,22 +86,35 @@ def threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def along_the_longer_axis(weight_OI: Tensor) -> Tensor:
-    """The matrix with the longer of its axes contiguous in memory: on a CPU a copy, if it is not so already.
+class SharedOut(nn.Module):
+    """A linear layer whose product with a single token all threads of this process have a part in.
 
-    A product of one token with a matrix is nothing but reading the matrix, and short rows are read at
-    half the speed.
+    Such a product is nothing but reading the matrix, which BLAS leaves to one thread; a batch of products,
+    each with some of the rows, is read by all of them. Along short rows it would be read at half the speed,
+    so the parts of a matrix that has such are copied.
     """
-    if weight_OI.dim() != 2 or weight_OI.device.type != "cpu" or weight_OI.shape[0] <= weight_OI.shape[1]:
-        return weight_OI
-    return nn.Parameter(weight_OI.detach().T.contiguous().T)
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        super().__init__()
+        outputs, inputs = weight_OI.shape
+        parts = next(number for number in range(torch.get_num_threads(), 0, -1) if outputs % number == 0)
+        part_PIO = weight_OI.detach().view(parts, -1, inputs).transpose(1, 2)  # O: of a part
+        self.part_PIO = nn.Parameter(part_PIO.contiguous() if outputs > inputs else part_PIO)
+
+    def forward(self, x_SI: Tensor) -> Tensor:
+        """`F.linear(x, weight)`."""
+        parts, inputs, _ = self.part_PIO.shape
+        out_PSO = torch.bmm(x_SI.reshape(1, -1, inputs).expand(parts, -1, -1), self.part_PIO)
+        return out_PSO.transpose(0, 1).reshape(*x_SI.shape[:-1], -1)
 
 
-def for_single_tokens(block: Block) -> Block:
-    """A layer that computes the same, its matrices along their longer axis; all others are shared."""
-    module = cast("nn.Module", block)
-    shared: dict[int, Any] = {id(x): along_the_longer_axis(x) for x in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(block, shared)
+def for_single_tokens(module: nn.Module) -> nn.Module:
+    """A module that computes the same, on a CPU with its linear layers shared out; all else is not copied."""
+    instead: dict[int, Any] = {id(x): x for x in (*module.parameters(), *module.buffers())}
+    for part in module.modules():
+        if type(part) is nn.Linear and part.bias is None and part.weight.device.type == "cpu":
+            instead[id(part)] = SharedOut(part.weight)
+    return copy.deepcopy(module, instead)
 
 
 @dataclass
@@ -201,8 +214,9 @@ class CachedDecoder:
         tokens = rows, heads, max_length + config.chunk_size, features  # room for what is read in vain
         none = rows, heads, 0, features
         self.model = model
-        self.blocks = [for_single_tokens(block) for block in model.decoder]
-        self.output_weight_VD = along_the_longer_axis(model.output_weight_VD)
+        self.blocks = [cast("Block", for_single_tokens(cast("nn.Module", block))) for block in model.decoder]
+        output_VD = model.output_weight_VD
+        self.to_logits = SharedOut(output_VD) if device.type == "cpu" else partial(F.linear, weight=output_VD)
         self.largest_matrix = max(x.numel() for block in model.decoder for x in cast("nn.Module", block).parameters())
         self.threads = 1  # that torch has where `read` is called
         self.lengths = [0] * rows  # how many tokens each row has read
@@ -255,7 +269,8 @@ class CachedDecoder:
     @torch.no_grad()
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """What follows each of the states that `read` returned: (B, V)."""
-        return F.linear(hidden_BD, self.output_weight_VD)
+        logits_BV: Tensor = self.to_logits(hidden_BD)
+        return logits_BV
 
     def _pass_boundaries(self, x_BSD: Tensor, counts: Sequence[int], found: dict[int, Tensor]) -> None:
         """Keep the states that the encoder will look at; where a row completes a chunk, change its neighbors."""

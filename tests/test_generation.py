@@ -4,13 +4,24 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import SMALL, K, M, R, V, make, tokens
 from torch import Tensor
 
 from retro_model.errors import ConfigError
-from retro_model.generation import ALONE, CachedDecoder, Writer, generate, sample, threads, top_k, top_p
+from retro_model.generation import (
+    ALONE,
+    CachedDecoder,
+    SharedOut,
+    Writer,
+    generate,
+    sample,
+    threads,
+    top_k,
+    top_p,
+)
 from retro_model.model import RETRO
 
 
@@ -116,20 +127,33 @@ def test_pieces_of_any_width_read_the_same(data: st.DataObject) -> None:
         torch.testing.assert_close(logits, model(seq, retrieved), atol=1e-9, rtol=0)
 
 
-def test_matrices_are_read_along_their_longer_axis() -> None:
+@pytest.mark.parametrize(("threads", "outputs", "parts"), [(1, 12, 1), (2, 12, 2), (8, 12, 6), (3, 4, 2), (4, 7, 1)])
+def test_all_threads_have_a_part_in_a_product(
+    monkeypatch: pytest.MonkeyPatch, threads: int, outputs: int, parts: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for inputs in (3, 12, 20):
+        weight = torch.randn(outputs, inputs, dtype=torch.float64)
+        shared_out = SharedOut(weight)
+        assert shared_out.part_PIO.shape == (parts, inputs, outputs // parts)
+        assert shared_out.part_PIO.stride(2 if outputs > inputs else 1) == 1  # along the longer axis
+        assert (shared_out.part_PIO.data_ptr() == weight.data_ptr()) == (outputs <= inputs)  # else no copy
+        for shape in ((inputs,), (1, 1, inputs), (5, inputs), (2, 3, inputs)):
+            x = torch.randn(shape, dtype=torch.float64)
+            torch.testing.assert_close(shared_out(x), F.linear(x, weight), atol=1e-12, rtol=0)
+
+
+def test_only_matrices_are_made_anew_for_single_tokens() -> None:
     model = make(tie_embeddings=True)
     before = {name: (id(x), x.clone(), x.stride()) for name, x in model.named_parameters()}
     decoder = CachedDecoder(model, 1, 8)
     for block, copied in zip(model.decoder, decoder.blocks, strict=True):
         own, copies = (dict(b.named_parameters()) for b in (block, copied))  # type: ignore[attr-defined]
-        assert own.keys() == copies.keys()
-        for name, weight in own.items():
-            assert torch.equal(weight, copies[name])
-            if weight.dim() == 2:
-                assert copies[name].stride(0 if weight.shape[0] > weight.shape[1] else 1) == 1
-            assert (copies[name] is weight) == (weight.dim() == 1 or weight.shape[0] <= weight.shape[1])
-    assert decoder.output_weight_VD.stride() == (1, V)
-    assert torch.equal(decoder.output_weight_VD, model.embedding.weight)
+        matrices = {name.removesuffix("weight") for name, x in own.items() if x.dim() == 2}
+        assert matrices == {name.removesuffix("part_PIO") for name in copies if name.endswith("part_PIO")}
+        vectors = {name: x for name, x in own.items() if x.dim() == 1}
+        assert vectors and all(copies[name] is x for name, x in vectors.items())
+        assert len(copies) == len(own)
     for name, weight in model.named_parameters():
         was, value, stride = before[name]
         assert id(weight) == was and torch.equal(weight, value) and weight.stride() == stride
