@@ -14,14 +14,14 @@ def ahead(items: Iterable[Item]) -> Iterator[Item]:
     It pays where one side leaves cores idle: reading, checking and cutting are Python, encoding and
     training are not.
     """
-    handover: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=1)
+    handover: queue.Queue[tuple[list[Any], BaseException | None]] = queue.Queue(maxsize=1)
     stop = threading.Event()
     finished = object()
 
     def put(item: Any, error: BaseException | None = None) -> None:
         while not stop.is_set():
             try:
-                return handover.put((item, error), timeout=0.1)
+                return handover.put(([item], error), timeout=0.1)
             except queue.Full:
                 continue
 
@@ -39,12 +39,12 @@ def ahead(items: Iterable[Item]) -> Iterator[Item]:
     thread.start()
     try:
         while True:
-            item, error = handover.get()
+            box, error = handover.get()
             if error is not None:
                 raise error
-            if item is finished:
+            if box[0] is finished:
                 return
-            yield item
+            yield box.pop()  # it may be large, and whoever gets it may need only a part: nothing of it stays here
     finally:
         stop.set()
         thread.join()

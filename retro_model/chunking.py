@@ -33,7 +33,7 @@ from retro_model.errors import DocumentError
 from retro_model.tokenizer import Encoded, Tokenizer, utf8_size
 
 TABLE = "documents.jsonl"
-BATCH_BYTES = 1 << 21  # of text in memory at once, unless one document is longer
+BATCH_BYTES = 1 << 20  # of text in memory at once, unless one document is longer
 BATCH_DOCUMENTS = 1 << 12
 PART_BYTES = 1 << 23  # of text that one part of the work has, a second or two of it
 PART_DOCUMENTS = 1 << 17
@@ -117,7 +117,9 @@ class ChunkJob:
         id_type = np.int32 if self.num_documents < 1 << 31 else np.int64
         totals = {split: Counter[str]() for split in SPLITS}
         with ArtifactWriter(folder, self.kind) as writer, _Table(folder) as table:
-            for batch, encoded in ahead(_encode(batches(documents, BATCH_BYTES, BATCH_DOCUMENTS), tokenizer)):
+            groups = list(batches(documents, BATCH_BYTES, BATCH_DOCUMENTS))
+            texts = ([document.text for document in batch] for batch in groups)
+            for batch, encoded in zip(groups, tokenizer.encode_batches(texts), strict=True):
                 chunks = cut(encoded, self.chunk_size, tokenizer.pad_id, tokenizer.begin_id, tokenizer.end_id)
                 places = np.array([SPLITS.index(document.split) for document in batch], np.uint8)
                 kept = np.diff(encoded.starts) > 0
@@ -250,7 +252,8 @@ def _parts(corpus: Corpus) -> Iterator[Part]:
     for number, batch in enumerate(batches(corpus.documents(), PART_BYTES, PART_DOCUMENTS)):
         digest = hashlib.blake2b(digest_size=16)
         for document in batch:
-            digest.update(json.dumps(document).encode())
+            text = document.text.encode()
+            digest.update(json.dumps([*document[:-1], len(text)]).encode() + text)
         yield Part(f"part-{number:06d}", (batch, digest.hexdigest()), {"texts": digest.hexdigest()})
 
 
@@ -315,11 +318,6 @@ def batches(
         total += size
     if batch:
         yield batch
-
-
-def _encode(batches: Iterable[list[Document]], tokenizer: Tokenizer) -> Iterator[tuple[list[Document], Encoded]]:
-    for batch in batches:
-        yield batch, tokenizer.encode_batch([document.text for document in batch])
 
 
 class Place(NamedTuple):

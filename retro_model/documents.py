@@ -140,6 +140,7 @@ class Corpus:
         files, self.report.other_files = find_files(self.path)
         whole = self.path.is_dir()
         self._files = [(file, file.relative_to(self.path).as_posix() if whole else file.name) for file in files]
+        self._num_in_file = np.zeros(len(files), np.int64)  # readable documents
         digests, identities = self._scan()
         self._fates = self._assign(digests, identities)
         self._near_duplicates_known = not config.near_duplicates
@@ -159,10 +160,8 @@ class Corpus:
         wanted = {SPLITS.index(split) for split in splits or SPLITS}
         check = not self._near_duplicates_known and SPLITS.index("train") in wanted
         held_out = self._held_out_signatures() if check else None
-        for number, entry in self._readable("read"):
+        for number, entry in self._readable("read", wanted):
             fate = self._fates[number]
-            if fate not in wanted:
-                continue
             if held_out is not None and fate == SPLITS.index("train") and held_out.repeated_by(entry.text):
                 self._fates[number] = _NEAR_DUPLICATE
                 continue
@@ -176,35 +175,42 @@ class Corpus:
                 "held-out ones; add documents, or raise corpus.near_duplicates (0 switches it off)"
             )
 
-    def _entries(self, title: str) -> Iterator[Entry]:
-        with Progress(title, None, "document") as shown:
-            for file, source in self._files:
-                for entry in read_entries(file, source, self.config.text_field, self.config.documents_separator):
-                    yield entry
-                    shown.update(entry.times)
+    def _entries(self, file: Path, source: str) -> Iterator[Entry]:
+        return read_entries(file, source, self.config.text_field, self.config.documents_separator)
 
-    def _readable(self, title: str) -> Iterator[tuple[int, Entry]]:
-        """Numbers the entries that have text; the numbers of every pass agree."""
-        number = -1
-        for number, entry in enumerate(entry for entry in self._entries(title) if not entry.flaw):
-            if number >= len(self._fates):
-                break
-            yield number, entry
-        if number + 1 != len(self._fates):
-            raise DocumentError(f"{self.path}: the documents changed while they were read; run again")
+    def _readable(self, title: str, wanted: set[int]) -> Iterator[tuple[int, Entry]]:
+        """The entries with one of the wanted fates, numbered; only files that have such are read."""
+        chosen, stop = np.isin(self._fates, list(wanted)), 0
+        with Progress(title, None, "document") as shown:
+            for (file, source), num in zip(self._files, self._num_in_file, strict=True):
+                start, stop = stop, stop + int(num)
+                if not chosen[start:stop].any():
+                    continue
+                number = start
+                for entry in self._entries(file, source):
+                    if not entry.flaw and number < stop and chosen[number]:
+                        yield number, entry
+                    number += not entry.flaw
+                    shown.update(entry.times)
+                if number != stop:
+                    raise DocumentError(f"{file}: its documents changed while they were read; run again")
 
     def _scan(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
         """Two 64-bit words of content digest and one of identity for each readable document."""
         digests, identities = bytearray(), bytearray()
-        for entry in self._entries("scan"):
-            self.report.read += entry.times
-            if entry.flaw:
-                self._add_flaw(entry)
-                continue
-            digest = hashlib.blake2b(entry.text.encode(), digest_size=16).digest()
-            digests += digest
-            path = hashlib.blake2b(entry.source.encode(), digest_size=8).digest()
-            identities += path if entry.record is None else digest[:8]
+        with Progress("scan", None, "document") as shown:
+            for place, (file, source) in enumerate(self._files):
+                for entry in self._entries(file, source):
+                    self.report.read += entry.times
+                    shown.update(entry.times)
+                    if entry.flaw:
+                        self._add_flaw(entry)
+                        continue
+                    self._num_in_file[place] += 1
+                    digest = hashlib.blake2b(entry.text.encode(), digest_size=16).digest()
+                    digests += digest
+                    path = hashlib.blake2b(entry.source.encode(), digest_size=8).digest()
+                    identities += path if entry.record is None else digest[:8]
         return np.frombuffer(digests, "<u8").reshape(-1, 2), np.frombuffer(identities, "<u8")
 
     def _add_flaw(self, entry: Entry) -> None:
@@ -267,10 +273,8 @@ class Corpus:
 
     def _held_out_signatures(self) -> NearDuplicates:
         signatures = NearDuplicates(self.config.near_duplicates)
-        held_out = {SPLITS.index("valid"), SPLITS.index("test")}
-        for number, entry in self._readable("sign"):
-            if self._fates[number] in held_out:
-                signatures.add(entry.text)
+        for _, entry in self._readable("sign", {SPLITS.index("valid"), SPLITS.index("test")}):
+            signatures.add(entry.text)
         return signatures
 
     def _count(self) -> None:

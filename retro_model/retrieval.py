@@ -147,7 +147,7 @@ def text_folder_to_chunks_(
     with one_at_a_time(paths[0]), whole_files(*paths) as partials:
         with contextlib.ExitStack() as stack:
             chunks_file, seqs_file, ids_file = (stack.enter_context(path.open("wb")) for path in partials)
-            for encoded in ahead(tokenizer.encode_batch(batch) for batch in reader.batches()):
+            for encoded in tokenizer.encode_batches(reader.batches()):
                 chunks = cut(encoded, chunk_size, tokenizer.pad_id, tokenizer.begin_id, tokenizer.end_id)
                 chunks.rows[np.cumsum(chunks.counts) - 1, -1] = tokenizer.pad_id
                 kept = np.diff(encoded.starts) > 0

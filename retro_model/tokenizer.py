@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, starmap
 from pathlib import Path
 from textwrap import shorten
 
@@ -31,6 +31,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
+from retro_model.ahead import ahead
 from retro_model.artifacts import Artifact, ArtifactWriter, whole_folder
 from retro_model.config import Config, setting
 from retro_model.documents import Corpus, CorpusConfig
@@ -160,12 +161,21 @@ class Tokenizer:
         Raises SourceError if the tokenizer takes a part of a text for a special token: no text may end
         a document.
         """
-        if self._token_bytes is not None:  # no need for offsets, which cost time
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-            encoded = Encoded(texts, encodings, self._token_bytes)
-        else:
-            encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-            encoded = Encoded(texts, encodings, None, self._lossy(texts, encodings))
+        return self._encoded(texts, self._encodings(texts))
+
+    def encode_batches(self, batches: Iterable[Sequence[str]]) -> Iterator[Encoded]:
+        """`encode_batch` of each batch; while one is used, the ids of those after it are looked for."""
+        return starmap(self._encoded, ahead((texts, self._encodings(texts)) for texts in batches))
+
+    def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
+        """What the library knows of each text; offsets, which cost time, only where they are needed."""
+        encode = self._backend.encode_batch if self._token_bytes is None else self._backend.encode_batch_fast
+        encodings: list[Encoding] = encode(list(texts), add_special_tokens=False)
+        return encodings
+
+    def _encoded(self, texts: Sequence[str], encodings: list[Encoding]) -> Encoded:
+        lossy = self._lossy(texts, encodings) if self._token_bytes is None else None
+        encoded = Encoded(texts, encodings, self._token_bytes, lossy)
         special = np.isin(encoded.ids, [self.pad_id, self.begin_id, self.end_id])
         if special.any():
             token = self._backend.id_to_token(int(encoded.ids[special][0]))

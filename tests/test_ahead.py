@@ -1,6 +1,8 @@
 """Reading ahead changes nothing but the time it takes."""
 
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -41,3 +43,19 @@ def test_no_more_than_one_batch_waits() -> None:
 
     for number in ahead(items()):
         assert len(made_so_far) <= number + 4
+
+
+def test_what_was_handed_over_is_not_kept() -> None:
+    """All but the very last, which the maker has in hand until it makes another."""
+
+    class Large:
+        pass
+
+    number = 0
+    for item in ahead(Large() for _ in range(20)):
+        number, held = number + 1, weakref.ref(item)
+        del item
+        late = time.monotonic() + 10
+        while number < 20 and held() is not None:
+            assert time.monotonic() < late
+            time.sleep(0.001)

@@ -374,6 +374,17 @@ def test_documents_that_change_while_they_are_read_are_noticed(tmp_path: Path) -
             list(corpus.documents())
 
 
+def test_only_files_with_a_wanted_document_are_read_again(tmp_path: Path) -> None:
+    write_files(tmp_path, many(40))
+    corpus = Corpus(tmp_path, CorpusConfig(valid=0.2, test=0.2))
+    sources = {split: [document.source for document in corpus.documents(split)] for split in SPLITS}
+    (tmp_path / sources["train"][0]).unlink()
+    for split in ("valid", "test"):
+        assert [document.source for document in corpus.documents(split)] == sources[split]
+    with pytest.raises(DocumentError, match="cannot be read"):
+        list(corpus.documents("train"))
+
+
 # ---- splits --------------------------------------------------------------------------------------------
 
 
@@ -565,8 +576,18 @@ def test_word_grams_are_as_many_as_the_definition_says(words: list[str], size: i
 @given(st.text(st.characters(max_codepoint=127), max_size=60))
 def test_the_quick_way_to_words_finds_the_same_ones(text: str) -> None:
     slow = [word.encode() for word in near_duplicates._WORDS.findall(text.lower())]
-    assert near_duplicates._words(text) == slow
-    assert near_duplicates._words(text + " \u00e9") == [*slow, "\u00e9".encode()]
+    assert near_duplicates._spaced(text).split() == slow
+    assert near_duplicates._spaced(text + " \u00e9").split() == [*slow, "\u00e9".encode()]
+
+
+@given(st.lists(st.text(st.sampled_from("aB\u00e9\u6f22\ud55c"), min_size=1, max_size=30), max_size=20))
+def test_words_have_one_number_if_they_are_as_long_and_begin_and_end_alike(words: list[str]) -> None:
+    """A start or an end is eight bytes, so shorter words, and most others, must be equal."""
+    found = near_duplicates._WORDS.findall(" ".join(words).lower())
+    keys = [(len(word.encode()), word.encode()[:8], word.encode()[-8:]) for word in found]
+    hashes = near_duplicates._word_hashes(" ".join(words)).tolist()
+    assert len(hashes) == len(keys)
+    assert len(set(hashes)) == len(set(keys)) == len(set(zip(hashes, keys, strict=True)))
 
 
 # ---- memory --------------------------------------------------------------------------------------------

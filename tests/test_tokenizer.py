@@ -109,6 +109,14 @@ def test_what_is_measured_by_bytes_keeps_no_encoding(trained: Tokenizer) -> None
     assert len(encoded) == len(TEXTS)
 
 
+def test_batches_ahead_are_those_one_by_one(trained: Tokenizer) -> None:
+    batches = [TEXTS, TEXTS[:1], TEXTS[::-1]]
+    for found, texts in zip(trained.encode_batches(iter(batches)), batches, strict=True):
+        expected = trained.encode_batch(texts)
+        for name in ("ids", "starts", "sizes", "lossy"):
+            assert np.array_equal(getattr(found, name), getattr(expected, name))
+
+
 def test_special_ids_come_first_and_decode_to_nothing(trained: Tokenizer) -> None:
     assert (trained.pad_id, trained.begin_id, trained.end_id) == (0, 1, 2)
     ids = trained.encode(TEXTS[1]).tolist()
