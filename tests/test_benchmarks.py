@@ -49,7 +49,7 @@ def test_training(network: ModuleType, tmp_path: Path, capsys: pytest.CaptureFix
     (package / "__init__.py").write_text("from retro_model.model import RETRO\n", encoding="utf-8")
     seconds = network.training(toy(network), str(tmp_path), 2)
     assert set(seconds) == {"bfloat16 autocast"}
-    steps = {"ours", "theirs", "theirs, memory kept", "without neighbors", "packed documents"}
+    steps = {"ours", "theirs", "theirs, set up as ours", "without neighbors", "packed documents"}
     assert set(seconds["bfloat16 autocast"]) == steps
     assert all(value > 0 for value in seconds["bfloat16 autocast"].values())
     text = capsys.readouterr().out
