@@ -71,7 +71,7 @@ def rms_norm(x_TD: Tensor, gain_D: Tensor) -> Tensor:
 
 # ---- attention -------------------------------------------------------------------------------------
 
-BYTES_OF_SCORES = 2**20  # that are in memory at a time, so few that they stay in a core's cache
+BYTES_OF_SCORES = 2**21  # that are in memory at a time, so few that they stay in the cores' caches
 QUERIES = 128  # of causal attention at a time: no later key is looked at
 
 

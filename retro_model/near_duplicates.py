@@ -56,8 +56,8 @@ class NearDuplicates:
     def _fewest_shared(self, num: int) -> float:
         """How many of a sample of `num` grams a text at the threshold shares with the other one, at the fewest.
 
-        It shares at least that part of all its grams. Of a sample that is less than MISSED of the time
-        fewer than this (Hoeffding's inequality).
+        Of all its grams it shares that part or more; that a sample has fewer than this is rarer than MISSED
+        (Hoeffding's inequality).
         """
         return self.threshold * num - math.sqrt(-math.log(MISSED) / 2 * num)
 
@@ -143,9 +143,8 @@ def _word_hashes(text: str) -> npt.NDArray[np.uint64]:
     in_word = np.frombuffer(spaced, np.uint8) != ord(" ")
     edges = np.flatnonzero(in_word[1:] != in_word[:-1]) + 1
     starts, ends = edges[::2], edges[1::2]
-    eights: npt.NDArray[np.uint64] = np.ndarray(
-        len(spaced) - 7, "<u8", spaced, strides=(1,)
-    )  # at every byte, those from it on
+    # at every byte, the eight from it on
+    eights: npt.NDArray[np.uint64] = np.ndarray(len(spaced) - 7, "<u8", spaced, strides=(1,))
     others = np.uint64(8) * (8 - np.minimum(ends - starts, 8)).astype(np.uint64)  # bits of other words in either
     first, last = eights[starts] << others, eights[ends - 8] >> others
     hashes: npt.NDArray[np.uint64] = (first * MULTIPLIER + last) * MULTIPLIER + (ends - starts).astype(np.uint64)
