@@ -33,7 +33,7 @@ from retro_model.errors import DocumentError
 from retro_model.tokenizer import Encoded, Tokenizer, utf8_size
 
 TABLE = "documents.jsonl"
-BATCH_BYTES = 1 << 20  # of text in memory at once, unless one document is longer
+BATCH_BYTES = 1 << 20  # of text that is tokenized at once, unless one document is longer
 BATCH_DOCUMENTS = 1 << 12
 PART_BYTES = 1 << 23  # of text that one part of the work has, a second or two of it
 PART_DOCUMENTS = 1 << 17

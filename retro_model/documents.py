@@ -13,7 +13,7 @@ What counts as a document:
 
 A document's split follows from a hash of its identity (its path below the folder; for records and
 separated documents, its text), so adding documents moves none. Memory holds one document (of a table a few
-rows) and a byte for each one of the corpus, some 60 bytes while splits are assigned; for a file half a
+rows) and two bytes for each one of the corpus, some 60 bytes while splits are assigned; for a file half a
 kilobyte, and for a held-out document of 700 words a MinHash signature of 1.3 kB, 1.7 kB for a moment.
 
 Whoever needs documents goes through `Corpus`, so that the tokenizer is trained on exactly the train
