@@ -110,6 +110,41 @@ class CrossAttention(nn.Module):
         return out
 
 
+class NeighborAttention(CrossAttention):
+    """Attention of the decoder to encoded neighbors, with two parts that the paper's has not.
+
+    To use a neighbor, a head has to find the place in it where the text stands now, and bring what followed
+    there. In the first `copy_heads` heads the key of a neighbor's token is that of the token before it, so that
+    a query for the current token finds the token that followed it, in one layer (smeared keys: Olsson et al.
+    2022). With `sink` every head has a learned key with a value of zero, so that it can attend to nothing.
+    """
+
+    def __init__(
+        self, dim: int, context_dim: int, heads: int, dim_head: int, dropout: float, *, copy_heads: int, sink: bool
+    ) -> None:
+        super().__init__(dim, context_dim, heads, dim_head, dropout)
+        self.copy_heads = copy_heads
+        self.sink = nn.Parameter(torch.zeros(heads, dim_head)) if sink else None
+
+    def neighbor_context(self, encoded_AJE: Tensor, mask_AKR: Tensor) -> Tensor:
+        """The keys and values of encoded neighbors: (A, J, 2H, F), with a sink (A, 1 + J, 2H, F).
+
+        `mask_AKR` is False at padding. The first token of a neighbor, and the first after padding, has no token
+        before it: in the copy heads its key is zero.
+        """
+        context_AJHF = self.context(encoded_AJE)
+        if self.copy_heads:
+            keys_AKRHF = context_AJHF[:, :, : self.copy_heads].unflatten(1, mask_AKR.shape[1:])
+            if not bool(mask_AKR.all()):
+                keys_AKRHF = keys_AKRHF * mask_AKR[..., None, None].to(keys_AKRHF.dtype)
+            before_AJHF = F.pad(keys_AKRHF[:, :, :-1], (0, 0, 0, 0, 1, 0)).flatten(1, 2)
+            context_AJHF = torch.cat([before_AJHF, context_AJHF[:, :, self.copy_heads :]], dim=2)
+        if self.sink is not None:
+            sink_1HF = torch.cat([self.sink, torch.zeros_like(self.sink)])[None].to(context_AJHF.dtype)
+            context_AJHF = torch.cat([sink_1HF.expand(len(context_AJHF), 1, -1, -1), context_AJHF], dim=1)
+        return context_AJHF
+
+
 # ---- the shift of chunked cross-attention ----------------------------------------------------------
 
 

@@ -165,12 +165,14 @@ class PackedSequences:
         rows: IntArray,
         neighbors: Literal["own", "shuffled", "none"] = "own",
         without: npt.NDArray[np.bool_] | None = None,
+        replaced: IntArray | None = None,
     ) -> Batch:
         """The sequences of the given rows (B, L), of which -1 is padding.
 
         `neighbors` says what is retrieved: a row's own neighbors; the control, those of a row half the
         split away; or none. Without neighbor artifact it is none. `without` (B,) marks sequences whose
-        neighbors are dropped (all missing), while others of the batch keep theirs.
+        neighbors are dropped (all missing), while others of the batch keep theirs. `replaced` (B, L, knn) has
+        database rows that are read in place of the neighbors, -1 where these stay.
         """
         real = rows != NO_ROW
         tokens = np.full((*rows.shape, self.chunk_size + 1), self.pad_id, dtype=np.int64)
@@ -181,6 +183,8 @@ class PackedSequences:
         retrieved = None
         if self.neighbors is not None and self.database is not None and neighbors != "none":
             ids = self.neighbor_ids(rows, shuffled=neighbors == "shuffled")
+            if replaced is not None:
+                ids = np.where((replaced != NO_ROW) & (ids != NO_ROW), replaced, ids)
             if without is not None:
                 ids[without] = NO_ROW
             retrieved = torch.from_numpy(retrieved_tokens(self.database, ids))

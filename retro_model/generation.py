@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from retro_model.attention import rotary_table
 from retro_model.errors import ConfigError
 from retro_model.kernels import rotate
-from retro_model.model import RETRO, Block, check_ids, cross_positions
+from retro_model.model import RETRO, Block, check_ids, cross_mask, cross_positions
 
 Retrieve = Callable[[Tensor], Tensor]  # finished chunks (B', M) -> neighbors (B', K, R), pad where missing
 Filter = Callable[[Tensor, float], Tensor]
@@ -223,7 +223,7 @@ class CachedDecoder:
         self.neighbors = _Neighbors(torch.zeros(rows, 0, dtype=torch.bool, device=device))
         self.hidden_BMD = weight.new_zeros(rows, config.chunk_size, config.dec_dim)  # what the encoder looks at
         self.table_NF = rotary_table(torch.arange(tokens[2], device=device), features, weight.dtype)
-        self.query_table_MF, _ = cross_positions(config.chunk_size, 1, 1, features, weight)
+        self.query_table_MF, _ = cross_positions(config, 1, 1, weight)
         self.layers = [
             _Layer(*(torch.zeros(n, dtype=dtype, device=device) for n in (tokens, tokens, none, none)))
             for _ in range(config.dec_depth)
@@ -303,14 +303,15 @@ class CachedDecoder:
         mask_AKR = retrieved_AKR != config.pad_id
         encoded_AJE = model.encoder(model.embedding(retrieved_AKR), mask_AKR, self.hidden_BMD[rows])
         _, number, length = retrieved_AKR.shape
-        _, table_JF = cross_positions(config.chunk_size, number, length, config.dim_head, model.embedding.weight)
+        _, table_JF = cross_positions(config, number, length, model.embedding.weight)
         for block, layer in zip(model.decoder, self.layers, strict=True):
             if block.cross_attention is not None:
-                key_AJHF, value_AJHF = block.cross_attention.inner.context(encoded_AJE).chunk(2, dim=-2)
+                attention = block.cross_attention.inner
+                key_AJHF, value_AJHF = attention.neighbor_context(encoded_AJE, mask_AKR).chunk(2, dim=-2)
                 key_AJHF = rotate(key_AJHF, table_JF)
                 layer.neighbor_key = _put_rows(layer.neighbor_key, rows, key_AJHF.transpose(1, 2))
                 layer.neighbor_value = _put_rows(layer.neighbor_value, rows, value_AJHF.transpose(1, 2))
-        mask_BHJF = _put_rows(mask_BJ[:, None, :, None], rows, mask_AKR.flatten(1)[:, None, :, None])
+        mask_BHJF = _put_rows(mask_BJ[:, None, :, None], rows, cross_mask(config, mask_AKR)[:, None, :, None])
         return _Neighbors(mask_BHJF[:, 0, :, 0])
 
 

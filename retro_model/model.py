@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from retro_model.attention import (
     CrossAttention,
+    NeighborAttention,
     SelfAttention,
     attend_context,
     attend_documents,
@@ -78,6 +79,9 @@ class RETROConfig:
     use_deepnet: bool = False
     tie_embeddings: bool = False
     retrieval: bool = True  # False: the plain decoder, without encoder and cross-attention
+    # What the paper's network lacks; a config.json from before they were there means these defaults.
+    copy_heads: int = 0  # heads of the decoder's cross-attention that begin as copying from a neighbor
+    cross_attn_sink: bool = False  # each head of it can attend to nothing
 
     def __post_init__(self) -> None:
         for name in ("enc_cross_attn_layers", "dec_cross_attn_layers"):
@@ -87,6 +91,8 @@ class RETROConfig:
             _check_field(field.name, getattr(self, field.name))
         if self.dim_head % 2:
             raise ConfigError(f"dim_head must be a multiple of 2, because rotary positions turn pairs: {self.dim_head}")
+        if self.copy_heads > self.heads:
+            raise ConfigError(f"copy_heads must be at most heads = {self.heads}: {self.copy_heads}")
         if not self.pad_id < self.num_tokens:
             raise ConfigError(f"pad_id must be below num_tokens = {self.num_tokens}: {self.pad_id}")
         if self.gated_rmsnorm and self.norm_klass not in (None, "gated_rmsnorm"):
@@ -108,13 +114,16 @@ class RETROConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RETROConfig":
-        """The inverse of `to_dict`: every key there, none unknown."""
+        """The inverse of `to_dict`: no key unknown, and none missing but those that came later."""
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - names):
             raise ConfigError(f"unknown model config keys {unknown}; known are {sorted(names)}")
-        if missing := sorted(names - set(values)):
+        if missing := sorted(names - set(values) - ADDED_LATER):
             raise ConfigError(f"missing model config keys {missing}")
         return cls(**values)
+
+
+ADDED_LATER = {"copy_heads", "cross_attn_sink"}  # their defaults are the network without them
 
 
 def _check_field(name: str, value: Any) -> None:
@@ -124,7 +133,7 @@ def _check_field(name: str, value: Any) -> None:
         if not right:
             raise ConfigError(f"{name} must be {what}: {value!r}")
 
-    if name in ("gated_rmsnorm", "use_deepnet", "tie_embeddings", "retrieval"):
+    if name in ("gated_rmsnorm", "use_deepnet", "tie_embeddings", "retrieval", "cross_attn_sink"):
         demand(isinstance(value, bool), "True or False")
     elif name.endswith("dropout"):
         demand(_is_number(value) and 0 <= value < 1, "a number from 0 to below 1")
@@ -137,7 +146,7 @@ def _check_field(name: str, value: Any) -> None:
         right = value is None or value in NORMS or (isinstance(value, type) and issubclass(value, nn.Module))
         demand(right, f"None, one of {sorted(NORMS)} or a module class")
     else:
-        least = 0 if name == "pad_id" else 1
+        least = 0 if name in ("pad_id", "copy_heads") else 1
         right = isinstance(value, int) and not isinstance(value, bool) and value >= least
         demand(right, f"an integer of at least {least}")
 
@@ -257,9 +266,12 @@ class Side:
         layers = self.cross_attn_layers
         if not self.config.retrieval or (layers is not None and layer not in layers):
             return None
-        context_dim = self.config.dec_dim if self.name == "enc" else self.config.enc_dim
-        heads, dim_head = self.config.heads, self.config.dim_head
-        return self.residual(CrossAttention(self.dim, context_dim, heads, dim_head, self.attn_dropout))
+        config = self.config
+        context_dim = config.dec_dim if self.name == "enc" else config.enc_dim
+        sizes = self.dim, context_dim, config.heads, config.dim_head, self.attn_dropout
+        if self.name == "enc":
+            return self.residual(CrossAttention(*sizes))
+        return self.residual(NeighborAttention(*sizes, copy_heads=config.copy_heads, sink=config.cross_attn_sink))
 
     def feed_forward(self) -> Residual:
         """The feed-forward layers with their residual."""
@@ -395,24 +407,31 @@ class Retrieval(NamedTuple):
     """What the chunks with neighbors got, ready to be attended to."""
 
     encoded_AJE: Tensor
-    mask_AJ: Tensor  # False at padding and missing neighbors
+    mask_AKR: Tensor  # False at padding and missing neighbors
+    mask_AJ: Tensor  # the same for each key, of which the first may be a sink
     active_A: Tensor | None  # those chunks' places in the stream; None: all of them
     attends_T: Tensor  # which tokens attend to any of it
     query_table_MF: Tensor
     key_table_JF: Tensor
 
 
-def cross_positions(
-    chunk_size: int, num_neighbors: int, length: int, dim_head: int, like: Tensor
-) -> tuple[Tensor, Tensor]:
+def cross_positions(config: RETROConfig, num_neighbors: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary tables of the queries (M, F) and keys (J, F) of chunked cross-attention.
 
     Query i and token j of a neighbor are at distance i - j + M - 1 (appendix B): the first query is the
-    last token of the retrieving chunk, which stands where token M - 1 of each neighbor stands.
+    last token of the retrieving chunk, which stands where token M - 1 of each neighbor stands. A sink, the
+    first key, stands at 0.
     """
-    query_M = torch.arange(chunk_size, device=like.device) + chunk_size - 1
+    query_M = torch.arange(config.chunk_size, device=like.device) + config.chunk_size - 1
     key_J = torch.arange(length, device=like.device).repeat(num_neighbors)
-    return rotary_table(query_M, dim_head, like.dtype), rotary_table(key_J, dim_head, like.dtype)
+    if config.cross_attn_sink:
+        key_J = F.pad(key_J, (1, 0))
+    return rotary_table(query_M, config.dim_head, like.dtype), rotary_table(key_J, config.dim_head, like.dtype)
+
+
+def cross_mask(config: RETROConfig, mask_AKR: Tensor) -> Tensor:
+    """Which keys of chunked cross-attention may be attended to (A, J): a sink always."""
+    return F.pad(mask_AKR.flatten(1), (1 if config.cross_attn_sink else 0, 0), value=True)
 
 
 def chunked_cross_attention(cross: Residual, x_TD: Tensor, retrieval: Retrieval, chunk_size: int) -> Tensor:
@@ -422,7 +441,7 @@ def chunked_cross_attention(cross: Residual, x_TD: Tensor, retrieval: Retrieval,
     attending_AMD = attending_CMD if active_A is None else attending_CMD[active_A]
     see = partial(
         attend_context,
-        context_BJHF=cross.inner.context(retrieval.encoded_AJE),
+        context_BJHF=cross.inner.neighbor_context(retrieval.encoded_AJE, retrieval.mask_AKR),
         key_table_JF=retrieval.key_table_JF,
         mask_BJ=retrieval.mask_AJ,
     )
@@ -571,10 +590,11 @@ class RETRO(nn.Module):
         _, num_neighbors, length = retrieved_CKR.shape
         return Retrieval(
             self.encoder(self.embedding(retrieved_CKR), mask_CKR, hidden_CMD),
-            mask_CKR.flatten(1),
+            mask_CKR,
+            cross_mask(config, mask_CKR),
             active_A,
             attends_retrieval(stream.index_C, active_C, config.chunk_size),
-            *cross_positions(config.chunk_size, num_neighbors, length, config.dim_head, self.embedding.weight),
+            *cross_positions(config, num_neighbors, length, self.embedding.weight),
         )
 
     # -- between rows and the stream

@@ -12,7 +12,7 @@ from retro_model.devices import NumberType
 from retro_model.spreading import part_of, whole
 
 # One stream of random numbers for each purpose, all from the seed and the step.
-NEIGHBOR_DROPOUT, DROPOUT = 1, 2
+NEIGHBOR_DROPOUT, DROPOUT, RANDOM_NEIGHBORS = 1, 2, 3
 
 
 def autocast(number_type: NumberType, device: torch.device) -> AbstractContextManager[object]:

@@ -1,31 +1,50 @@
-"""Training that starts from a trained model's weights: RETROfit (section 4.2.3), or simply going on.
+"""Training that starts from a trained model: RETROfit (section 4.2.3), or simply more training.
 
-    start_from(model, Artifact.open("models/baseline", "model"), freeze="decoder")
+    retrofit = RetrofitConfig(init_from="models/baseline", freeze="decoder")
+    start_from(model, retrofit.model(), retrofit.freeze)
 
-A plain decoder gives its weights to the decoder of a model with retrieval, whose encoder and
-cross-attention stay new; a model with retrieval gives all of them. With the decoder frozen, only encoder
-and cross-attention are trained, and without neighbors the model stays exactly what it started from.
+A plain decoder gives its weights to the decoder of a model with retrieval, whose encoder and cross-attention
+keep their new weights; a model with retrieval gives all of its weights. With a frozen decoder only the
+encoder and the cross-attention are trained, and without neighbors the model equals the one it started from.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from retro_model.artifacts import Artifact
 from retro_model.checkpoint import from_pretrained
-from retro_model.config import optional_path
+from retro_model.config import Config, optional_path, setting
 from retro_model.errors import MismatchError
 from retro_model.model import RETRO, RETROConfig
+from retro_model.trainer import TrainConfig
 
 
-def trained_model(folder: str) -> Artifact | None:
-    """The model to start from; None, which stands for new weights, for no folder and for an empty one.
+@dataclass(frozen=True)
+class RetrofitConfig(Config, section="retrofit"):
+    """Which trained model RETRO starts from, and how it is trained then.
 
-    Raises ConfigError where there is no such folder, MissingArtifactError where it holds no finished model.
+    `init_from` is a model's folder; with an empty folder, or no name, RETRO is trained from new weights by the
+    settings of `train` alone. Otherwise `steps` and `lr` take the place of those in `train`.
     """
-    path = optional_path("train.init_from", folder)
-    return None if path is None else Artifact.open(path, "model")
+
+    init_from: str = setting("")
+    freeze: str = setting("decoder", choices=("nothing", "decoder"))
+    steps: int = setting(400, minimum=1)
+    lr: float = setting(4e-3, above=0.0)
+
+    def model(self) -> Artifact | None:
+        """The model to start from; None for new weights.
+
+        Raises ConfigError where there is no such folder, MissingArtifactError where it holds no finished model.
+        """
+        path = optional_path("retrofit.init_from", self.init_from)
+        return None if path is None else Artifact.open(path, "model")
+
+    def applied_to(self, config: TrainConfig) -> TrainConfig:
+        """The settings of a training that starts from a model."""
+        return replace(config, steps=self.steps, lr=self.lr, warmup=min(config.warmup, self.steps))
 
 
 def start_from(model: RETRO, start: Artifact, freeze: str) -> None:
@@ -54,7 +73,7 @@ def _check_shapes(config: RETROConfig, base: RETROConfig, folder: Path) -> None:
             continue
         raise MismatchError(
             f"{folder}: made with {name} {found}, expected {expected}; set {_key(name)} to {found}, or start from "
-            "another model (train.init_from)"
+            "another model (retrofit.init_from)"
         )
 
 

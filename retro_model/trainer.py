@@ -31,6 +31,7 @@ from retro_model.model import RETRO
 from retro_model.optimization import (
     DROPOUT,
     NEIGHBOR_DROPOUT,
+    RANDOM_NEIGHBORS,
     autocast,
     gradient_norm_clipped,
     learning_rate,
@@ -69,6 +70,7 @@ class TrainConfig(Config, section="train"):
     weight_decay: float = setting(0.1, minimum=0.0)
     clip: float = setting(1.0, minimum=0.0)  # greatest norm of the gradient; 0: any
     neighbor_dropout: float = setting(0.1, minimum=0.0, maximum=1.0)  # share of sequences without neighbors
+    random_neighbors: float = setting(0.0, minimum=0.0, maximum=1.0)  # share of chunks with random ones instead
     validate_every: int = setting(200, minimum=1)  # steps
     validate_sequences: int = setting(32, minimum=0)  # spread over the split; 0: all
     number_type: str = setting("auto", choices=("auto", "float32", "bfloat16"))
@@ -76,8 +78,6 @@ class TrainConfig(Config, section="train"):
     checkpoint_activations: bool = setting(False)  # less memory, a third more time
     processes: int = setting(0, minimum=0)  # that share a step; 0: one for each GPU, or one
     shard: bool = setting(False)  # each process holds a part of the weights only
-    init_from: str = setting("")  # a trained model's folder; an empty folder, or no name: new weights
-    freeze: str = setting("nothing", choices=("nothing", "decoder"))  # of what comes from init_from
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,8 +89,8 @@ class TrainConfig(Config, section="train"):
             raise ConfigError(f"train.warmup: found {self.warmup}, expected {allowed}")
 
     def of_baseline(self) -> "TrainConfig":
-        """The same for a plain decoder from new weights: the settings of retrieval as if nobody had set them."""
-        return replace(self, neighbor_dropout=0.0, init_from="", freeze="nothing")
+        """The same for the plain decoder, which the settings of retrieval do not concern."""
+        return replace(self, neighbor_dropout=0.0, random_neighbors=0.0)
 
     def identity(self) -> dict[str, Any]:
         """What decides the outcome: all but how the work is spread, which a run that goes on may change."""
@@ -196,13 +196,23 @@ class Trainer:
         chances = random_numbers(self.seed, step, NEIGHBOR_DROPOUT).random(config.batch_size)
         # A frozen decoder learns nothing from a sequence without neighbors, and need not.
         without = chances < (0.0 if self.frozen else config.neighbor_dropout)
-        portions = zip(np.split(rows, config.accumulation), np.split(without, config.accumulation), strict=True)
+        cut = (np.split(x, config.accumulation) for x in (rows, without, self._random_neighbors(step, rows)))
+        portions = zip(*cut, strict=True)
         return Step(rows, [self._portion(*portion) for portion in portions], training.count_labels(rows))
 
-    def _portion(self, rows: IntArray, without: npt.NDArray[np.bool_]) -> Batch:
+    def _random_neighbors(self, step: int, rows: IntArray) -> IntArray:
+        """Database rows (B, L, knn) for the chunks that read random neighbors in a step, -1 for all others."""
+        training, random = self.training, random_numbers(self.seed, step, RANDOM_NEIGHBORS)
+        drawn = np.full((*rows.shape, training.knn), NO_ROW)
+        if training.database is not None:
+            chosen = random.random(rows.shape) < self.config.random_neighbors
+            drawn[chosen] = random.integers(training.database.rows, size=drawn.shape)[chosen]
+        return drawn
+
+    def _portion(self, rows: IntArray, without: npt.NDArray[np.bool_], replaced: IntArray) -> Batch:
         """This process's part of a portion that all share."""
         mine = slice(self.world.rank * self.share, (self.world.rank + 1) * self.share)
-        batch = self.training.batch(rows[mine], without=without[mine])
+        batch = self.training.batch(rows[mine], without=without[mine], replaced=replaced[mine])
         if batch.retrieved is None or not (self.sharded or self.frozen):
             return batch
         # What is trained must run: if all else is frozen always, if it is cut among processes with any of them.

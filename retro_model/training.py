@@ -32,10 +32,10 @@ from retro_model.distributed import World, resolve_processes, together
 from retro_model.errors import ConfigError
 from retro_model.model import RETRO, RETROConfig
 from retro_model.resume import Checkpoints
-from retro_model.starting import start_from, trained_model
+from retro_model.starting import RetrofitConfig, start_from
 from retro_model.trainer import Log, TrainConfig, Trainer, TrainingResult
 
-__all__ = ["ModelConfig", "TrainConfig", "TrainingResult", "build_model", "train_model"]
+__all__ = ["ModelConfig", "RetrofitConfig", "TrainConfig", "TrainingResult", "build_model", "train_model"]
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,15 @@ class ModelConfig(Config, section="model"):
     gated_rmsnorm: bool = setting(False)
     use_deepnet: bool = setting(False)
     tie_embeddings: bool = setting(False)
+    copy_heads: int = setting(0, minimum=0)
+    cross_attn_sink: bool = setting(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dim_head % 2:
             raise ConfigError(f"model.dim_head: found {self.dim_head}, expected an even number")
+        if self.copy_heads > self.heads:
+            raise ConfigError(f"model.copy_heads: found {self.copy_heads}, expected at most model.heads = {self.heads}")
         depths = {"enc_cross_attn_layers": self.enc_depth, "dec_cross_attn_layers": self.dec_depth}
         for name, depth in depths.items():
             layers = getattr(self, name) or ()
@@ -92,6 +96,7 @@ def train_model(
     tokenizer_folder: Path,
     model_config: ModelConfig,
     train_config: TrainConfig,
+    retrofit: RetrofitConfig | None = None,
     *,
     knn: int,
     seq_len: int,
@@ -106,8 +111,8 @@ def train_model(
 ) -> TrainingResult:
     """Trains on the split "train", validates on "valid", and writes `out_folder` with the best weights.
 
-    Without `neighbors_folder` it trains the baseline: the same decoder and data, no retrieval. With
-    `work_folder` a run that was stopped continues there, and the last weights are left in
+    Without `neighbors_folder` it trains the baseline: the same decoder and data, no retrieval. `retrofit` names
+    a trained model to start from, and how to train then; None is new weights. With `work_folder` a run that was stopped continues there, and the last weights are left in
     `work_folder/last`. `log` gets a record every so often: loss, learning_rate, grad_norm,
     tokens_per_second, peak_share, and where validated train_loss, valid_loss, valid_loss_off (no
     neighbors) and valid_loss_shuffled (those of other chunks).
@@ -126,6 +131,7 @@ def train_model(
         tokenizer_folder=tokenizer_folder,
         model_config=model_config,
         train_config=train_config,
+        retrofit=retrofit or RetrofitConfig(),
         knn=knn,
         seq_len=seq_len,
         seed=seed,
@@ -149,6 +155,7 @@ class _Run:
     tokenizer_folder: Path
     model_config: ModelConfig
     train_config: TrainConfig
+    retrofit: RetrofitConfig
     knn: int
     seq_len: int
     seed: int
@@ -160,7 +167,7 @@ class _Run:
     def train(self, world: World, log: Log = _log_nothing) -> TrainingResult:
         """Trains, and in process 0 writes the models."""
         tokenizer = Artifact.open(self.tokenizer_folder, "tokenizer")
-        inputs = _Inputs.open(self.chunks_folder, self.neighbors_folder, tokenizer, self.train_config)
+        inputs = _Inputs.open(self.chunks_folder, self.neighbors_folder, tokenizer, self.retrofit)
         training = inputs.sequences("train", self.seq_len, self.knn)
         validation = inputs.sequences("valid", self.seq_len, self.knn)
         model = self._model(inputs)
@@ -168,7 +175,7 @@ class _Run:
             model,
             training,
             validation,
-            self.train_config,
+            self._settings(inputs),
             seed=self.seed,
             world=world,
             checkpoints=self._checkpoints(inputs, world.device),
@@ -205,15 +212,19 @@ class _Run:
                 plain = build_model(self.model_config, facts, self.seq_len, retrieval=False)
                 model.load_state_dict({**model.state_dict(), **plain.state_dict()})
         if inputs.start is not None:
-            start_from(model, inputs.start, self.train_config.freeze)
+            start_from(model, inputs.start, self.retrofit.freeze)
         return model
+
+    def _settings(self, inputs: "_Inputs") -> TrainConfig:
+        return self.train_config if inputs.start is None else self.retrofit.applied_to(self.train_config)
 
     def _checkpoints(self, inputs: "_Inputs", device: torch.device) -> Checkpoints | None:
         if self.work_folder is None:
             return None
         settings = {
             "model": dataclasses.asdict(self.model_config),
-            "train": {**self.train_config.identity(), "init_from": None},  # its fingerprint is below
+            "train": self._settings(inputs).identity(),
+            "freeze": "nothing" if inputs.start is None else self.retrofit.freeze,
             "knn": self.knn if inputs.retrieval else 0,
             "seq_len": self.seq_len,
             "seed": self.seed,
@@ -235,7 +246,7 @@ class _Inputs:
 
     @classmethod
     def open(
-        cls, chunks_folder: Path, neighbors_folder: Path | None, tokenizer: Artifact, config: TrainConfig
+        cls, chunks_folder: Path, neighbors_folder: Path | None, tokenizer: Artifact, retrofit: RetrofitConfig
     ) -> "_Inputs":
         splits = ("train", "valid")
         chunks = {split: Artifact.open(chunks_folder / split, "chunks") for split in splits}
@@ -244,14 +255,9 @@ class _Inputs:
         neighbors = {}
         if neighbors_folder is not None:
             neighbors = {split: Artifact.open(neighbors_folder / split, "neighbors") for split in splits}
-        start = trained_model(config.init_from)
+        start = retrofit.model()
         if start is not None:
             start.require(tokenizer=tokenizer.fingerprint)
-        elif config.freeze != "nothing":
-            allowed = "nothing, or a trained model in train.init_from"
-            raise ConfigError(
-                f"train.freeze: found {config.freeze}, expected {allowed} ({config.init_from!r} has none)"
-            )
         return cls(chunks, neighbors, start)
 
     @property

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from retro_model.artifacts import Artifact, write_csv, write_json
 from retro_model.devices import resolve_device
 from retro_model.distributed import is_main_process
-from retro_model.starting import trained_model
 from retro_model.training import train_model
 from stages.harness import record_timing, recorded_timings, work_folder, work_path
 from stages.params import flat_params
@@ -20,11 +19,12 @@ def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int,
     Several processes are started by `train_model`. Where torchrun has started this one as another than
     the first, it takes part in the training and does nothing else.
     """
-    chunks, tokenizer, start = Path("data/chunks"), Path("data/tokenizer"), Path(params.train.init_from)
+    chunks, tokenizer = Path("data/chunks"), Path("data/tokenizer")
     inputs = {tokenizer: "tokenizer", chunks / "train": "chunks", chunks / "valid": "chunks"}
     if neighbors is not None:
         inputs |= {neighbors / "train": "neighbors", neighbors / "valid": "neighbors"}
-        inputs |= {start: "model"} if trained_model(params.train.init_from) else {}
+        start = params.retrofit.model()
+        inputs |= {start.folder: "model"} if start else {}
     tracked = {name: value for name, value in vars(params).items() if name != "runtime"}
     tracked["train"] = params.train.identity()
     train = partial(
@@ -34,6 +34,7 @@ def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int,
         tokenizer,
         params.model,
         params.train,
+        params.retrofit if neighbors is not None else None,
         knn=knn,
         seq_len=params.seq_len,
         seed=params.seed,
@@ -51,7 +52,7 @@ def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int,
             result = train(work_folder=work, log=run.log_step)
             write_json(Path(f"metrics/{stage}.json"), result.metrics)
             write_csv(Path(f"plots/{stage}.csv"), result.history)
-            run.log_metrics(result.metrics, step=params.train.steps)
+            run.log_metrics(result.metrics, step=int(result.history[-1]["step"]))
             if neighbors is not None:
                 run.log_metrics(_retrieval_timings(neighbors / "train"))
             run.log_folder(out, "best")

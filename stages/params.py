@@ -37,6 +37,7 @@ SECTIONS = {
     "neighbors": "retro_model.neighbors:NeighborsConfig",
     "model": "retro_model.training:ModelConfig",
     "train": "retro_model.training:TrainConfig",
+    "retrofit": "retro_model.training:RetrofitConfig",
     "evaluate": "retro_model.evaluation:EvaluateConfig",
     "runtime": "stages.runtime:RuntimeConfig",
 }

@@ -9,7 +9,7 @@ from stages.params import read_params
 
 def main() -> None:
     """Chunks and neighbors in, model out."""
-    params = read_params("knn", "seq_len", "seed", "model", "train", "runtime")
+    params = read_params("knn", "seq_len", "seed", "model", "train", "retrofit", "runtime")
     learn("train", params, neighbors=Path("data/neighbors"), knn=params.knn, out=Path("models/retro"))
 
 

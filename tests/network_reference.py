@@ -14,6 +14,7 @@ from torch import Tensor
 from retro_model.model import RETRO, Residual
 
 Key = tuple[Tensor, Tensor, int]  # key and value of all heads (H, F), and position
+Encoded = dict[int, Tensor]  # the real tokens of one neighbor by their positions
 
 
 def score(query_F: Tensor, key_F: Tensor, distance: int) -> Tensor:
@@ -86,13 +87,35 @@ def cross_attention(layer: Residual, x: Tensor, position: int, context: list[tup
     return residual(layer, x, f)
 
 
+def neighbor_attention(layer: Residual, x: Tensor, position: int, neighbors: list[Encoded], heads: int) -> Tensor:
+    """One token's look at the encoded neighbors of a chunk."""
+    inner = layer.inner
+
+    def f(y: Tensor) -> Tensor:
+        keys = []
+        if inner.sink is not None:
+            keys.append((inner.sink, torch.zeros_like(inner.sink), 0))
+        for neighbor in neighbors:
+            for place, vector in neighbor.items():
+                k, v = (split(part, heads) for part in (inner.key_value.weight @ vector).chunk(2))
+                k = k.clone()
+                for head in range(inner.copy_heads):
+                    before = neighbor.get(place - 1)
+                    k_before = torch.zeros_like(k.flatten()) if before is None else inner.key_value.weight @ before
+                    k[head] = split(k_before[: k.numel()], heads)[head]
+                keys.append((k, v, place))
+        return inner.out.weight @ attend_one(split(inner.query.weight @ y, heads), position, keys)
+
+    return residual(layer, x, f)
+
+
 def feed_forward(layer: Residual, x: Tensor) -> Tensor:
     inner = layer.inner
     return residual(layer, x, lambda y: inner.out.weight @ F.gelu(inner.up.weight @ y))
 
 
-def encode(model: RETRO, neighbor: list[int], hidden: list[Tensor]) -> list[tuple[Tensor, int]]:
-    """One neighbor, read with its chunk's hidden states: (vector, position) of each real token."""
+def encode(model: RETRO, neighbor: list[int], hidden: list[Tensor]) -> Encoded:
+    """One neighbor, read with its chunk's hidden states."""
     encoder, heads, pad = model.encoder, model.config.heads, model.config.pad_id
     xs = [model.embedding.weight[token] for token in neighbor]
     if hasattr(encoder.widen, "weight"):
@@ -104,7 +127,7 @@ def encode(model: RETRO, neighbor: list[int], hidden: list[Tensor]) -> list[tupl
         if block.cross_attention is not None:
             xs = [cross_attention(block.cross_attention, x, i, context, heads) for i, x in enumerate(xs)]
         xs = [feed_forward(block.feed_forward, x) for x in xs]
-    return [(norm(encoder.norm, x), i) for i, x in enumerate(xs) if neighbor[i] != pad]
+    return {i: norm(encoder.norm, x) for i, x in enumerate(xs) if neighbor[i] != pad}
 
 
 def logits(model: RETRO, document: list[int], neighbors: list[list[list[int]]] | None = None) -> Tensor:
@@ -112,17 +135,16 @@ def logits(model: RETRO, document: list[int], neighbors: list[list[list[int]]] |
     config = model.config
     m = config.chunk_size
     xs = [norm(model.norm_in, model.embedding.weight[token]) for token in document]
-    encoded: dict[int, list[tuple[Tensor, int]]] | None = None
+    encoded: dict[int, list[Encoded]] | None = None
     for block in model.decoder:
         xs = self_attention(block.attention, xs, config.heads, lambda i, j: j <= i)
         if block.cross_attention is not None and neighbors is not None:
             if encoded is None:
                 encoded = {
                     u: [
-                        pair
+                        encode(model, neighbor, xs[u * m : (u + 1) * m])
                         for neighbor in of_chunk
                         if any(token != config.pad_id for token in neighbor)
-                        for pair in encode(model, neighbor, xs[u * m : (u + 1) * m])
                     ]
                     for u, of_chunk in enumerate(neighbors)
                 }
@@ -130,7 +152,7 @@ def logits(model: RETRO, document: list[int], neighbors: list[list[list[int]]] |
                 u = (position + 1) // m - 1  # the last chunk that is complete here
                 if encoded.get(u):
                     query = position - ((u + 1) * m - 1)  # i of the attending chunk, from 0
-                    xs[position] = cross_attention(
+                    xs[position] = neighbor_attention(
                         block.cross_attention, xs[position], query + m - 1, encoded[u], config.heads
                     )
         xs = [feed_forward(block.feed_forward, x) for x in xs]

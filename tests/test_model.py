@@ -47,6 +47,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "encoder looks at nothing": {"enc_cross_attn_layers": ()},
     "equal widths, tied": {"enc_dim": 8, "tie_embeddings": True},
     "scaled residuals": {"enc_scale_residual": 0.5, "dec_scale_residual": 1.5},
+    "copying": {"copy_heads": 1},
+    "copying in all heads, tied": {"copy_heads": 2, "enc_dim": 8, "tie_embeddings": True},
+    "sink": {"cross_attn_sink": True},
+    "copying, sink, deepnet": {"copy_heads": 1, "cross_attn_sink": True, "use_deepnet": True},
     "deepnet, layernorm, scaled": {"use_deepnet": True, "norm_klass": "layernorm", "dec_scale_residual": 2.0},
 }
 
@@ -57,7 +61,7 @@ def make(seed: int = 0, **changes: Any) -> RETRO:
     model = RETRO(**{**SMALL, **changes}).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:  # norms: a gain of 1 would hide a gain left out
+            if parameter.dim() == 1 or name.endswith("sink"):  # norms: a gain of 1 would hide a gain left out
                 parameter.add_(0.3 * torch.randn_like(parameter))
             if "embedding" in name:
                 parameter.normal_(std=0.7)
@@ -392,7 +396,7 @@ def test_every_argument_reaches_the_config() -> None:
         **SMALL, "enc_cross_attn_layers": (1,), "enc_attn_dropout": 0.1, "enc_ff_dropout": 0.2,
         "dec_attn_dropout": 0.3, "dec_ff_dropout": 0.4, "pad_id": 3, "enc_scale_residual": 1.5,
         "dec_scale_residual": 2.5, "norm_klass": "layernorm", "gated_rmsnorm": False, "use_deepnet": True,
-        "tie_embeddings": True, "retrieval": True,
+        "tie_embeddings": True, "retrieval": True, "copy_heads": 1, "cross_attn_sink": True,
     }  # fmt: skip
     model = RETRO(**arguments)
     assert {f.name for f in dataclasses.fields(RETROConfig)} == set(arguments)
