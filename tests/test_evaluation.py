@@ -21,25 +21,20 @@ from retro_model.dataset import NO_ROW, retrieved_tokens
 from retro_model.documents import CorpusConfig
 from retro_model.embedding import EmbedConfig
 from retro_model.errors import ConfigError, DocumentError, MismatchError, TrainingError
-from retro_model.evaluation import (
-    EvaluateConfig,
-    EvaluationResult,
-    evaluate_models,
+from retro_model.evaluation import EvaluateConfig, EvaluationResult, evaluate_models, spans_with_text
+from retro_model.evaluation_data import Inputs, Searching
+from retro_model.evaluation_overlap import (
+    runs_of_train_sample,
     runs_shared_with_nearest,
     runs_shared_with_read,
-    spans_with_text,
 )
-from retro_model.evaluation_data import Inputs, Searching
 from retro_model.figures import (
-    ALPHAS,
     PIECE,
     Scores,
     bootstrap_sums,
     documents_curve,
     interval,
-    leakage_curve,
     metrics_of,
-    overlap_curve,
     resampled_units,
 )
 from retro_model.index_keys import IndexConfig
@@ -50,6 +45,7 @@ from retro_model.page import headline
 from retro_model.passages import token_texts
 from retro_model.passes import neighbors_of_share, random_neighbors
 from retro_model.scoring import Scorer, Span, Window, choose_spans, pack, sliding_windows
+from retro_model.subsets import ALPHAS, leakage_curve, metrics_of_parts, overlap_curve
 from retro_model.tokenizer import Tokenizer, save, train
 
 CHUNK_SIZE, SEQ_LEN, STORED, KNN = 8, 32, 12, 2
@@ -205,7 +201,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Twelve test documents of 1 to 150 words, so shorter than a chunk and longer than two windows."""
+    """Twelve documents of 1 to 150 words to test on, so shorter than a chunk and longer than two windows."""
     root = tmp_path_factory.mktemp("world")
     lengths = (1, 3, 40, 90, 7, 25, 61, 12, 33, 5, 150, 18)
     train_texts, test_texts = texts(1, lengths * 2), texts(2, lengths)
@@ -213,9 +209,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     tokenizer = Tokenizer.open(root / "tokenizer")
     write_chunks(root / "chunks", tokenizer, train_texts, "train", 0)
     write_chunks(root / "chunks", tokenizer, test_texts, "test", len(train_texts))
+    write_chunks(root / "chunks", tokenizer, texts(3, lengths), "valid", 2 * len(train_texts))
     (root / "none").mkdir()
     made = World(root)
-    write_neighbors(root / "neighbors/test", made.chunks("test"), made.chunks("train"))
+    for split in ("train", "valid", "test"):
+        write_neighbors(root / "neighbors" / split, made.chunks(split), made.chunks("train"))
     write_model(root / "baseline", tokenizer, made.chunks("train"), retrieval=False)
     write_model(root / "retro", tokenizer, made.chunks("train"), retrieval=True)
     return made
