@@ -52,11 +52,11 @@ def leakage_table(curve: Curve, num_neighbors: int) -> Table:
     for row in curve.rows:
         cells = dict(zip(curve.head, row, strict=True))
         gains = _gain_of_part(*row[-6:-3]), _gain_of_part(*row[-3:])
-        figures = (f"{cells['baseline']:.4f}", f"{cells['off']:.4f}", f"{cells['on']:.4f}")
+        figures = (f"{cells[column]:.4f}" for column in ("baseline", "mixed", "off", "on"))
         rows.append((f"at most {percent(cells['alpha'])}", f"{cells['chunks']:,} chunks", *figures, *gains))
     return Table(
         "Where it helps: by overlap with the database",
-        ("longest shared run", "baseline", "off", "on", "saved against off", "saved against baseline"),
+        ("longest shared run", "baseline", "mixed", "off", "on", "saved against off", "saved against baseline"),
         tuple(rows),
         f"Chunks that share at most this part of a chunk, in a row, with one of their {num_neighbors} "
         "nearest neighbors; in bits per byte, with 95% intervals over the documents of the part.",
@@ -107,7 +107,7 @@ def rule_in_words(metrics: Mapping[str, float | int]) -> str:
         f"{metrics['mixed_weight']:g}, chosen on valid) it saves {gain:+.4f} ({low:+.4f} to {high:+.4f})"
     )
     if "share_of_rule_gained" in metrics:
-        words += f", and RETRO {metrics['share_of_rule_gained']:.0%} of that"
+        words += f"; RETRO gains {metrics['share_of_rule_gained']:.0%} of that"
     return words
 
 
@@ -128,8 +128,6 @@ def notes_on_overlap(metrics: Mapping[str, float | int]) -> Iterator[str]:
             "whether retrieval gives more than copying cannot be seen here."
         )
     if "read_run_mean_train" in metrics and "read_run_mean_test" in metrics:
-        more = metrics["read_run_mean_train"] > metrics["read_run_mean_test"]
-        consequence = "so training neighbors share more" if more else "though training neighbors share no more here"
         train, test = (
             f"{metrics[f'read_run_mean_{split}']:.1f} tokens in a row ({metrics[f'read_run_8_share_{split}']:.1%} of "
             f"the chunks: {LONG_RUN} or more)"
@@ -138,7 +136,7 @@ def notes_on_overlap(metrics: Mapping[str, float | int]) -> Iterator[str]:
         yield (
             f"With the neighbors that are read beside them, train chunks share {train} on average, the chunks "
             f"scored here {test}. Documents that nearly repeat another one are dropped between splits, but not "
-            f"within the train split, {consequence}."
+            "within the train split, so training neighbors can share more than those read here."
         )
 
 

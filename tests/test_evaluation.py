@@ -819,9 +819,7 @@ def test_the_page_says_how_train_and_test_neighbors_differ(evaluated: tuple[Eval
     figures = {"read_run_mean_train": 9.5, "read_run_mean_test": 4.25}
     _, note = notes_on_overlap({**evaluated[0].metrics, **figures})
     assert "train chunks share 9.5 tokens in a row" in note and "scored here 4.2 tokens in a row" in note
-    assert "dropped between splits, but not within the train split, so training neighbors share more" in note
-    _, note = notes_on_overlap({**evaluated[0].metrics, **figures, "read_run_mean_train": 4.0})
-    assert "though training neighbors share no more here" in note
+    assert "dropped between splits, but not within the train split, so training neighbors can share more" in note
     without = {name: value for name, value in evaluated[0].metrics.items() if "little_overlap" not in name}
     assert "cannot be seen here" in next(notes_on_overlap(without))
 
