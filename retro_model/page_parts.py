@@ -14,11 +14,15 @@ def parts_table(metrics: Mapping[str, float | int]) -> Table:
     """Whether the gain outlasts what could explain it away: one document, overlap, text known by heart."""
     little, shared = metrics["share_chunks_little_overlap"], metrics["share_chunks_shared_32"]
     parts = (
-        ("without_best", "without the document that gained most", "that of each column of this table"),
-        ("little_overlap", "little overlap", f"{little:.1%} of the chunks, as in the first row by overlap"),
+        ("without_best", "without the document that gained most", "each column without its own"),
+        (
+            "little_overlap",
+            "where there is little overlap",
+            f"{little:.1%} of the chunks, as in the first row by overlap",
+        ),
         (
             "unshared_32",
-            "not in the train split",
+            "without text of the train split",
             f"{1 - shared:.1%} of the chunks; the others hold {SHARED_WITH_TRAIN} tokens in a row, or a whole chunk "
             "if that is shorter, of a train document",
         ),
@@ -29,7 +33,7 @@ def parts_table(metrics: Mapping[str, float | int]) -> Table:
         if names[0] in metrics:
             rows.append((title, note, *(_gain_of_part(*_with_ends(metrics, name)) for name in names)))
     return Table(
-        "Does it hold without...",
+        "Does the gain hold?",
         ("", "saved against off", "saved against baseline"),
         tuple(rows),
         "Bits per byte saved in parts of the text, with 95% intervals over the documents of the part.",
