@@ -66,6 +66,7 @@ TIMED_CHUNKS, TIMED_ALONE = 256, 16
 class EvaluateConfig(Config, section="evaluate"):
     """How much is evaluated, beside what, and what of it is shown.
 
+    `max_chunks` is of the test split, and of the valid split on which the control's weight is chosen.
     `compare` is the folder of another trained model, `database` a folder or file of documents to retrieve
     from in place of the train chunks; for both, an empty folder means none.
     """
