@@ -26,6 +26,7 @@ from torch import Tensor
 
 from retro_model.artifacts import Artifact, ArtifactWriter, whole_folder
 from retro_model.config import Config, setting
+from retro_model.copying import copying_potential
 from retro_model.dataset import PackedSequences
 from retro_model.devices import resolve_number_type
 from retro_model.distributed import World, resolve_processes, together
@@ -184,6 +185,9 @@ class _Run:
         title = self.out_folder.name
         if trainer.state.step and world.main:
             print(f"{title}: goes on after step {trainer.state.step:,}", file=sys.stderr, flush=True)
+        elif inputs.retrieval and world.main:
+            potential = copying_potential(validation, trainer.validation_rows)
+            print(f"{title}: {potential.line()}", file=sys.stderr, flush=True)
         result = trainer.run(title, log, self.log_every, self.checkpoint_every)
         if world.main:
             facts = {

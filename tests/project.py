@@ -39,6 +39,7 @@ TINY = {
     "train.batch_size": 4,
     "train.warmup": 2,
     "train.validate_every": 3,
+    "retrofit.steps": 6,
     "evaluate.max_chunks": 40,
     "evaluate.sweep_knn": [0, 1, 2],
     "evaluate.passages": 2,

@@ -30,7 +30,14 @@ from retro_model.optimization import learning_rate, make_optimizer
 from retro_model.resume import Checkpoints
 from retro_model.starting import start_from
 from retro_model.trainer import Trainer
-from retro_model.training import ModelConfig, TrainConfig, TrainingResult, build_model, train_model
+from retro_model.training import (
+    ModelConfig,
+    RetrofitConfig,
+    TrainConfig,
+    TrainingResult,
+    build_model,
+    train_model,
+)
 
 CHUNK, SEQ_LEN, VOCABULARY = 8, 32, 40
 MODEL = ModelConfig(
@@ -691,8 +698,10 @@ def test_a_frozen_decoder_stays_and_retrieval_is_learned_around_it(
     woven: Woven, tmp_path: Path, baseline: Path
 ) -> None:
     records: dict[int, Mapping[str, float]] = {}
-    train = dataclasses.replace(TRAIN, init_from=str(baseline), freeze="decoder")
-    result = run(woven, tmp_path, train, log=records.__setitem__, log_every=1)
+    retrofit = RetrofitConfig(init_from=str(baseline), steps=7, lr=2e-2)
+    result = run(woven, tmp_path, retrofit=retrofit, log=records.__setitem__, log_every=1)
+    assert len(records) == 7, "it has its own number of steps"
+    assert records[3]["learning_rate"] == 2e-2, "and its own learning rate, after the warm-up of the others"
     base, found = RETRO.from_pretrained(baseline), RETRO.from_pretrained(tmp_path / "retro")
     for name, weight in base.state_dict().items():
         assert found.state_dict()[name].equal(weight), name
@@ -720,8 +729,9 @@ def test_a_frozen_decoder_s_batch_without_neighbors_changes_nothing(woven: Woven
 
 def test_without_freezing_all_of_it_is_trained(woven: Woven, tmp_path: Path, baseline: Path) -> None:
     records: dict[int, Mapping[str, float]] = {}
-    train = dataclasses.replace(TRAIN, init_from=str(baseline), neighbor_dropout=1.0, lr=1e-6)
-    run(woven, tmp_path, train, log=records.__setitem__, log_every=1)
+    retrofit = RetrofitConfig(init_from=str(baseline), freeze="nothing", lr=1e-6)
+    train = dataclasses.replace(TRAIN, neighbor_dropout=1.0)
+    run(woven, tmp_path, train, retrofit=retrofit, log=records.__setitem__, log_every=1)
     assert records[1]["loss"] < math.log(VOCABULARY) - 0.1, "it begins where the baseline ended"
     found = RETRO.from_pretrained(tmp_path / "retro").state_dict()
     assert any(not found[name].equal(weight) for name, weight in RETRO.from_pretrained(baseline).state_dict().items())
@@ -729,8 +739,7 @@ def test_without_freezing_all_of_it_is_trained(woven: Woven, tmp_path: Path, bas
 
 def test_a_model_with_retrieval_can_be_trained_further(woven: Woven, tmp_path: Path) -> None:
     run(woven, tmp_path / "first")
-    train = dataclasses.replace(TRAIN, init_from=str(tmp_path / "first" / "retro"), freeze="decoder")
-    run(woven, tmp_path / "second", train)
+    run(woven, tmp_path / "second", retrofit=RetrofitConfig(init_from=str(tmp_path / "first" / "retro"), steps=7))
     before, after = (RETRO.from_pretrained(tmp_path / name / "retro").state_dict() for name in ("first", "second"))
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed and all(name.startswith("encoder.") or ".cross_attention." in name for name in changed)
@@ -739,41 +748,40 @@ def test_a_model_with_retrieval_can_be_trained_further(woven: Woven, tmp_path: P
 
 
 def test_a_run_from_another_model_never_picks_up_a_checkpoint(woven: Woven, tmp_path: Path, baseline: Path) -> None:
-    train = dataclasses.replace(TRAIN, init_from=str(baseline))
+    retrofit = RetrofitConfig(init_from=str(baseline), freeze="nothing", steps=12)
     options: dict[str, Any] = {"work_folder": tmp_path / "work", "log_every": 1, "checkpoint_every": 3}
     with pytest.raises(Killed):
-        run(woven, tmp_path, train, log=stop_at(7), **options)
-    moved = shutil.copytree(baseline, tmp_path / "moved")
-    for settings, first in ((dataclasses.replace(train, init_from=str(moved)), 7), (TRAIN, 1)):
+        run(woven, tmp_path, retrofit=retrofit, log=stop_at(7), **options)
+    moved = dataclasses.replace(retrofit, init_from=str(shutil.copytree(baseline, tmp_path / "moved")))
+    frozen = dataclasses.replace(moved, freeze="decoder")
+    for settings, first in ((moved, 7), (frozen, 1), (None, 1)):
         steps: list[int] = []
-        run(woven, tmp_path, settings, log=lambda now, record, steps=steps: steps.append(now), **options)
+        run(woven, tmp_path, retrofit=settings, log=lambda now, record, steps=steps: steps.append(now), **options)
         assert steps[0] == first
 
 
 def test_an_empty_folder_and_no_name_are_new_weights(woven: Woven, tmp_path: Path, undisturbed: Outcome) -> None:
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / ".gitkeep").touch()
-    run(woven, tmp_path, dataclasses.replace(TRAIN, init_from=str(tmp_path / "none")))
+    run(woven, tmp_path, retrofit=RetrofitConfig(init_from=str(tmp_path / "none"), freeze="decoder", steps=3))
     assert folder_digests(tmp_path / "retro") == undisturbed[1]
 
 
 def test_a_model_that_does_not_fit_names_the_key(woven: Woven, tmp_path: Path, baseline: Path) -> None:
-    train = dataclasses.replace(TRAIN, init_from=str(baseline))
+    retrofit = RetrofitConfig(init_from=str(baseline), steps=3)
     with pytest.raises(MismatchError, match=r"made with dec_dim 16, expected 24; set model.dec_dim to 16"):
-        run(woven, tmp_path, train, model=dataclasses.replace(MODEL, dec_dim=24))
+        run(woven, tmp_path, retrofit=retrofit, model=dataclasses.replace(MODEL, dec_dim=24))
     with pytest.raises(MismatchError, match="made for tokenizer"):
         other = write_woven(tmp_path / "other", chunk_size=CHUNK, vocab_size=VOCABULARY + 1, num_documents=20)
-        run(other, tmp_path, train)
-    with pytest.raises(ConfigError, match=r"train.freeze: found decoder, expected nothing, or a trained model"):
-        run(woven, tmp_path, dataclasses.replace(TRAIN, freeze="decoder"))
+        run(other, tmp_path, retrofit=retrofit)
     with pytest.raises(MissingArtifactError, match="no finished model here"):
-        run(woven, tmp_path, dataclasses.replace(TRAIN, init_from=str(woven.chunks)))
-    with pytest.raises(ConfigError, match=r"train.init_from: found '.*nowhere', expected a path that is there"):
-        run(woven, tmp_path, dataclasses.replace(TRAIN, init_from=str(tmp_path / "nowhere")))
+        run(woven, tmp_path, retrofit=RetrofitConfig(init_from=str(woven.chunks)))
+    with pytest.raises(ConfigError, match=r"retrofit.init_from: found '.*nowhere', expected a path that is there"):
+        run(woven, tmp_path, retrofit=RetrofitConfig(init_from=str(tmp_path / "nowhere")))
     run(woven, tmp_path / "retro-model")
-    train = dataclasses.replace(TRAIN, init_from=str(tmp_path / "retro-model" / "retro"))
+    retrofit = RetrofitConfig(init_from=str(tmp_path / "retro-model" / "retro"))
     with pytest.raises(MismatchError, match="a model with retrieval, expected a plain decoder"):
-        run(woven, tmp_path, train, neighbors=None)
+        run(woven, tmp_path, retrofit=retrofit, neighbors=None)
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------
