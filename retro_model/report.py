@@ -282,8 +282,8 @@ def _passages(passages: Sequence[Passage]) -> Iterator[str]:
         '<p class="caption">Each token is colored by what retrieval did to its loss. Beside it, what was '
         "retrieved with the text in front of it (gray): the neighbor, then its continuation. The longest run "
         "of tokens that a neighbor shares with the passage is marked in both.</p>"
-        f'<p class="caption">Each token that retrieval made at least {CHEAPER_BITS:g} bit cheaper has a number. The same '
-        "number stands at the neighbor token that the model looked at most when it predicted that token (by its "
+        f'<p class="caption">Each token that retrieval made at least {CHEAPER_BITS:g} bit cheaper has a number. The '
+        "same number stands at the neighbor token that the model looked at most when it predicted that token (by its "
         "attention, averaged over heads and layers). The last token of a passage has none, because it reads neighbors "
         "that are not shown.</p>"
     )
@@ -385,8 +385,8 @@ def _neighbor(neighbor: Neighbor, looks: Mapping[int, Look]) -> str:
         if start == neighbor.continuation_at:
             parts.append('<span class="then" title="its continuation">&#9656;</span>')
         text = "".join(neighbor.tokens[start:stop])
-        shown, numbers = _outlined(text, looked_at[start]) if start in looked_at else (safe(text), "")
-        parts.append((f"<mark>{shown}</mark>" if neighbor.first <= start < neighbor.stop else shown) + numbers)
+        shown = _outlined(text, looked_at[start]) if start in looked_at else safe(text)
+        parts.append(f"<mark>{shown}</mark>" if neighbor.first <= start < neighbor.stop else shown)
     shared = neighbor.stop - neighbor.first
     facts = f"distance {neighbor.distance:.3f}" + (f", shares {shared} tokens in a row" if shared else "")
     return (
@@ -395,8 +395,8 @@ def _neighbor(neighbor: Neighbor, looks: Mapping[int, Look]) -> str:
     )
 
 
-def _outlined(text: str, looks: Mapping[int, Look]) -> tuple[str, str]:
-    """A neighbor token with an outline around its word, and the numbers of those that looked at it."""
+def _outlined(text: str, looks: Mapping[int, Look]) -> str:
+    """A neighbor token with an outline around its word, behind that the numbers of those that looked at it."""
     word = text.strip()
     before, _, after = text.partition(word) if word else ("", "", text)
     word = word or ("\u21b5" if "\n" in text else "\u2423" if text else "\u00b7")
@@ -405,8 +405,8 @@ def _outlined(text: str, looks: Mapping[int, Look]) -> tuple[str, str]:
         f"token {number} looked here: {look.share:.0%} of its attention{' (copied)' if look.copied else ''}"
         for number, look in looks.items()
     )
-    outlined = f'{safe(before)}<span class="{classes}" title="{title}">{safe(word)}</span>{safe(after)}'
-    return outlined, f'<sup title="{title}">{",".join(map(str, looks))}</sup>'
+    numbers = f'<sup title="{title}">{",".join(map(str, looks))}</sup>'
+    return f'{safe(before)}<span class="{classes}" title="{title}">{safe(word)}</span>{numbers}{safe(after)}'
 
 
 # ---- the style -------------------------------------------------------------------------------------
