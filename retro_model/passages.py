@@ -32,7 +32,7 @@ FloatArray = npt.NDArray[np.floating[Any]]
 NEIGHBORS_SHOWN = 4
 SHORTEST_RUN_SHOWN = 2  # one common token says nothing
 BEGIN_OF_DOCUMENT, END_OF_DOCUMENT = "\u27e8begin of document\u27e9", "\u27e8end of document\u27e9"
-ATTENTION_DIGITS = 4  # shares of attention that differ by less are equal
+ATTENTION_DIGITS, BITS_DIGITS = 4, 4  # to which both are rounded before they are compared
 GAINED_MOST, GAINED_LEAST, AT_RANDOM = "gained most", "gained least", "at random"
 
 
@@ -177,12 +177,12 @@ def find_looks(labels: IntArray, saved: FloatArray, attention: FloatArray, retri
     read. Of equal shares the first counts. A token without attention to them looked at nothing.
     """
     looks: list[Look | None] = []
-    for label, bits, shares in zip(labels.tolist(), saved.tolist(), attention.round(ATTENTION_DIGITS), strict=True):
+    rounded = attention.astype(np.float64).round(ATTENTION_DIGITS)
+    for label, bits, shares in zip(labels.tolist(), saved.round(BITS_DIGITS).tolist(), rounded, strict=True):
         neighbor, token = (int(index) for index in np.unravel_index(shares.argmax(), shares.shape))
         share = float(shares[neighbor, token])
         copied = int(retrieved[neighbor, token]) == label
-        is_look = round(bits, ATTENTION_DIGITS) >= CHEAPER_BITS and share > 0
-        looks.append(Look(neighbor, token, share, copied) if is_look else None)
+        looks.append(Look(neighbor, token, share, copied) if bits >= CHEAPER_BITS and share > 0 else None)
     return looks
 
 
