@@ -227,6 +227,12 @@ def test_a_token_without_a_word_can_be_seen(token: int, expected: str) -> None:
     assert written_in(page_of(looking(Look(0, token, 0.5, False)), SECOND))[1] == expected
 
 
+def test_the_outline_is_around_one_word_and_what_surrounds_it_is_safe_too() -> None:
+    neighbor = Neighbor("s", 0.1, ("a", "\x1f b\x85", " c", " d"), continuation_at=3)
+    page = page_of(looking(Look(0, 1, 0.5, False)), neighbor)
+    assert written_in(page)[1] == "a\u241f [b]^1\ufffd c| d"
+
+
 @settings(deadline=None)
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
 def test_ticks_are_even_and_hold_the_values(low: float, span: float) -> None:
