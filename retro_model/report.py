@@ -301,8 +301,8 @@ def _shade_legend() -> str:
 
 def _look_legend() -> str:
     marks = (
-        ("look copied", "1", "the very token that token 1 is: it was copied"),
-        ("look", "2", "another token, which token 2 looked at"),
+        ("look copied", "1", "what token 1 looked at: the same token, copied"),
+        ("look", "2", "what token 2 looked at: another token"),
     )
     return "".join(
         f'<span><span class="{classes}">token</span><sup>{number}</sup> {meaning}</span>'
@@ -339,14 +339,14 @@ def number_looks(passage: Passage) -> dict[int, Look]:
 
 
 def _copied(passage: Passage) -> str:
-    """How many of the cheaper tokens were copied; nothing where none became cheaper."""
+    """For how many of the cheaper tokens the model looked at the token itself; nothing where none became cheaper."""
     looks = [token.look for token in passage.tokens if token.look is not None]
     if not looks:
         return ""
-    copied = sum(look.copied for look in looks)
+    copied, tokens = sum(look.copied for look in looks), "token" if len(looks) == 1 else "tokens"
     return (
-        f'<p class="copied-count">{copied} of {len(looks)} {"token" if len(looks) == 1 else "tokens"} that became at '
-        f"least {CHEAPER_BITS:g} bit cheaper looked most at the very token to predict.</p>"
+        f'<p class="copied-count">For {copied} of {len(looks)} {tokens} that became at least {CHEAPER_BITS:g} bit '
+        "cheaper, the model looked most at the same token in a neighbor.</p>"
     )
 
 
@@ -365,12 +365,23 @@ def _token(token: Token, number: int | None) -> str:
     if token.look is not None:
         where = f"one token of neighbor {token.look.neighbor + 1}" + ("" if number else ", which is not shown")
         title += f"; {token.look.share:.0%} of its attention to {where}: {_kind(token.look)}"
-    written = "" if number is None else f'<sup title="{title}">{number}</sup>'
-    return f'<span{attribute} title="{title}">{safe(token.text)}</span>{written}'
+    if number is None:
+        return f'<span{attribute} title="{title}">{safe(token.text)}</span>'
+    before, word, after = _around_word(token.text)
+    shown = f'<span{attribute} title="{title}">{safe(before + word)}</span>'
+    return f'{shown}<sup title="{title}">{number}</sup>{safe(after)}'
 
 
 def _kind(look: Look) -> str:
-    return "the token itself" if look.copied else "another token"
+    return "the same token" if look.copied else "another token"
+
+
+def _around_word(text: str) -> tuple[str, str, str]:
+    """A token's text as the space before its word, the word, and the space behind it; a sign stands for no word."""
+    if word := text.strip():
+        before, _, after = text.partition(word)
+        return before, word, after
+    return "", "\u21b5" if "\n" in text else "\u2423" if text else "\u00b7", text
 
 
 def _neighbor(neighbor: Neighbor, looks: Mapping[int, Look]) -> str:
@@ -397,9 +408,7 @@ def _neighbor(neighbor: Neighbor, looks: Mapping[int, Look]) -> str:
 
 def _outlined(text: str, looks: Mapping[int, Look]) -> str:
     """A neighbor token with an outline around its word, behind that the numbers of those that looked at it."""
-    word = text.strip()
-    before, _, after = text.partition(word) if word else ("", "", text)
-    word = word or ("\u21b5" if "\n" in text else "\u2423" if text else "\u00b7")
+    before, word, after = _around_word(text)
     classes = "look copied" if any(look.copied for look in looks.values()) else "look"
     title = "; ".join(
         f"token {number} looked here: {look.share:.0%} of its attention{' (copied)' if look.copied else ''}"
@@ -477,11 +486,10 @@ h3 { font-size: .95rem; font-weight: 500; margin: 0 0 .7rem; }
 .m3 { background: rgb(var(--more) / .42); } .m4 { background: rgb(var(--more) / .62); }
 .run { text-decoration: underline 2px; text-underline-offset: .2em; }
 mark { background: var(--mark); color: inherit; border-radius: .15rem; }
-.look { outline: 1px dashed var(--s3); outline-offset: 1px; border-radius: .15rem; }
-.look.copied { outline: 2px solid var(--s3); }
+.look { outline: 1px dashed var(--s3); border-radius: .15rem; }
+.look.copied { outline: 1.5px solid var(--s3); }
 sup { font: 700 .66rem/0 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif;
-  vertical-align: .5em; color: var(--s3); padding-left: .15rem; user-select: none; }
-.looks span { white-space: nowrap; }
+  vertical-align: .5em; color: var(--s3); padding: 0 .1rem 0 .15rem; user-select: none; }
 .copied-count { font-size: .88rem; margin: -.4rem 0 .7rem; }
 .then { color: var(--s0); padding: 0 .2rem; }
 .neighbor { background: var(--card); border-radius: .35rem; padding: .6rem .75rem; margin-bottom: .6rem; }

@@ -196,7 +196,7 @@ def test_a_number_stands_at_the_token_and_at_what_it_looked_at() -> None:
     assert (
         'title="token 1 looked here: 82% of its attention (copied); token 3 looked here: 30% of its attention"' in page
     )
-    assert 'title="3.00 &rarr; 1.00 bits; 82% of its attention to one token of neighbor 1: the token itself"' in page
+    assert 'title="3.00 &rarr; 1.00 bits; 82% of its attention to one token of neighbor 1: the same token"' in page
     assert 'title="3.00 &rarr; 1.00 bits; 50% of its attention to one token of neighbor 2: another token"' in page
     assert 'title="3.00 &rarr; 3.00 bits"' in page
     assert Page(page).tags.count("sup") == 2 + 2 * 3 - 1, "two in the legend, two for each number, two of them in one"
@@ -206,13 +206,13 @@ def test_a_neighbor_that_is_not_shown_has_no_number_and_counts() -> None:
     page = page_of(looking(Look(1, 0, 0.9, True), Look(0, 1, 0.4, True)), FIRST)
     passage, first = written_in(page)
     assert passage == "before t0 t1^1" and first == "The_ [[cat]]^1_|_ sat_ on"
-    assert "90% of its attention to one token of neighbor 2, which is not shown: the token itself" in page
-    assert "2 of 2 tokens that became at least 1 bit cheaper looked most at the very token to predict" in page
+    assert "90% of its attention to one token of neighbor 2, which is not shown: the same token" in page
+    assert "For 2 of 2 tokens that became at least 1 bit cheaper, the model looked most at the same token" in page
 
 
 @pytest.mark.parametrize(
     ("copied", "words"),
-    [((True, False, True), "2 of 3 tokens that became"), ((False,), "0 of 1 token that became"), ((), None)],
+    [((True, False, True), "For 2 of 3 tokens that became"), ((False,), "For 0 of 1 token that became"), ((), None)],
 )
 def test_a_line_counts_what_was_copied(copied: tuple[bool, ...], words: str | None) -> None:
     page = page_of(looking(None, *(Look(0, 0, 0.5, each) for each in copied)), FIRST)
@@ -221,10 +221,16 @@ def test_a_line_counts_what_was_copied(copied: tuple[bool, ...], words: str | No
 
 
 @pytest.mark.parametrize(
-    ("token", "expected"), [(1, "A[\u21b5]^1\n| "), (2, "A\n|[\u2423]^1 "), (3, "A\n| [\u00b7]^1")]
+    ("token", "in_passage", "in_neighbor"),
+    [
+        (1, "\u21b5^1\n", "A[\u21b5]^1\n| "),
+        (2, "\u2423^1 ", "A\n|[\u2423]^1 "),
+        (3, "\u00b7^1", "A\n| [\u00b7]^1"),
+    ],
 )
-def test_a_token_without_a_word_can_be_seen(token: int, expected: str) -> None:
-    assert written_in(page_of(looking(Look(0, token, 0.5, False)), SECOND))[1] == expected
+def test_a_token_without_a_word_can_be_seen(token: int, in_passage: str, in_neighbor: str) -> None:
+    tokens = (Token(SECOND.tokens[token], 3.0, 1.0, look=Look(0, token, 0.5, copied=False)), Token("x", 1.0, 1.0))
+    assert written_in(page_of(tokens, SECOND)) == [f"before{in_passage}x", in_neighbor]
 
 
 def test_the_outline_is_around_one_word_and_what_surrounds_it_is_safe_too() -> None:
