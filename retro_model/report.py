@@ -423,11 +423,11 @@ def _outlined(text: str, looks: Mapping[int, Look]) -> str:
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #fdfdfb; --ink: #1d2126; --soft: #5d6670; --rule: #dcdfe3; --card: #f4f5f6; --mark: #fbe48a;
-  --s0: #2166c2; --s1: #c8791b; --s2: #6c757f; --s3: #93459b; --s4: #1b8a78; --s5: #c23b4e;
+  --s0: #2166c2; --s1: #c8791b; --s2: #6c757f; --s3: #93459b; --s4: #1b8a78; --s5: #c23b4e; --look: #93459b;
   --less: 38 120 200; --more: 222 110 30; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #15181b; --ink: #e6e8ea; --soft: #9aa4ae; --rule: #343a40; --card: #1e2226; --mark: #6b5a12;
-  --s0: #6aa9f4; --s1: #eaa04e; --s2: #a1abb5; --s3: #d08ad8; --s4: #58c4b0; --s5: #f0808f;
+  --s0: #6aa9f4; --s1: #eaa04e; --s2: #a1abb5; --s3: #d08ad8; --s4: #58c4b0; --s5: #f0808f; --look: #e3b3e9;
   --less: 70 150 235; --more: 235 130 50; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
@@ -486,11 +486,13 @@ h3 { font-size: .95rem; font-weight: 500; margin: 0 0 .7rem; }
 .m3 { background: rgb(var(--more) / .42); } .m4 { background: rgb(var(--more) / .62); }
 .run { text-decoration: underline 2px; text-underline-offset: .2em; }
 mark { background: var(--mark); color: inherit; border-radius: .15rem; }
-.look { outline: 1px dashed var(--s3); border-radius: .15rem; }
-.look.copied { outline: 1.5px solid var(--s3); }
+.look { outline: 1px dashed var(--look); border-radius: .15rem; }
+.look.copied { outline: 1.5px solid var(--look); }
 sup { font: 700 .66rem/0 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif;
-  vertical-align: .5em; color: var(--s3); padding: 0 .1rem 0 .15rem; user-select: none; }
-.copied-count { font-size: .88rem; margin: -.4rem 0 .7rem; }
+  vertical-align: .5em; color: var(--look); padding: 0 .1rem 0 .15rem; user-select: none; }
+sup::before { content: "\\2060"; } /* no line begins with a number */
+mark sup { color: inherit; }
+.copied-count { font-size: .88rem; margin: -.4rem 0 .7rem; max-width: none; }
 .then { color: var(--s0); padding: 0 .2rem; }
 .neighbor { background: var(--card); border-radius: .35rem; padding: .6rem .75rem; margin-bottom: .6rem; }
 .neighbor:last-child { margin-bottom: 0; }

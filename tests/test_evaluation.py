@@ -697,6 +697,15 @@ def test_the_attention_of_a_row_is_that_of_the_window_that_scores_it(world: Worl
         assert attention[:-1].sum(axis=(1, 2)) == pytest.approx(float(read), abs=1e-5)
 
 
+def test_attention_is_measured_in_the_numbers_that_the_losses_are(world: World) -> None:
+    scorers = scorer_of(world), scorer_of(world, number_type="bfloat16", batch_size=3)
+    nearest, model = world.neighbors()["ids"][scorers[0].rows][:, :KNN], world.model("retro")
+    exact, rounded = (attention_of_rows(model, scorer, nearest, [9, 4, 7, 9]) for scorer in scorers)
+    np.testing.assert_allclose(rounded, exact, atol=0.1)
+    assert not np.array_equal(rounded, exact)
+    assert attention_of_rows(model, scorers[0], nearest, []).shape == (0, CHUNK_SIZE, KNN, 2 * CHUNK_SIZE)
+
+
 def test_a_cheaper_token_looked_at_the_first_of_those_with_most_attention() -> None:
     labels, saved = np.array([7, 7, 8, 9, 7]), np.array([2.0, 0.99999, 0.999, 1.0, 5.0])
     retrieved = np.array([[1, 7, 9, 0], [9, 7, 7, 5]])
