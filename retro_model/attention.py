@@ -102,61 +102,93 @@ class CrossAttention(nn.Module):
         kv: Tensor = self.key_value(context_JE).unflatten(-1, (2 * self.heads, -1))  # (..., J, 2HF) -> (..., J, 2H, F)
         return kv
 
+    def queries(self, x_QD: Tensor) -> Tensor:
+        """The queries, not yet rotated: (..., Q, H, F)."""
+        query_QHF: Tensor = self.query(x_QD).unflatten(-1, (self.heads, -1))  # (..., Q, HF) -> (..., Q, H, F)
+        return query_QHF
+
     def forward(self, x_QD: Tensor, table_QF: Tensor, see: See) -> Tensor:
         """What each token gets from the context that `see` holds: (..., Q, D)."""
-        query_QHF = self.query(x_QD).unflatten(-1, (self.heads, -1))  # (..., Q, HF) -> (..., Q, H, F)
-        seen_QHF = see(query_QHF, table_QF, self.dropout if self.training else 0.0)
+        seen_QHF = see(self.queries(x_QD), table_QF, self.dropout if self.training else 0.0)
         out: Tensor = self.out(seen_QHF.flatten(-2))  # (..., Q, H, F) -> (..., Q, HF) -> (..., Q, D)
         return out
 
 
 class NeighborAttention(CrossAttention):
-    """Attention of the decoder to encoded neighbors, with two parts that the paper's has not.
+    """Attention of the decoder to encoded neighbors, with two optional parts that the paper does not have.
 
     To use a neighbor, a head has to find the place in it where the text stands now, and bring what followed
-    there. In the first `copy_heads` heads the key of a neighbor's token is that of the token before it, so that
-    a query for the current token finds the token that followed it, in one layer (smeared keys: Olsson et al.
-    2022). With `sink` every head has a learned key with a value of zero, so that it can attend to nothing.
+    there. With `copy_tokens` = n, the query of a token is made of itself and the n - 1 tokens before it, and the
+    key of a neighbor's token of the n tokens before that one; each has a part of the head's features. Query and
+    key are then alike where the last n tokens of the text stand in front of a neighbor's token. That is an
+    induction head in a single layer (Olsson et al. 2022 call keys of the token before "smeared").
+
+    With `sink` each head has a learned key whose value is zero, so that it can attend to nothing.
     """
 
     def __init__(
-        self, dim: int, context_dim: int, heads: int, dim_head: int, dropout: float, *, copy_heads: int, sink: bool
+        self, dim: int, context_dim: int, heads: int, dim_head: int, dropout: float, *, copy_tokens: int, sink: bool
     ) -> None:
         super().__init__(dim, context_dim, heads, dim_head, dropout)
-        self.copy_heads = copy_heads
+        self.copy_tokens = copy_tokens
+        self.lead = max(0, copy_tokens - 1)  # tokens before the first query that it looks back to
         self.sink = nn.Parameter(torch.zeros(heads, dim_head)) if sink else None
 
     def neighbor_context(self, encoded_AJE: Tensor, mask_AKR: Tensor) -> Tensor:
         """The keys and values of encoded neighbors: (A, J, 2H, F), with a sink (A, 1 + J, 2H, F).
 
-        `mask_AKR` is False at padding. The first token of a neighbor, and the first after padding, has no token
-        before it: in the copy heads its key is zero.
+        `mask_AKR` is False at padding. Keys are zero where a token is not there: in front of a neighbor, or in
+        its padding.
         """
         context_AJHF = self.context(encoded_AJE)
-        if self.copy_heads:
-            keys_AKRHF = context_AJHF[:, :, : self.copy_heads].unflatten(1, mask_AKR.shape[1:])
+        if self.copy_tokens:
+            key_AJHF, value_AJHF = context_AJHF.chunk(2, dim=-2)
+            key_AKRHF = key_AJHF.unflatten(1, mask_AKR.shape[1:])
             if not bool(mask_AKR.all()):
-                keys_AKRHF = keys_AKRHF * mask_AKR[..., None, None].to(keys_AKRHF.dtype)
-            before_AJHF = F.pad(keys_AKRHF[:, :, :-1], (0, 0, 0, 0, 1, 0)).flatten(1, 2)
-            context_AJHF = torch.cat([before_AJHF, context_AJHF[:, :, self.copy_heads :]], dim=2)
+                key_AKRHF = key_AKRHF * mask_AKR[..., None, None].to(key_AKRHF.dtype)
+            key_AKRHF = torch.cat([_later(part, back) for back, part in enumerate(self._parts(key_AKRHF), 1)], dim=-1)
+            context_AJHF = torch.cat([key_AKRHF.flatten(1, 2), value_AJHF], dim=-2)
         if self.sink is not None:
-            sink_1HF = torch.cat([self.sink, torch.zeros_like(self.sink)])[None].to(context_AJHF.dtype)
-            context_AJHF = torch.cat([sink_1HF.expand(len(context_AJHF), 1, -1, -1), context_AJHF], dim=1)
+            sink_HF = torch.cat([self.sink, torch.zeros_like(self.sink)]).to(context_AJHF.dtype)
+            context_AJHF = torch.cat([sink_HF.expand(len(context_AJHF), 1, -1, -1), context_AJHF], dim=1)
         return context_AJHF
+
+    def queries(self, x_QD: Tensor) -> Tensor:
+        """The queries of all tokens but the first `lead`: (..., Q - lead, H, F)."""
+        query_QHF: Tensor = super().queries(x_QD)
+        if not self.lead:
+            return query_QHF
+        length = query_QHF.shape[-3] - self.lead
+        parts = enumerate(self._parts(query_QHF))
+        return torch.cat([part.narrow(-3, self.lead - back, length) for back, part in parts], dim=-1)
+
+    def _parts(self, x_HF: Tensor) -> Sequence[Tensor]:
+        """The features of each of the tokens that are compared, the latest token first."""
+        return x_HF.tensor_split(self.copy_tokens, dim=-1)
+
+    def forward(self, x_QD: Tensor, table_QF: Tensor, see: See) -> Tensor:
+        """What each token gets from the neighbors: (..., Q, D), zero for the first `lead` tokens."""
+        return F.pad(super().forward(x_QD, table_QF, see), (0, 0, self.lead, 0))
+
+
+def _later(x_AKRHF: Tensor, steps: int) -> Tensor:
+    """Each token of a neighbor gets what the token so many steps before it has; the first ones get zeros."""
+    return F.pad(x_AKRHF[:, :, :-steps], (0, 0, 0, 0, steps, 0))
 
 
 # ---- the shift of chunked cross-attention ----------------------------------------------------------
 
 
-def attending_chunks(x_TD: Tensor, chunk_size: int) -> Tensor:
-    """The tokens that may look at each chunk's neighbors: (C, M, D) (section 2.4, figure 2).
+def attending_chunks(x_TD: Tensor, chunk_size: int, lead: int = 0) -> Tensor:
+    """The tokens that may look at each chunk's neighbors, after `lead` tokens in front: (C, lead + M, D).
 
     Whoever sees all of chunk u may see what was retrieved with it: the last token of chunk u and the
-    first M - 1 tokens of chunk u + 1. That is the stream shifted by M - 1; the last row is filled
-    with zeros.
+    first M - 1 tokens of chunk u + 1 (section 2.4, figure 2). That is the stream shifted by M - 1; the last row
+    is filled with zeros. Fewer than M tokens in front of these are of the same document.
     """
     shift = chunk_size - 1
-    return rearrange(F.pad(x_TD[shift:], (0, 0, 0, shift)), "(c m) d -> c m d", m=chunk_size)
+    attending_TD = F.pad(x_TD[shift - lead :], (0, 0, 0, shift))
+    return attending_TD.unfold(0, lead + chunk_size, chunk_size).transpose(1, 2)
 
 
 def unshift(x_CMD: Tensor, first_D: Tensor) -> Tensor:

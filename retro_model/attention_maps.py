@@ -59,15 +59,18 @@ def neighbor_attention_maps(
 
 
 def _add_weights(layer: nn.Module, arguments: tuple[Tensor, Tensor, partial[Tensor]], *, totals: list[Tensor]) -> None:
-    """Append the weights of one layer, averaged over its heads: (A, M, J), with a sink (A, M, 1 + J)."""
+    """Append the weights of one layer, averaged over its heads: (A, M, J), with a sink (A, M, 1 + J).
+
+    x has the tokens before the first query too, if the layer looks back to them.
+    """
     assert isinstance(layer, NeighborAttention)
-    x_AMD, table_MF, see = arguments
-    query_AMHF = layer.query(x_AMD).view(*x_AMD.shape[:2], layer.heads, -1)
+    x_QD, table_MF, see = arguments
+    query_AMHF = layer.queries(x_QD)
     key_AJHF = see.keywords["context_BJHF"][:, :, : layer.heads]  # after the keys come the values
     precise = torch.promote_types(query_AMHF.dtype, torch.float32)
     query_AHMF = rotate(query_AMHF.to(precise), table_MF).transpose(1, 2)
     key_AHJF = rotate(key_AJHF.to(precise), see.keywords["key_table_JF"]).transpose(1, 2)
-    with torch.autocast(x_AMD.device.type, enabled=False):
+    with torch.autocast(x_QD.device.type, enabled=False):
         scores_AHMJ = query_AHMF @ key_AHJF.mT / math.sqrt(query_AHMF.shape[-1])
     mask_AJ = see.keywords["mask_BJ"]
     totals.append(scores_AHMJ.masked_fill(~mask_AJ[:, None, None], -math.inf).softmax(-1).mean(1))

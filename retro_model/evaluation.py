@@ -3,12 +3,13 @@
     result = evaluate_models(Path("data"), Path("models/baseline"), Path("models/retro"), config, ...)
     result.metrics["gain_on_vs_off"]          # bits per byte that retrieval saves
 
-Columns over the same documents: `baseline`, the decoder trained without retrieval; `off`, RETRO with
-nothing retrieved; `on`, RETRO with its nearest neighbors; `random`, RETRO with neighbors drawn from the
-database, which must not help. With another database, `on` and `random` are of that one, and `on_train`
-has the neighbors from the train chunks beside them; `compared` is another trained model. Bits are those
-of every label, the end of the document included; bytes are those of the original text, so that models
-with other tokenizers compare.
+Columns over the same documents: `baseline`, the decoder trained without retrieval; `mixed`, that decoder
+mixed with the bigram rule over the nearest neighbors (copying.py), which RETRO should beat; `off`, RETRO
+with nothing retrieved; `on`, RETRO with its nearest neighbors; `random`, RETRO with neighbors drawn from
+the database, which must not help. With another database, `mixed`, `on` and `random` are of that one, and
+`on_train` has the neighbors from the train chunks beside them; `compared` is another trained model. Bits
+are those of every label, the end of the document included; bytes are those of the original text, so that
+models with other tokenizers compare.
 """
 
 import csv
@@ -29,31 +30,30 @@ from retro_model.artifacts import Artifact, write_json, write_whole
 from retro_model.checkpoint import from_pretrained
 from retro_model.comparing import Comparison
 from retro_model.config import Config, optional_path, setting
-from retro_model.dataset import NO_ROW, retrieved_tokens
 from retro_model.devices import resolve_number_type
 from retro_model.errors import ConfigError, DocumentError
 from retro_model.evaluation_data import Inputs, Searching, swapped_database
+from retro_model.evaluation_overlap import Shared, find_shared, read_run_metrics
 from retro_model.figures import (
     COLUMNS,
-    LEAKAGE_NEIGHBORS,
+    DIGITS,
     Curve,
     Scores,
     columns_curve,
     documents_curve,
     gains_curve,
-    leakage_curve,
     metrics_of,
-    overlap_curve,
 )
 from retro_model.model import RETRO
-from retro_model.overlap import longest_shared_runs
 from retro_model.page import Background, make_page
+from retro_model.page_parts import rule_in_words
 from retro_model.passages import attention_of_rows, build_passages, choose_passages, document_names
-from retro_model.passes import Scored, columns, score_all, sweep_curves, sweeps
+from retro_model.passes import VALID, Mixed, Pass, Scored, columns, mix_with_rule, score_all, sweep_curves, sweeps
 from retro_model.plotting import draw_charts
 from retro_model.report import Passage, render
 from retro_model.retriever import Retriever
 from retro_model.scoring import Scorer, Span, choose_spans
+from retro_model.subsets import LEAKAGE_NEIGHBORS, leakage_curve, metrics_of_parts, overlap_curve
 
 IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -66,6 +66,7 @@ TIMED_CHUNKS, TIMED_ALONE = 256, 16
 class EvaluateConfig(Config, section="evaluate"):
     """How much is evaluated, beside what, and what of it is shown.
 
+    `max_chunks` is of the test split, and of the valid split on which the control's weight is chosen.
     `compare` is the folder of another trained model, `database` a folder or file of documents to retrieve
     from in place of the train chunks; for both, an empty folder means none.
     """
@@ -103,6 +104,7 @@ class EvaluationResult:
         for name, title in (("gain_on_vs_off", "off"), ("gain_on_vs_baseline", "baseline")):
             low, high = self.metrics[f"{name}_low"], self.metrics[f"{name}_high"]
             yield f"evaluate: on saves {self.metrics[name]:+.4f} against {title} ({low:+.4f} to {high:+.4f})"
+        yield f"evaluate: {rule_in_words(self.metrics)}"
         speeds = ", ".join(f"{self.timings[f'tokens_per_second_{name}']:,.0f} {name}" for name in ("off", "on"))
         yield f"evaluate: tokens a second: {speeds}"
         if lossy := self.metrics["test_lossy_documents"]:
@@ -140,6 +142,7 @@ def evaluate_models(
     compared_folder = optional_path("evaluate.compare", config.compare)
     documents = optional_path("evaluate.database", config.database)
     train = Inputs.open(data_folder)
+    valid, train_rows = (train.of_split(data_folder, split) for split in ("valid", "train"))
     models = _open_models({"baseline": baseline_folder, "retro": retro_folder}, train, device)
     _check_knn(train.neighbors, knn, config)
     number_type = resolve_number_type(config.number_type, torch.device(device))
@@ -153,9 +156,14 @@ def evaluate_models(
     spans = spans_with_text(inputs.chunks, config.max_chunks, seed)
     scorer = Scorer(inputs.chunks, inputs.database, spans, seq_len, **options)
     on_train = None if documents is None else Scorer(train.chunks, train.database, spans, seq_len, **options)
+    valid_spans = spans_with_text(valid.chunks, config.max_chunks, seed)
+    valid_scorer = Scorer(valid.chunks, valid.database, valid_spans, seq_len, **options)
     passes = [*columns(inputs, train, scorer, on_train, knn, seed), *sweeps(inputs, scorer, config.sweep_knn, knn)]
+    passes.append(Pass(VALID, "baseline", valid_scorer, None))
     compared = None if comparison is None else comparison.score(inputs, spans)
     scored = score_all(models, passes)
+    mixed = mix_with_rule(scored, inputs, scorer, valid, valid_scorer, knn, seed)
+    shared = find_shared(inputs, train, train_rows, scorer, knn, seed)
     background = Background(
         chunks=inputs.chunks,
         database_chunks=inputs.database.rows,
@@ -167,7 +175,7 @@ def evaluate_models(
         compared=compared,
         **_start_of(retro_folder, train),
     )
-    metrics, curves = _figures(inputs, train, scorer, scored, background, config, seed)
+    metrics, curves = _figures(inputs, scorer, scored, mixed, shared, background, config, seed)
     passages = _passages(models["retro"], inputs, scorer, scored, config.passages, knn, seed)
     page = make_page(metrics, curves, passages, background)
     write_json(out_metrics, metrics)
@@ -180,9 +188,10 @@ def evaluate_models(
 
 def _figures(
     inputs: Inputs,
-    train: Inputs,
     scorer: Scorer,
     scored: Scored,
+    mixed: Mixed,
+    shared: Shared,
     background: Background,
     config: EvaluateConfig,
     seed: int,
@@ -190,29 +199,43 @@ def _figures(
     """The flat figures and the curves."""
     saved = (scored.losses["off"].astype(np.float64) - scored.losses["on"]) / math.log(2)
     scores = Scores(scorer.documents, scorer.bytes, scorer.is_label, saved)
+    num_labels = int(scorer.is_label.sum())
     for column in COLUMNS:
         if column in scored.row_losses:
-            scores.add(column, scored.row_losses[column], int(scorer.is_label.sum()))
+            scores.add(column, scored.row_losses[column], num_labels)
+    scores.add("mixed", mixed.row_losses, num_labels)
     if background.compared is not None:
         scores.add("compared", background.compared.row_losses, background.compared.num_labels)
-    resampled = scores.bootstrap(config.bootstrap_samples, seed)
-    # Whatever the database, what was trained on can be repeated by heart.
-    runs = runs_shared_with_nearest(train, scorer)
-    if inputs is not train:
-        runs = np.maximum(runs, runs_shared_with_nearest(inputs, scorer))
-    metrics = metrics_of(scores, resampled, runs)
+    drawn = (config.bootstrap_samples, seed)
+    resampled = scores.bootstrap(*drawn)
+    metrics = metrics_of(scores, resampled)
+    metrics |= metrics_of_parts(scores, shared.nearest, shared.with_train, *drawn)
+    metrics |= _rule_metrics(mixed, metrics) | read_run_metrics(shared)
     metrics |= {"test_lossy_documents": inputs.chunks.facts["lossy_documents"], "database_chunks": inputs.database.rows}
     if counts := background.counts:
         metrics |= {f"database_documents_{name}": counts[name] for name in ("kept", "held_out")}
     curves = {
         "columns": columns_curve(scores, resampled),
         "gains": gains_curve(scores, resampled),
-        "leakage": leakage_curve(scores, runs),
-        "overlap": overlap_curve(scores, runs_shared_with_read(inputs, scorer, background.knn)),
+        "leakage": leakage_curve(scores, shared.nearest, *drawn),
+        "overlap": overlap_curve(scores, shared.read, *drawn),
         **sweep_curves(scored, scorer, inputs, config.sweep_knn, background.knn),
         "documents": documents_curve(scores, document_names(inputs.chunks, scorer.documents)),
     }
     return metrics, curves
+
+
+def _rule_metrics(mixed: Mixed, metrics: Mapping[str, float | int]) -> dict[str, float | int]:
+    """What the bigram rule gets right, and what RETRO gains of what the rule does, where that is anything."""
+    found: dict[str, float | int] = {
+        "mixed_weight": mixed.weight,
+        "rule_hits_own": round(mixed.hits_own, DIGITS),
+        "rule_hits_random": round(mixed.hits_random, DIGITS),
+    }
+    if metrics["gain_mixed_vs_baseline"] > 0:
+        share = metrics["gain_on_vs_baseline"] / metrics["gain_mixed_vs_baseline"]
+        found["share_of_rule_gained"] = round(share, DIGITS)
+    return found
 
 
 # ---- inputs ----------------------------------------------------------------------------------------
@@ -258,29 +281,7 @@ def _check_knn(neighbors: Artifact, knn: int, config: EvaluateConfig) -> None:
         raise ConfigError(f"knn: found {knn}, expected at least 1")
 
 
-# ---- overlap and passages ---------------------------------------------------------------------------
-
-
-def runs_shared_with_nearest(inputs: Inputs, scorer: Scorer) -> IntArray:
-    """The longest run of tokens (rows,) that each row's labels share with its ten nearest in the database."""
-    return _longest_runs(inputs, scorer, inputs.neighbors["ids"][scorer.rows][:, :LEAKAGE_NEIGHBORS])
-
-
-def runs_shared_with_read(inputs: Inputs, scorer: Scorer, knn: int) -> IntArray:
-    """The same with the neighbors that were read beside each row: those of the row before, if it is scored."""
-    ids = np.full((len(scorer.rows), knn), NO_ROW)
-    (rows,) = np.nonzero((np.diff(scorer.rows) == 1) & (np.diff(scorer.documents) == 0))
-    ids[rows + 1] = inputs.neighbors["ids"][scorer.rows[rows]][:, :knn]
-    return _longest_runs(inputs, scorer, ids)
-
-
-def _longest_runs(inputs: Inputs, scorer: Scorer, ids: IntArray) -> IntArray:
-    pad_id = inputs.database.facts["pad_id"]
-    runs = []
-    for start in range(0, len(scorer.rows), 1024):  # retrieved tokens are large: few rows at a time
-        some = slice(start, start + 1024)
-        runs.append(longest_shared_runs(scorer.labels[some], retrieved_tokens(inputs.database, ids[some]), pad_id))
-    return np.concatenate(runs)
+# ---- passages ----------------------------------------------------------------------------------------
 
 
 def _passages(

@@ -74,6 +74,18 @@ class Inputs:
         found = Artifact.open(neighbors / "test", "neighbors")
         return cls(test, train, found.require(chunks=test.fingerprint, database=train.fingerprint), tokenizer)
 
+    def of_split(self, data: Path, split: str) -> "Inputs":
+        """Another split of `data` beside the same database, which is its train split, searched in the same way.
+
+        Raises an ArtifactError.
+        """
+        chunks = self.database if split == "train" else Artifact.open(data / "chunks" / split, "chunks")
+        chunks.require(split=split, tokenizer=self.tokenizer.fingerprint, chunk_size=self.chunks.facts["chunk_size"])
+        found = Artifact.open(data / "neighbors" / split, "neighbors")
+        searched = {name: self.neighbors.facts[name] for name in ("database", "index", "stored")}
+        found.require(chunks=chunks.fingerprint, **searched)
+        return replace(self, chunks=chunks, neighbors=found)
+
 
 # ---- chunks of documents that are in no split ------------------------------------------------------
 

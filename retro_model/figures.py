@@ -1,6 +1,7 @@
-"""The figures of an evaluation: bits per byte, perplexity, gains with intervals, and curves over parts of the text.
+"""The figures of an evaluation: bits per byte, perplexity and gains with their intervals, over all of the text.
 
-All are functions of the losses of chunk rows, so that none needs a model or a file.
+All are functions of the losses of chunk rows, so that none needs a model or a file. subsets.py has those of
+parts of the text.
 """
 
 import math
@@ -16,23 +17,18 @@ FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 # Every column that there can be, in the order in which they are shown; the last two only where asked for.
-COLUMNS = ("baseline", "off", "on", "random", "on_train", "compared")
+COLUMNS = ("baseline", "mixed", "off", "on", "random", "on_train", "compared")
 # Which of two columns gains against which.
 DIFFERENCES = (
     ("on", "off"),
     ("on", "baseline"),
     ("random", "off"),
     ("on", "random"),
+    ("on", "mixed"),
+    ("mixed", "baseline"),
     ("on", "on_train"),
     ("on", "compared"),
 )
-
-# The paper's leakage curve: the neighbors of a chunk that it looks at, and the steps of alpha.
-LEAKAGE_NEIGHBORS = 10
-ALPHAS = tuple(eighth / 8 for eighth in range(1, 9))
-
-# Tokens that a chunk shares in a row with what was read beside it, from which each class of overlap begins.
-OVERLAP_CLASSES = (0, 2, 4, 8, 16, 32)
 
 # A token counts as helped or hurt from this change of its loss on, in bits.
 NOTICEABLE_BITS = 0.1
@@ -144,35 +140,44 @@ class Scores:
         """exp of the mean loss of a label."""
         return math.exp(self.row_losses[column].sum() / self.num_labels[column])
 
-    def bootstrap(self, samples: int, seed: int) -> dict[str, FloatArray]:
-        """Bits per byte of each column over resampled documents, or pieces where documents are few."""
-        per_row = [*(self.row_losses[column] for column in self.columns), self.bytes]
-        units = resampled_units(self.documents)
+    def bootstrap(self, samples: int, seed: int, rows: BoolArray | slice = slice(None)) -> dict[str, FloatArray]:
+        """Bits per byte of each column over resampled documents, or pieces where documents are few.
+
+        Over all rows, or over the given ones.
+        """
+        per_row = [*(self.row_losses[column][rows] for column in self.columns), self.bytes[rows]]
+        units = self.units(rows)
         per_unit = [sum_by_document(values, units) for values in per_row]
         sums = bootstrap_sums(np.stack(per_unit, axis=1), samples, seed)
         return {column: bits_per_byte(sums[:, place], sums[:, -1]) for place, column in enumerate(self.columns)}
+
+    def units(self, rows: BoolArray | slice = slice(None)) -> IntArray:
+        """What is drawn of the rows, each with a byte at least: what has none is of the unit before or after it.
+
+        The end of a document can be a chunk alone. A sample of nothing else would have no bits per byte.
+        """
+        _, units = np.unique(resampled_units(self.documents[rows]), return_inverse=True)
+        has_bytes = sum_by_document(self.bytes[rows], units) > 0
+        joined: IntArray = np.maximum(np.cumsum(has_bytes) - 1, 0)[units]
+        return joined
 
 
 # ---- the flat figures ------------------------------------------------------------------------------
 
 
-def metrics_of(scores: Scores, resampled: Mapping[str, FloatArray], runs: IntArray) -> dict[str, float | int]:
-    """The flat figures of metrics/evaluate.json; gains are bits per byte saved, positive is better.
+def metrics_of(scores: Scores, resampled: Mapping[str, FloatArray]) -> dict[str, float | int]:
+    """The flat figures of the whole text; gains are bits per byte saved, positive is better.
 
-    `runs` (rows,) is the longest run of tokens that each row shares with the database. Its chunks of little
-    overlap are those of the leakage curve's first step, at most an eighth; their gains are left out where
-    there is no such text.
+    `saved_share_vs_baseline` is the gain over the baseline as a part of the baseline's bits.
     """
     metrics: dict[str, float | int] = {f"test_bpb_{column}": scores.bpb(column) for column in scores.columns}
     for one, other in scores.differences:
         name = f"gain_{one}_vs_{other}"
         metrics[name] = scores.bpb(other) - scores.bpb(one)
         metrics[f"{name}_low"], metrics[f"{name}_high"] = interval(resampled[other] - resampled[one])
-    few = runs <= ALPHAS[0] * scores.is_label.shape[1]
-    if scores.bytes[few].any():
-        for one, other in scores.differences[:2]:
-            metrics[f"gain_{one}_vs_{other}_little_overlap"] = scores.bpb(other, few) - scores.bpb(one, few)
-    metrics["share_chunks_little_overlap"] = float(np.mean(few))
+    name = "saved_share_vs_baseline"
+    metrics[name] = 1 - scores.bpb("on") / scores.bpb("baseline")
+    metrics[f"{name}_low"], metrics[f"{name}_high"] = interval(1 - resampled["on"] / resampled["baseline"])
     metrics |= {f"test_perplexity_{column}": scores.perplexity(column) for column in scores.columns}
     metrics["share_tokens_helped"], metrics["share_tokens_hurt"] = helped_and_hurt(scores.saved[scores.is_label])
     metrics["test_documents"] = len(np.unique(scores.documents))
@@ -197,7 +202,7 @@ def columns_curve(scores: Scores, resampled: Mapping[str, FloatArray]) -> Curve:
     rows = []
     for column in scores.columns:
         figures = (scores.bpb(column), *interval(resampled[column]), scores.perplexity(column))
-        rows.append((column, *_rounded(*figures)))
+        rows.append((column, *rounded(*figures)))
     return Curve(("column", "test_bpb", "low", "high", "test_perplexity"), tuple(rows))
 
 
@@ -206,41 +211,9 @@ def gains_curve(scores: Scores, resampled: Mapping[str, FloatArray]) -> Curve:
     rows = []
     for one, other in scores.differences:
         gain = scores.bpb(other) - scores.bpb(one)
-        figures = _rounded(gain, *interval(resampled[other] - resampled[one]))
+        figures = rounded(gain, *interval(resampled[other] - resampled[one]))
         rows.append((f"{one} against {other}", one, other, *figures))
     return Curve(("pair", "one", "other", "gain", "low", "high"), tuple(rows))
-
-
-def leakage_curve(scores: Scores, runs: IntArray) -> Curve:
-    """bpb(alpha) of section 2.6: over chunks that share at most alpha * M tokens in a row with a neighbor.
-
-    `runs` is the longest run of each row. An alpha under which no text is left has no row.
-    """
-    columns = tuple(column for column in scores.columns if column != "random")
-    rows = []
-    for alpha in ALPHAS:
-        below = runs <= alpha * scores.is_label.shape[1]
-        if scores.bytes[below].any():
-            figures = (scores.bpb(column, below) for column in columns)
-            rows.append((alpha, int(below.sum()), *_rounded(*figures)))
-    return Curve(("alpha", "chunks", *columns), tuple(rows))
-
-
-def overlap_curve(scores: Scores, runs: IntArray) -> Curve:
-    """What retrieval gave, by the longest run that a chunk shares with the neighbors that were read with it.
-
-    A row for each class of `runs` that has text: the tokens from which it begins, its chunks, off and on,
-    the gain in bits per byte, and the shares of tokens helped and hurt.
-    """
-    rows = []
-    classes = np.searchsorted(OVERLAP_CLASSES, runs, side="right") - 1
-    for number, first in enumerate(OVERLAP_CLASSES):
-        here = classes == number
-        if scores.bytes[here].any():
-            off, on = scores.bpb("off", here), scores.bpb("on", here)
-            shares = helped_and_hurt(scores.saved[here][scores.is_label[here]])
-            rows.append((first, int(here.sum()), *_rounded(off, on, off - on, *shares)))
-    return Curve(("shared_tokens", "chunks", "off", "on", "gain", "share_helped", "share_hurt"), tuple(rows))
 
 
 def documents_curve(scores: Scores, names: Mapping[int, str]) -> Curve:
@@ -259,9 +232,10 @@ def documents_curve(scores: Scores, names: Mapping[int, str]) -> Curve:
     rows = []
     for place in order:
         figures = (bits_per_byte(off[place], size[place]), bits_per_byte(on[place], size[place]), saved[place])
-        rows.append((names[int(numbers[place])], int(chunks[place]), int(size[place]), *_rounded(*figures)))
+        rows.append((names[int(numbers[place])], int(chunks[place]), int(size[place]), *rounded(*figures)))
     return Curve(("document", "chunks", "bytes", "off", "on", "saved_bits"), tuple(rows))
 
 
-def _rounded(*values: float) -> tuple[float, ...]:
+def rounded(*values: float) -> tuple[float, ...]:
+    """The values with as many digits as are written."""
     return tuple(round(float(value), DIGITS) for value in values)

@@ -122,12 +122,15 @@ class _Layer:
     """What one decoder layer keeps: of the tokens read (B, H, max_length + M, F), of the neighbors (B, H, J, F).
 
     Keys are rotated. Tokens lie next to each other for each head, because all are read for every new one.
+    `attending` (B, lead + max_length + M, D) are the states that attended to neighbors, where copy heads look back
+    to them; before the first token they are zero.
     """
 
     key: Tensor
     value: Tensor
     neighbor_key: Tensor
     neighbor_value: Tensor
+    attending: Tensor
 
 
 class _Places:
@@ -147,6 +150,16 @@ class _Places:
         else:
             self.in_text = torch.tensor(lengths, device=device)[:, None] + torch.arange(width, device=device)
             self.in_chunk = (self.in_text + 1) % chunk_size
+            self.row_B1 = torch.arange(len(lengths), device=device)[:, None]
+
+    def with_lead(self, kept_BND: Tensor, x_BSD: Tensor, lead: int) -> Tensor:
+        """Keep the states of a piece, and return them after those of the `lead` tokens before it: (B, lead + S, D)."""
+        if isinstance(self.in_text, slice):
+            kept_BND[:, self.start + lead : self.end + lead] = x_BSD
+            return kept_BND[:, self.start : self.end + lead]
+        kept_BND[self.row_B1, self.in_text + lead] = x_BSD.to(kept_BND.dtype)
+        before = self.in_text[:, :1] + torch.arange(lead + x_BSD.shape[1], device=x_BSD.device)
+        return kept_BND[self.row_B1, before]
 
 
 class _SeeCache:
@@ -184,11 +197,13 @@ class _Neighbors:
         self.has_B11 = has_B[:, None, None]
         self.mask_BHSJ = None if bool(mask_BJ.all()) else (mask_BJ[:, None] | ~self.has_B11)[:, None]
 
-    def attend(self, cross_attention: nn.Module, layer: _Layer, x_BSD: Tensor, table_SF: Tensor) -> Tensor:
+    def attend(self, cross_attention: Any, layer: _Layer, x_BSD: Tensor, table_SF: Tensor, places: _Places) -> Tensor:
         """Cross-attention of a piece to its row's neighbors; rows without stay as they are."""
+        lead = cross_attention.inner.lead
+        with_lead_BSD = places.with_lead(layer.attending, x_BSD, lead) if lead else x_BSD
         if not self.any:
             return x_BSD
-        changed: Tensor = cross_attention(x_BSD, table_SF, partial(self._see, layer=layer))
+        changed: Tensor = cross_attention(with_lead_BSD, table_SF, partial(self._see, layer=layer))[:, lead:]
         return changed if self.all else torch.where(self.has_B11, changed, x_BSD)
 
     def _see(self, query_BSHF: Tensor, table_SF: Tensor, _: float, *, layer: _Layer) -> Tensor:
@@ -224,8 +239,13 @@ class CachedDecoder:
         self.hidden_BMD = weight.new_zeros(rows, config.chunk_size, config.dec_dim)  # what the encoder looks at
         self.table_NF = rotary_table(torch.arange(tokens[2], device=device), features, weight.dtype)
         self.query_table_MF, _ = cross_positions(config, 1, 1, weight)
+        lead = max(0, config.copy_tokens - 1)
+        attending = rows, lead + tokens[2] if lead else 0, config.dec_dim
         self.layers = [
-            _Layer(*(torch.zeros(n, dtype=dtype, device=device) for n in (tokens, tokens, none, none)))
+            _Layer(
+                *(torch.zeros(size, dtype=dtype, device=device) for size in (tokens, tokens, none, none)),
+                torch.zeros(attending, dtype=weight.dtype, device=device),
+            )
             for _ in range(config.dec_depth)
         ]
 
@@ -261,7 +281,7 @@ class CachedDecoder:
                 if not encoded:  # algorithm 1: the encoder runs at the first such layer
                     self._pass_boundaries(x_BSD, counts, found)
                     encoded = True
-                x_BSD = self.neighbors.attend(block.cross_attention, layer, x_BSD, query_table_SF)
+                x_BSD = self.neighbors.attend(block.cross_attention, layer, x_BSD, query_table_SF, places)
             x_BSD = block.feed_forward(x_BSD)
         normed: Tensor = model.norm(x_BSD)
         return normed

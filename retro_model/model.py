@@ -80,8 +80,8 @@ class RETROConfig:
     tie_embeddings: bool = False
     retrieval: bool = True  # False: the plain decoder, without encoder and cross-attention
     # What the paper's network lacks; a config.json from before they were there means these defaults.
-    copy_heads: int = 0  # heads of the decoder's cross-attention that begin as copying from a neighbor
-    cross_attn_sink: bool = False  # each head of it can attend to nothing
+    copy_tokens: int = 0  # cross-attention looks for what followed so many last tokens in a neighbor; 0: it does not
+    cross_attn_sink: bool = False  # each head of cross-attention can attend to nothing
 
     def __post_init__(self) -> None:
         for name in ("enc_cross_attn_layers", "dec_cross_attn_layers"):
@@ -91,8 +91,9 @@ class RETROConfig:
             _check_field(field.name, getattr(self, field.name))
         if self.dim_head % 2:
             raise ConfigError(f"dim_head must be a multiple of 2, because rotary positions turn pairs: {self.dim_head}")
-        if self.copy_heads > self.heads:
-            raise ConfigError(f"copy_heads must be at most heads = {self.heads}: {self.copy_heads}")
+        if self.copy_tokens > min(self.chunk_size, self.dim_head):
+            most = min(self.chunk_size, self.dim_head)
+            raise ConfigError(f"copy_tokens must be at most chunk_size and dim_head, {most}: {self.copy_tokens}")
         if not self.pad_id < self.num_tokens:
             raise ConfigError(f"pad_id must be below num_tokens = {self.num_tokens}: {self.pad_id}")
         if self.gated_rmsnorm and self.norm_klass not in (None, "gated_rmsnorm"):
@@ -123,7 +124,7 @@ class RETROConfig:
         return cls(**values)
 
 
-ADDED_LATER = {"copy_heads", "cross_attn_sink"}  # their defaults are the network without them
+ADDED_LATER = {"copy_tokens", "cross_attn_sink"}  # their defaults are the network without them
 
 
 def _check_field(name: str, value: Any) -> None:
@@ -146,7 +147,7 @@ def _check_field(name: str, value: Any) -> None:
         right = value is None or value in NORMS or (isinstance(value, type) and issubclass(value, nn.Module))
         demand(right, f"None, one of {sorted(NORMS)} or a module class")
     else:
-        least = 0 if name in ("pad_id", "copy_heads") else 1
+        least = 0 if name in ("pad_id", "copy_tokens") else 1
         right = isinstance(value, int) and not isinstance(value, bool) and value >= least
         demand(right, f"an integer of at least {least}")
 
@@ -271,7 +272,7 @@ class Side:
         sizes = self.dim, context_dim, config.heads, config.dim_head, self.attn_dropout
         if self.name == "enc":
             return self.residual(CrossAttention(*sizes))
-        return self.residual(NeighborAttention(*sizes, copy_heads=config.copy_heads, sink=config.cross_attn_sink))
+        return self.residual(NeighborAttention(*sizes, copy_tokens=config.copy_tokens, sink=config.cross_attn_sink))
 
     def feed_forward(self) -> Residual:
         """The feed-forward layers with their residual."""
@@ -420,12 +421,14 @@ def cross_positions(config: RETROConfig, num_neighbors: int, length: int, like: 
 
     Query i and token j of a neighbor are at distance i - j + M - 1 (appendix B): the first query is the
     last token of the retrieving chunk, which stands where token M - 1 of each neighbor stands. A sink, the
-    first key, stands at 0.
+    first key, stands at 0. With `copy_tokens` nothing has a position: what is alike is found at any distance.
     """
     query_M = torch.arange(config.chunk_size, device=like.device) + config.chunk_size - 1
     key_J = torch.arange(length, device=like.device).repeat(num_neighbors)
     if config.cross_attn_sink:
         key_J = F.pad(key_J, (1, 0))
+    if config.copy_tokens:
+        query_M, key_J = torch.zeros_like(query_M), torch.zeros_like(key_J)
     return rotary_table(query_M, config.dim_head, like.dtype), rotary_table(key_J, config.dim_head, like.dtype)
 
 
@@ -436,7 +439,8 @@ def cross_mask(config: RETROConfig, mask_AKR: Tensor) -> Tensor:
 
 def chunked_cross_attention(cross: Residual, x_TD: Tensor, retrieval: Retrieval, chunk_size: int) -> Tensor:
     """CCA with its residual (section 2.4, equation 4); a token without neighbors stays as it is."""
-    attending_CMD = attending_chunks(x_TD, chunk_size)
+    lead = cross.inner.lead
+    attending_CMD = attending_chunks(x_TD, chunk_size, lead)
     active_A = retrieval.active_A
     attending_AMD = attending_CMD if active_A is None else attending_CMD[active_A]
     see = partial(
@@ -445,9 +449,9 @@ def chunked_cross_attention(cross: Residual, x_TD: Tensor, retrieval: Retrieval,
         key_table_JF=retrieval.key_table_JF,
         mask_BJ=retrieval.mask_AJ,
     )
-    changed = cross(attending_AMD, retrieval.query_table_MF, see)
+    changed = cross(attending_AMD, retrieval.query_table_MF, see)[:, lead:]
     if active_A is not None:
-        changed = attending_CMD.to(changed.dtype).index_copy(0, active_A, changed)
+        changed = attending_CMD[:, lead:].to(changed.dtype).index_copy(0, active_A, changed)
     return torch.where(retrieval.attends_T[:, None], unshift(changed, x_TD[: chunk_size - 1]), x_TD)
 
 
@@ -687,6 +691,8 @@ def check_ids(name: str, ids: Tensor, num_tokens: int) -> None:
         raise ConfigError(f"{name} has token ids {least} to {most}; num_tokens is {num_tokens}")
 
 
+COPYING = 0.5  # how strongly a copied token is added to the residual stream at first
+
 # ---- initialization --------------------------------------------------------------------------------
 
 
@@ -696,10 +702,9 @@ def initialize(model: RETRO) -> None:
     config = model.config
     nn.init.normal_(model.embedding.weight, std=0.02)
     if model.unembedding is None:
-        # Tied, the output is as large as the embedding: its norm's gain makes it small instead.
-        final_gain = next(model.norm.parameters(), None)
-        if final_gain is not None:
-            final_gain.fill_(config.dec_dim**-0.5)
+        # Tied, the output weights are as large as the embedding. The input is normalized, so its size is free:
+        # small, a fresh model does not predict its own input, and no gain has to grow before it learns.
+        nn.init.normal_(model.embedding.weight, std=1 / config.dec_dim)
     else:
         nn.init.normal_(model.unembedding.weight, std=0.02 * config.dec_dim**-0.5)
     for block in model.decoder:
@@ -709,6 +714,33 @@ def initialize(model: RETRO) -> None:
             initialize_block(block, Side(config, "enc"))
         if isinstance(model.encoder.widen, nn.Linear):
             nn.init.normal_(model.encoder.widen.weight, std=config.dec_dim**-0.5)
+        if config.copy_tokens:
+            start_copying(model)
+
+
+def start_copying(model: RETRO) -> None:
+    """Let cross-attention begin as copying: a query matches keys of equal tokens, and brings the token after them.
+
+    From random weights several parts would have to agree before any of them is of use, which no short training
+    reaches. The encoder passes embeddings on almost unchanged at first, so it is enough that keys are projected
+    as queries are, and that the output undoes the projection of the values. Heads bring different parts of an
+    embedding.
+    """
+    config, encoder = model.config, model.encoder
+    assert encoder is not None
+    if isinstance(encoder.widen, nn.Linear):
+        nn.init.orthogonal_(encoder.widen.weight)
+        widen_ED = encoder.widen.weight
+    else:
+        widen_ED = torch.eye(config.dec_dim, device=model.embedding.weight.device)
+    for block in model.decoder:
+        if block.cross_attention is None:
+            continue
+        attention = block.cross_attention.inner
+        key, value = attention.key_value.weight.chunk(2)
+        key.copy_(attention.query.weight @ widen_ED.T)
+        nn.init.orthogonal_(value)
+        attention.out.weight.copy_(COPYING * (value @ widen_ED).T)
 
 
 def initialize_block(block: Block, side: Side) -> None:

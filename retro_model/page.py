@@ -5,30 +5,36 @@ from dataclasses import dataclass
 
 from retro_model.artifacts import Artifact
 from retro_model.comparing import Compared
-from retro_model.figures import (
-    DOCUMENTS_SHOWN,
-    LEAST_DOCUMENTS,
-    NOTICEABLE_BITS,
-    OVERLAP_CLASSES,
-    PIECE,
-    Curve,
+from retro_model.figures import DOCUMENTS_SHOWN, LEAST_DOCUMENTS, NOTICEABLE_BITS, PIECE, Curve
+from retro_model.page_parts import (
+    leakage_table,
+    notes_on_overlap,
+    overlap_table,
+    parts_table,
+    percent,
+    rule_in_words,
+    signed,
 )
 from retro_model.report import Chart, Passage, Report, Series, Table
 
 MEANING = {
     "baseline": "the same decoder, trained without retrieval",
+    "mixed": "the plain decoder mixed with the bigram rule over the same neighbors",
     "off": "RETRO, nothing retrieved",
     "on": "RETRO, with the nearest neighbors",
     "random": "RETRO, with random neighbors (the control)",
     "on_train": "RETRO, with neighbors from the train chunks",
     "compared": "another trained model",
 }
-COLORS = {"on": 0, "off": 1, "baseline": 2, "random": 3, "on_train": 4, "compared": 5}
+# Of the columns that charts have a line for: `random` has none.
+COLORS = {"on": 0, "off": 1, "baseline": 2, "mixed": 3, "on_train": 4, "compared": 5}
 GAINS = {
     "gain_on_vs_off": ("on, against off", "the same model with and without its neighbors"),
     "gain_on_vs_baseline": ("on, against baseline", "what having retrieval is worth"),
     "gain_random_vs_off": ("random, against off", "the control: no gain is right"),
     "gain_on_vs_random": ("on, against random", "what the right neighbors are worth"),
+    "gain_on_vs_mixed": ("on, against mixed", "what the network gets out of its neighbors beyond copying"),
+    "gain_mixed_vs_baseline": ("mixed, against baseline", "what copying without a network is worth"),
     "gain_on_vs_on_train": ("on, against on_train", "what the other database is worth"),
     "gain_on_vs_compared": ("on, against compared", "this model and the other one"),
 }
@@ -57,6 +63,8 @@ class Background:
         """What a column is, in a few words."""
         if column == "on" and self.documents:
             return f"RETRO, with neighbors from {self.documents}"
+        if column == "mixed" and self.documents:
+            return f"{MEANING[column]}, those from {self.documents}"
         if column == "compared" and self.compared:
             how = f"with its {self.compared.knn} nearest neighbors" if self.compared.knn else "which has no retrieval"
             return f"the model {self.compared.name}, {how}"
@@ -80,9 +88,13 @@ def make_page(
     return Report(
         title="What retrieval gave",
         summary=(headline(metrics), size),
-        tables=(_columns_table(curves["columns"], background), _gains_table(metrics)),
+        tables=(_columns_table(curves["columns"], background), _gains_table(metrics), parts_table(metrics)),
         charts=tuple(_charts(curves, background)),
-        details=(_overlap_table(curves["overlap"]), _documents_table(curves["documents"])),
+        details=(
+            leakage_table(curves["leakage"], background.leakage_neighbors),
+            overlap_table(curves["overlap"]),
+            _documents_table(curves["documents"]),
+        ),
         passages=tuple(passages),
         notes=tuple(_notes(metrics, background)),
     )
@@ -92,11 +104,17 @@ def headline(metrics: Mapping[str, float | int]) -> str:
     """The result in words; an interval that holds 0 is no difference."""
     on, off, baseline = (metrics[f"test_bpb_{column}"] for column in ("on", "off", "baseline"))
     return (
-        f"Held-out text costs {on:.4f} bits per byte with retrieval, {off:.4f} without, and {baseline:.4f} "
+        f"Held-out text ({_documents_in_words(metrics)}) costs {on:.4f} bits per byte with retrieval, {off:.4f} "
+        f"without, and {baseline:.4f} "
         f"in a decoder that never had it: {_verdict(metrics, 'gain_on_vs_off', 'retrieval')} against the "
         f"same model without neighbors, and {_verdict(metrics, 'gain_on_vs_baseline', 'it')} against the "
         f"baseline.{_word_of_caution(metrics)}"
     )
+
+
+def _documents_in_words(metrics: Mapping[str, float | int]) -> str:
+    number = metrics["test_documents"]
+    return f"{number:,} document{'' if number == 1 else 's'}"
 
 
 def _word_of_caution(metrics: Mapping[str, float | int]) -> str:
@@ -152,19 +170,6 @@ def _gains_table(metrics: Mapping[str, float | int]) -> Table:
     )
 
 
-def _overlap_table(curve: Curve) -> Table:
-    rows = []
-    for first, chunks, off, on, gain, helped, hurt in curve.rows:
-        figures = (f"{off:.4f}", f"{on:.4f}", signed(gain), f"{helped:.1%}", f"{hurt:.1%}")
-        rows.append((overlap_name(first), f"{chunks:,} chunks", *figures))
-    return Table(
-        "Where it helps: by overlap",
-        ("tokens shared in a row", "off", "on", "saved", "tokens helped", "tokens hurt"),
-        tuple(rows),
-        "Chunks by the longest run of tokens that they share with what was read beside them; in bits per byte.",
-    )
-
-
 def _documents_table(curve: Curve) -> Table:
     rows = []
     for name, chunks, size, off, on, saved in curve.rows:
@@ -177,17 +182,6 @@ def _documents_table(curve: Curve) -> Table:
         f"The documents that gained and that lost most, {DOCUMENTS_SHOWN} of each where there are more; "
         "bits per byte, and bits saved in all of the document.",
     )
-
-
-def overlap_name(first: int) -> str:
-    """The class of overlap that begins at so many tokens, in words."""
-    later = [start for start in OVERLAP_CLASSES if start > first]
-    return f"{first} to {later[0] - 1}" if later else f"{first} or more"
-
-
-def signed(value: float) -> str:
-    """Four digits with a sign that is as wide as a plus."""
-    return f"{value:+.4f}".replace("-", "\u2212")
 
 
 # ---- charts ----------------------------------------------------------------------------------------
@@ -238,7 +232,7 @@ def _gains_chart(curve: Curve) -> Chart:
 
 
 def _leakage_chart(curve: Curve, background: Background) -> Chart:
-    names = curve.head[2:]
+    names = tuple(name for name in curve.head if name in COLORS)
     where = "in the train chunks or in the other database" if background.documents else "in the train chunks"
     return Chart(
         "leakage",
@@ -248,7 +242,7 @@ def _leakage_chart(curve: Curve, background: Background) -> Chart:
         "What is gained at the left is no copy.",
         "longest shared run, at most",
         "bits per byte",
-        tuple(f"{alpha:.1%}".replace(".0%", "%") for alpha in curve.column("alpha")),
+        tuple(percent(alpha) for alpha in curve.column("alpha")),
         tuple(Series(name, curve.column(name), COLORS[name]) for name in names),
         tuple(f"{count:,}" for count in curve.column("chunks")),
         "second line: chunks",
@@ -256,14 +250,18 @@ def _leakage_chart(curve: Curve, background: Background) -> Chart:
 
 
 def _overlap_chart(curve: Curve) -> Chart:
+    gains = curve.column("gain")
+    ends = zip(gains, curve.column("low"), curve.column("high"), strict=True)
+    intervals = tuple((gain, gain) if low is None else (low, high) for gain, low, high in ends)
     return Chart(
         "overlap",
         "What is saved, by overlap",
-        "By the longest run of tokens that a chunk shares with the neighbors that were read beside it.",
+        "By the longest run of tokens that a chunk shares with the neighbors that were read beside it, with 95% "
+        "intervals.",
         "tokens shared in a row, from",
         "bits per byte saved",
         tuple(map(str, curve.column("shared_tokens"))),
-        (Series("on, against off", curve.column("gain"), COLORS["on"]),),
+        (Series("on, against off", gains, COLORS["on"], intervals),),
         tuple(f"{count:,}" for count in curve.column("chunks")),
         "second line: chunks",
     )
@@ -314,6 +312,8 @@ def _notes(metrics: Mapping[str, float | int], background: Background) -> Iterat
         "The first chunk of a document is read without any neighbors, the others with those of the chunk before. "
         "The control draws neighbors from the whole database, each as likely as any other."
     )
+    words = rule_in_words(metrics)
+    yield f"{words[0].upper()}{words[1:]}."
     if background.documents:
         counts = background.counts
         yield (
@@ -323,6 +323,7 @@ def _notes(metrics: Mapping[str, float | int], background: Background) -> Iterat
         )
     else:
         yield "Neighbors come from the training documents alone."
+    yield from notes_on_overlap(metrics)
     yield (
         "Intervals are over the text: what other documents of this kind might give. Each model was trained once, and "
         "how much another seed would change is not in them."

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from retro_model.copying import Rule, best_weight, mixed_losses, rule_of_rows
 from retro_model.dataset import NO_ROW
 from retro_model.evaluation_data import Inputs
 from retro_model.figures import COLUMNS, DIGITS, Curve, bits_per_byte
@@ -25,6 +26,11 @@ FloatArray = npt.NDArray[np.floating[Any]]
 # What of the database is left in the sweep over its size: documents by a hash of their numbers.
 DATABASE_SHARES = (0.1, 1 / 3, 1.0)
 PARTS: tuple[Part, ...] = ("neighbor", "continuation", "both")
+
+# The pass of the baseline over the valid split, on which the control's weight is chosen.
+VALID = "baseline on valid"
+# Passes whose losses are kept token by token.
+KEPT = ("baseline", "off", "on", VALID)
 
 
 class Pass(NamedTuple):
@@ -41,7 +47,7 @@ class Pass(NamedTuple):
 class Scored:
     """What came of the passes, by their names."""
 
-    losses: dict[str, FloatArray]  # of off and on alone, nats (rows, M)
+    losses: dict[str, FloatArray]  # of KEPT alone, nats (rows, M)
     row_losses: dict[str, npt.NDArray[np.float64]]  # of every pass, nats (rows,)
     timings: dict[str, float]
 
@@ -84,7 +90,7 @@ def score_all(models: Mapping[str, RETRO], passes: list[Pass]) -> Scored:
             scored.row_losses[each.name] = losses.sum(axis=1, dtype=np.float64)
             if each.name in COLUMNS:
                 scored.timings[f"tokens_per_second_{each.name}"] = float(each.scorer.is_label.sum()) / seconds
-            if each.name in ("off", "on"):
+            if each.name in KEPT:
                 scored.losses[each.name] = losses
     return scored
 
@@ -109,6 +115,42 @@ def sweep_curves(scored: Scored, scorer: Scorer, inputs: Inputs, ks: Sequence[in
         "part": Curve(("part", "test_bpb", "gain"), tuple(by_part)),
         "database": Curve(("share", "test_bpb", "neighbors_left", "chunks_short"), tuple(by_share)),
     }
+
+
+# ---- the control without a network that reads -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """The plain decoder mixed with the bigram rule, and what the rule alone gets right."""
+
+    row_losses: npt.NDArray[np.float64]  # nats (rows,)
+    weight: float  # of the rule
+    hits_own: float  # share of the labels, with the neighbors of the column `on`
+    hits_random: float  # with those of the column `random`
+
+
+def mix_with_rule(
+    scored: Scored, inputs: Inputs, scorer: Scorer, valid: Inputs, valid_scorer: Scorer, knn: int, seed: int
+) -> Mixed:
+    """The column `mixed`: its weight is the one with the lowest bits per byte on the valid split."""
+    nearest = valid.neighbors["ids"][valid_scorer.rows][:, :knn]
+    weight = best_weight(scored.losses[VALID], _rule(valid_scorer, nearest))
+    own = _rule(scorer, inputs.neighbors["ids"][scorer.rows][:, :knn])
+    drawn = _rule(scorer, random_neighbors(len(scorer.rows), knn, inputs.database.rows, seed))
+    num_labels = int(scorer.is_label.sum())
+    return Mixed(
+        mixed_losses(scored.losses["baseline"], own, weight).sum(axis=1),
+        weight,
+        float(own.right.sum()) / num_labels,
+        float(drawn.right.sum()) / num_labels,
+    )
+
+
+def _rule(scorer: Scorer, neighbors: IntArray) -> Rule:
+    """The bigram rule on the scorer's rows, over the neighbors (rows, K) that each row has."""
+    assert scorer.database is not None, "neighbors are rows of a database"
+    return rule_of_rows(scorer.inputs, scorer.labels, scorer.follows, neighbors, scorer.database)
 
 
 # ---- which neighbors --------------------------------------------------------------------------------

@@ -143,10 +143,14 @@ class Scorer:
         length = self.sequences.rows_per_sequence
         self.layout = pack([window for span in spans for window in sliding_windows(span, length)], length)
         self.rows = np.concatenate([np.arange(*span) for span in spans])
-        self.labels = chunks["tokens"][self.rows][:, 1:].astype(np.int64)
+        tokens = chunks["tokens"][self.rows].astype(np.int64)
+        self.inputs, self.labels = tokens[:, :-1], tokens[:, 1:]
         self.is_label = self.labels != chunks.facts["pad_id"]
         self.bytes = chunks["bytes"][self.rows].astype(np.int64)
         self.documents = chunks["documents"][self.rows].astype(np.int64)
+        # rows whose first tokens read the neighbors of the row before; a window of one chunk has none before
+        together = (np.diff(self.rows) == 1) & (np.diff(self.documents) == 0) & (length > 1)
+        self.follows = np.concatenate([[False], together])
 
     @property
     def num_sequences(self) -> int:

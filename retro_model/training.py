@@ -57,15 +57,16 @@ class ModelConfig(Config, section="model"):
     gated_rmsnorm: bool = setting(False)
     use_deepnet: bool = setting(False)
     tie_embeddings: bool = setting(False)
-    copy_heads: int = setting(0, minimum=0)
+    copy_tokens: int = setting(0, minimum=0)
     cross_attn_sink: bool = setting(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dim_head % 2:
             raise ConfigError(f"model.dim_head: found {self.dim_head}, expected an even number")
-        if self.copy_heads > self.heads:
-            raise ConfigError(f"model.copy_heads: found {self.copy_heads}, expected at most model.heads = {self.heads}")
+        if self.copy_tokens > self.dim_head:
+            allowed = f"at most model.dim_head = {self.dim_head}"
+            raise ConfigError(f"model.copy_tokens: found {self.copy_tokens}, expected {allowed}")
         depths = {"enc_cross_attn_layers": self.enc_depth, "dec_cross_attn_layers": self.dec_depth}
         for name, depth in depths.items():
             layers = getattr(self, name) or ()

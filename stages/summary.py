@@ -19,6 +19,7 @@ LINES = (
 )
 TEST_LINES = (
     ("plain decoder", "test_bpb_baseline"),
+    ("plain decoder mixed with the bigram rule over the same neighbors", "test_bpb_mixed"),
     ("RETRO, retrieval off", "test_bpb_off"),
     ("RETRO, retrieval on", "test_bpb_on"),
     ("RETRO, random neighbors", "test_bpb_random"),
@@ -45,8 +46,19 @@ def main() -> None:
     print(f"{'evaluate':<10} {seconds.get('evaluate', '-'):>7}  bits per byte of held-out documents:")
     for title, name in TEST_LINES:
         if name in metrics["evaluate"]:
-            print(f"{'':<19} {metrics['evaluate'][name]:.4f}  {title}")
+            saved = f": {_saved(metrics['evaluate'])}" if name == "test_bpb_on" else ""
+            print(f"{'':<19} {metrics['evaluate'][name]:.4f}  {title}{saved}")
     print(NEXT)
+
+
+def _saved(metrics: dict[str, Any]) -> str:
+    """What retrieval saves of the plain decoder's bits, with its interval and the number of documents."""
+    share, low, high = (metrics[f"saved_share_vs_baseline{end}"] for end in ("", "_low", "_high"))
+    documents = metrics["test_documents"]
+    return (
+        f"saves {share:.1%} of the plain decoder (95%: {low:.1%} to {high:.1%}; "
+        f"{documents:,} test document{'' if documents == 1 else 's'})"
+    )
 
 
 def _metrics(stage: str) -> dict[str, Any]:

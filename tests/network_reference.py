@@ -100,29 +100,41 @@ def cross_attention(layer: Residual, x: Tensor, position: int, context: list[tup
 
 
 def neighbor_attention(
-    layer: Residual, x: Tensor, position: int, neighbors: list[Encoded], heads: int, seen: list[Tensor]
+    layer: Residual, last: list[Tensor], position: int, neighbors: list[Encoded], heads: int, seen: list[Tensor]
 ) -> Tensor:
-    """One token's look at the encoded neighbors of a chunk; its weights (H, keys) are appended to `seen`."""
+    """The look of the last of some tokens at the encoded neighbors of its chunk; `seen` gets its weights (H, keys)."""
     inner = layer.inner
+    features = inner.query.weight.shape[0] // heads
+    tokens = max(1, inner.copy_tokens)
+    # which of the compared tokens a feature is of: blocks, the first ones one larger where they are not equal
+    sizes = [features // tokens + (place < features % tokens) for place in range(tokens)]
+    of_feature = [place for place in range(tokens) for _ in range(sizes[place])]
+
+    def copying(vectors: list[Tensor | None], weight: Tensor) -> Tensor:
+        """The vectors of all heads (H, F), made of those of several tokens, the latest first."""
+        out = torch.zeros(heads, features, dtype=weight.dtype)
+        for feature, place in enumerate(of_feature):
+            if (found := vectors[place]) is not None:
+                out[:, feature] = split(weight @ found, heads)[:, feature]
+        return out
 
     def f(y: Tensor) -> Tensor:
+        queries = [y if z is last[-1] else z if layer.post_norm else norm(layer.norm, z) for z in reversed(last)]
         keys = []
         if inner.sink is not None:
             keys.append((inner.sink, torch.zeros_like(inner.sink), 0))
         for neighbor in neighbors:
             for place, vector in neighbor.items():
-                k, v = (split(part, heads) for part in (inner.key_value.weight @ vector).chunk(2))
-                k = k.clone()
-                for head in range(inner.copy_heads):
-                    before = neighbor.get(place - 1)
-                    k_before = torch.zeros_like(k.flatten()) if before is None else inner.key_value.weight @ before
-                    k[head] = split(k_before[: k.numel()], heads)[head]
-                keys.append((k, v, place))
-        weights = weights_of(split(inner.query.weight @ y, heads), position, keys)
+                weight_k, weight_v = inner.key_value.weight.chunk(2)
+                before = [neighbor.get(place - 1 - back) for back in range(tokens)]
+                key = copying(before if inner.copy_tokens else [vector], weight_k)
+                keys.append((key, split(weight_v @ vector, heads), 0 if inner.copy_tokens else place))
+        query = copying(queries, inner.query.weight)
+        weights = weights_of(query, 0 if inner.copy_tokens else position, keys)
         seen.append(weights)
         return inner.out.weight @ weigh(weights, keys)
 
-    return residual(layer, x, f)
+    return residual(layer, last[-1], f)
 
 
 def feed_forward(layer: Residual, x: Tensor) -> Tensor:
@@ -173,13 +185,14 @@ def logits(
                     ]
                     for u, of_chunk in enumerate(neighbors)
                 }
+            before = list(xs)
             for position in range(len(xs)):
                 u = (position + 1) // m - 1  # the last chunk that is complete here
                 if encoded.get(u):
                     query = position - ((u + 1) * m - 1)  # i of the attending chunk, from 0
                     here = [] if seen is None else seen.setdefault(position, [])
                     xs[position] = neighbor_attention(
-                        block.cross_attention, xs[position], query + m - 1, encoded[u], config.heads, here
+                        block.cross_attention, before[: position + 1], query + m - 1, encoded[u], config.heads, here
                     )
         xs = [feed_forward(block.feed_forward, x) for x in xs]
     return torch.stack([model.output_weight_VD @ norm(model.norm, x) for x in xs])

@@ -17,8 +17,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "deepnet": {"use_deepnet": True},
     "sink": {"cross_attn_sink": True},
-    "copying, one layer": {"copy_heads": 1, "dec_cross_attn_layers": (3,)},
-    "copying, sink, deepnet": {"copy_heads": 1, "cross_attn_sink": True, "use_deepnet": True},
+    "copying, one layer": {"copy_tokens": 1, "dec_cross_attn_layers": (3,)},
+    "copying, sink, deepnet": {"copy_tokens": 3, "cross_attn_sink": True, "use_deepnet": True},
 }
 
 

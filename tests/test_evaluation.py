@@ -16,32 +16,31 @@ import torch
 from browser import PHONE, needs_browser, show
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_copying import slow_rule
 
 from retro_model.artifacts import Artifact, ArtifactWriter, write_description
 from retro_model.attention_maps import neighbor_attention_maps
+from retro_model.copying import WEIGHTS, Rule
 from retro_model.dataset import NO_ROW, retrieved_tokens
 from retro_model.documents import CorpusConfig
 from retro_model.embedding import EmbedConfig
 from retro_model.errors import ConfigError, DocumentError, MismatchError, TrainingError
-from retro_model.evaluation import (
-    EvaluateConfig,
-    EvaluationResult,
-    evaluate_models,
+from retro_model.evaluation import EvaluateConfig, EvaluationResult, evaluate_models, spans_with_text
+from retro_model.evaluation_data import Inputs, Searching
+from retro_model.evaluation_overlap import (
+    Shared,
+    read_run_metrics,
+    runs_of_train_sample,
     runs_shared_with_nearest,
     runs_shared_with_read,
-    spans_with_text,
 )
-from retro_model.evaluation_data import Inputs, Searching
 from retro_model.figures import (
-    ALPHAS,
     PIECE,
     Scores,
     bootstrap_sums,
     documents_curve,
     interval,
-    leakage_curve,
     metrics_of,
-    overlap_curve,
     resampled_units,
 )
 from retro_model.index_keys import IndexConfig
@@ -49,6 +48,7 @@ from retro_model.model import RETRO
 from retro_model.neighbors import NeighborsConfig
 from retro_model.overlap import longest_shared_run, longest_shared_runs
 from retro_model.page import headline
+from retro_model.page_parts import notes_on_overlap, rule_in_words
 from retro_model.passages import (
     BEGIN_OF_DOCUMENT,
     NEIGHBORS_SHOWN,
@@ -60,6 +60,7 @@ from retro_model.passages import (
 from retro_model.passes import neighbors_of_share, random_neighbors
 from retro_model.report import Look
 from retro_model.scoring import Scorer, Span, Window, choose_spans, pack, sliding_windows
+from retro_model.subsets import ALPHAS, leakage_curve, metrics_of_parts, overlap_curve
 from retro_model.tokenizer import Tokenizer, save, train
 
 CHUNK_SIZE, SEQ_LEN, STORED, KNN = 8, 32, 12, 2
@@ -215,7 +216,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Twelve test documents of 1 to 150 words, so shorter than a chunk and longer than two windows."""
+    """Twelve documents of 1 to 150 words to test on, so shorter than a chunk and longer than two windows."""
     root = tmp_path_factory.mktemp("world")
     lengths = (1, 3, 40, 90, 7, 25, 61, 12, 33, 5, 150, 18)
     train_texts, test_texts = texts(1, lengths * 2), texts(2, lengths)
@@ -223,9 +224,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     tokenizer = Tokenizer.open(root / "tokenizer")
     write_chunks(root / "chunks", tokenizer, train_texts, "train", 0)
     write_chunks(root / "chunks", tokenizer, test_texts, "test", len(train_texts))
+    write_chunks(root / "chunks", tokenizer, texts(3, lengths), "valid", 2 * len(train_texts))
     (root / "none").mkdir()
     made = World(root)
-    write_neighbors(root / "neighbors/test", made.chunks("test"), made.chunks("train"))
+    for split in ("train", "valid", "test"):
+        write_neighbors(root / "neighbors" / split, made.chunks(split), made.chunks("train"))
     write_model(root / "baseline", tokenizer, made.chunks("train"), retrieval=False)
     write_model(root / "retro", tokenizer, made.chunks("train"), retrieval=True)
     return made
@@ -419,7 +422,7 @@ def test_metrics_are_flat_finite_numbers_and_agree_with_each_other(
     written = json.loads((evaluated[1] / "metrics/evaluate.json").read_text())
     assert written == evaluated[0].metrics
     assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in written.values())
-    for one, other in (("on", "off"), ("on", "baseline"), ("random", "off")):
+    for one, other in (("on", "off"), ("on", "baseline"), ("random", "off"), ("on", "mixed"), ("mixed", "baseline")):
         gain = written[f"test_bpb_{other}"] - written[f"test_bpb_{one}"]
         assert written[f"gain_{one}_vs_{other}"] == pytest.approx(gain, abs=2e-6)
         assert written[f"gain_{one}_vs_{other}_low"] <= gain <= written[f"gain_{one}_vs_{other}_high"]
@@ -427,6 +430,10 @@ def test_metrics_are_flat_finite_numbers_and_agree_with_each_other(
     for pair, one, other, *figures in curves["gains"].rows:
         assert pair == f"{one} against {other}"
         assert figures == [written[f"gain_{one}_vs_{other}{end}"] for end in ("", "_low", "_high")]
+    assert written["saved_share_vs_baseline"] == pytest.approx(
+        written["gain_on_vs_baseline"] / written["test_bpb_baseline"], abs=2e-6
+    )
+    assert written["saved_share_vs_baseline_low"] <= written["saved_share_vs_baseline_high"]
     parts = {part: bpb for part, bpb, _ in curves["part"].rows}
     assert curves["part"].column("gain") == pytest.approx([parts["none"] - bpb for bpb in parts.values()], abs=1e-6)
     assert parts["none"] == written["test_bpb_off"] and parts["both"] == written["test_bpb_on"]
@@ -580,12 +587,93 @@ def test_overlap_is_with_ones_own_ten_nearest_or_with_what_was_read(world: World
     assert nearest.tolist() == [longest(row, ids[row][:10]) for row in scorer.rows]
     assert read.tolist() == [read_beside(row) for row in scorer.rows]
     assert len({*nearest}) > 3 and len({*read}) > 3
+    alone = Scorer(inputs.chunks, inputs.database, choose_spans(documents[:], None, 0), CHUNK_SIZE)
+    assert not alone.follows.any(), "a window of one chunk reads nothing of the chunk before"
+    assert scorer.follows.tolist() == [row > 0 and documents[row] == documents[row - 1] for row in scorer.rows]
+
+
+def test_train_rows_are_compared_with_what_is_read_beside_them(world: World) -> None:
+    inputs = Inputs.open(world.root)
+    train_rows = inputs.of_split(world.root, "train")
+    ids, tokens, documents = (
+        train_rows.neighbors["ids"],
+        train_rows.chunks["tokens"],
+        train_rows.chunks["documents"][:],
+    )
+    expected = []
+    for row in range(1, len(documents)):
+        if documents[row] == documents[row - 1]:
+            read = retrieved_tokens(train_rows.database, ids[row - 1][:KNN])
+            expected.append(max(longest_shared_run(tokens[row][1:], each, 0).length for each in read))
+    assert runs_of_train_sample(train_rows, 10_000, KNN, 0).tolist() == expected
+    some = runs_of_train_sample(train_rows, 9, KNN, 0)
+    assert len(some) == 9 and not set(some.tolist()) - set(expected)
+    np.testing.assert_array_equal(some, runs_of_train_sample(train_rows, 9, KNN, 0))
+    shared = Shared(*([np.zeros(0, int)] * 2), np.array([7, 8, 3]), np.zeros(0, int), np.zeros(0, bool))
+    assert read_run_metrics(shared) == {"read_run_mean_test": 6.0, "read_run_8_share_test": 0.333333}
+
+
+# ---- the control without a network that reads -------------------------------------------------------
+
+
+def test_the_control_mixes_the_plain_decoder_with_the_rule(
+    world: World, evaluated: tuple[EvaluationResult, Path]
+) -> None:
+    """Token by token, with the weight that costs least on the valid split."""
+    train = world.chunks("train")
+
+    def losses_and_rule(split: str, random: bool = False) -> tuple[npt.NDArray[Any], Rule]:
+        chunks, neighbors = world.chunks(split), Artifact.open(world.folder(f"neighbors/{split}"), "neighbors")
+        ids = neighbors["ids"][:][:, :KNN]
+        if random:
+            ids = random_neighbors(chunks.rows, KNN, train.rows, 0)
+        scorer = Scorer(chunks, train, choose_spans(chunks["documents"][:], None, 0), SEQ_LEN)
+        tokens = chunks["tokens"][:].astype(int)
+        rule = slow_rule(tokens[:, :-1], tokens[:, 1:], retrieved_tokens(train, ids), chunks["documents"][:])
+        return scorer.losses(world.model("baseline"), None).astype(float), rule
+
+    def mixed(losses: npt.NDArray[Any], rule: Rule, weight: float) -> float:
+        plain = np.exp(-losses)
+        both = np.where(rule.matched, (1 - weight) * plain + weight * rule.probability, plain)
+        return float(-np.log(both).sum())
+
+    metrics = evaluated[0].metrics
+    on_valid = [mixed(*losses_and_rule("valid"), weight) for weight in WEIGHTS]
+    weight = WEIGHTS[int(np.argmin(on_valid))]
+    assert metrics["mixed_weight"] == weight and weight > 0
+    losses, rule = losses_and_rule("test")
+    expected = mixed(losses, rule, weight) / math.log(2) / metrics["test_bytes"]
+    assert metrics["test_bpb_mixed"] == pytest.approx(expected, abs=2e-6)
+    assert metrics["rule_hits_own"] == pytest.approx(rule.right.sum() / metrics["test_tokens"], abs=1e-6)
+    drawn = losses_and_rule("test", random=True)[1].right.sum() / metrics["test_tokens"]
+    assert metrics["rule_hits_random"] == pytest.approx(drawn, abs=1e-6) and drawn != metrics["rule_hits_own"]
+    share = metrics["gain_on_vs_baseline"] / metrics["gain_mixed_vs_baseline"]
+    assert metrics["share_of_rule_gained"] == pytest.approx(share, abs=1e-5)
+    (line,) = [line for line in evaluated[0].lines() if "bigram rule" in line]
+    assert f"is right for {metrics['rule_hits_own']:.1%} of the tokens" in line and f"weight {weight:g}" in line
+
+
+def test_a_control_that_gains_nothing_is_no_measure(evaluated: tuple[EvaluationResult, Path]) -> None:
+    metrics = {name: value for name, value in evaluated[0].metrics.items() if name != "share_of_rule_gained"}
+    assert " of that" not in rule_in_words(metrics)
+
+
+def test_valid_neighbors_of_another_search_are_refused(world: World, tmp_path: Path) -> None:
+    for number, (split, fact) in enumerate([("valid", "index"), ("valid", "chunks"), ("train", "database")]):
+        copy = shutil.copytree(world.root, tmp_path / f"world{number}")
+        change_fact(copy / "neighbors" / split, fact, "another")
+        with pytest.raises(MismatchError, match=f"neighbors/{split}: made for {fact} another"):
+            World(copy).evaluate(tmp_path / "out")
+
+
+# ---- parts of the text ------------------------------------------------------------------------------
 
 
 def scores_of(scorer: Scorer, **losses: npt.NDArray[Any]) -> Scores:
-    """Scores of columns with these losses (rows, M); all others cost nothing."""
+    """Scores of columns with these losses (rows, M); the baseline costs a nat a token, all others nothing."""
     nothing = np.zeros(scorer.labels.shape)
     columns = {name: losses.get(name, nothing) for name in ("baseline", "off", "on", "random")}
+    columns["baseline"] = losses.get("baseline", nothing + 1)
     saved = (columns["off"] - columns["on"]) / math.log(2)
     scores = Scores(scorer.documents, scorer.bytes, scorer.is_label, saved)
     for name, found in columns.items():
@@ -595,9 +683,11 @@ def scores_of(scorer: Scorer, **losses: npt.NDArray[Any]) -> Scores:
 
 def test_the_leakage_curve_ends_at_plain_bits_per_byte(evaluated: tuple[EvaluationResult, Path]) -> None:
     curve, metrics = evaluated[0].curves["leakage"], evaluated[0].metrics
-    assert curve.head == ("alpha", "chunks", "baseline", "off", "on")
-    everything = tuple(metrics[f"test_bpb_{column}"] for column in ("baseline", "off", "on"))
-    assert curve.rows[-1] == (1.0, metrics["test_chunks"], *everything)
+    columns, ends = ("baseline", "mixed", "off", "on"), ("", "_low", "_high")
+    assert curve.head[:6] == ("alpha", "chunks", *columns)
+    everything = tuple(metrics[f"test_bpb_{column}"] for column in columns)
+    gains = tuple(metrics[f"gain_on_vs_{other}{end}"] for other in ("off", "baseline") for end in ends)
+    assert curve.rows[-1] == (1.0, metrics["test_chunks"], *everything, *gains)
     counts = [row[1] for row in curve.rows]
     assert counts == sorted(counts) and counts[0] < counts[-1]
 
@@ -606,8 +696,9 @@ def test_the_leakage_curve_leaves_out_what_shares_too_much(world: World) -> None
     scorer = scorer_of(world)
     ones = np.ones(scorer.labels.shape)
     runs = np.arange(len(scorer.rows)) % (CHUNK_SIZE + 1)
-    curve = leakage_curve(scores_of(scorer, baseline=ones, off=ones, on=ones), runs)
-    for alpha, count, *figures in curve.rows:
+    curve = leakage_curve(scores_of(scorer, baseline=ones, off=ones, on=ones), runs, 10, 0)
+    assert curve.head[:5] == ("alpha", "chunks", "baseline", "off", "on")
+    for alpha, count, *figures, _, _, _, _, _, _ in curve.rows:
         below = runs <= alpha * CHUNK_SIZE
         assert count == below.sum()
         expected = CHUNK_SIZE * count / math.log(2) / scorer.bytes[below].sum()
@@ -624,14 +715,15 @@ def test_tokens_that_gain_and_lose_are_counted(world: World) -> None:
     on[rows[2]] = 0.01  # too little to count
     scores = scores_of(scorer, off=off, on=on)
     runs = np.where(np.isin(np.arange(len(scorer.rows)), rows[:2]), 5, 0)
-    metrics = metrics_of(scores, scores.bootstrap(10, 0), runs)
+    metrics = metrics_of(scores, scores.bootstrap(10, 0))
+    metrics |= metrics_of_parts(scores, runs, runs > 99, 10, 0)
     num_labels = int(scorer.is_label.sum())
     assert metrics["share_tokens_helped"] == pytest.approx(5 / num_labels, abs=1e-6)
     assert metrics["share_tokens_hurt"] == pytest.approx(3 / num_labels, abs=1e-6)
     assert metrics["share_chunks_little_overlap"] == pytest.approx(1 - 2 / len(scorer.rows), abs=1e-6)
     lost = 0.01 * CHUNK_SIZE / math.log(2) / scorer.bytes[runs == 0].sum()
     assert metrics["gain_on_vs_off_little_overlap"] == pytest.approx(-lost, abs=1e-6)
-    curve = overlap_curve(scores, runs)
+    curve = overlap_curve(scores, runs, 10, 0)
     assert curve.column("shared_tokens") == (0, 4) and curve.column("chunks") == (len(scorer.rows) - 2, 2)
     gain = 2 / math.log(2) / scorer.bytes[runs == 5].sum()
     assert curve.column("gain") == pytest.approx((-lost, gain), abs=1e-6)
@@ -754,7 +846,7 @@ def test_a_browser_shows_the_report_at_phone_width(evaluated: tuple[EvaluationRe
     """The documents hold HTML, and so do their names: none of it may become an element."""
     shown = show(evaluated[1] / "reports/evaluate.html", tmp_path)
     assert shown.needed_width <= shown.given_width <= PHONE
-    assert shown.tags["article"] == 6 and shown.tags["svg"] == 6 and shown.tags["table"] == 4
+    assert shown.tags["article"] == 6 and shown.tags["svg"] == 6 and shown.tags["table"] == 6
     assert not {"b", "script", "img", "link"} & set(shown.tags)
     assert shown.console == []
 
@@ -772,6 +864,45 @@ def test_the_headline_claims_no_more_than_the_interval(
 ) -> None:
     gain = {"gain_on_vs_off": (low + high) / 2, "gain_on_vs_off_low": low, "gain_on_vs_off_high": high}
     assert words in headline({**evaluated[0].metrics, **gain})
+
+
+def test_the_number_of_documents_stands_in_the_headline(evaluated: tuple[EvaluationResult, Path]) -> None:
+    assert headline(evaluated[0].metrics).startswith("Held-out text (12 documents) costs ")
+    assert headline({**evaluated[0].metrics, "test_documents": 1}).startswith("Held-out text (1 document) costs ")
+
+
+@pytest.mark.parametrize(
+    ("low_off", "low_baseline", "words"),
+    [
+        (0.01, 0.02, None),
+        (-0.01, 0.02, "The interval against off does not exclude zero there: the gain is copying"),
+        (0.01, -0.02, "The interval against the baseline does not exclude zero there: the gain is copying"),
+        (-0.01, -0.02, "The interval against off and against the baseline does not exclude zero there: the gain is"),
+        (None, 0.02, "The interval against off does not exclude zero there: the gain is copying"),
+    ],
+)
+def test_a_gain_that_needs_overlap_is_called_copying(
+    evaluated: tuple[EvaluationResult, Path], low_off: float | None, low_baseline: float, words: str | None
+) -> None:
+    metrics = {name: value for name, value in evaluated[0].metrics.items() if "little_overlap_" not in name}
+    metrics |= {"gain_on_vs_off_low": 0.01, "gain_on_vs_baseline_low": 0.01}
+    for name, low in (("gain_on_vs_off", low_off), ("gain_on_vs_baseline", low_baseline)):
+        if low is not None:
+            metrics |= {f"{name}_little_overlap_low": low, f"{name}_little_overlap_high": low + 0.03}
+    note, _ = notes_on_overlap(metrics)
+    assert "there retrieval saves" in note
+    assert words in note if words else "copying" not in note
+    nothing_gained = metrics | {"gain_on_vs_off_low": -0.1, "gain_on_vs_baseline_low": -0.1}
+    assert "copying" not in next(notes_on_overlap(nothing_gained)), "what is not gained is not copied"
+
+
+def test_the_page_says_how_train_and_test_neighbors_differ(evaluated: tuple[EvaluationResult, Path]) -> None:
+    figures = {"read_run_mean_train": 9.5, "read_run_mean_test": 4.25}
+    _, note = notes_on_overlap({**evaluated[0].metrics, **figures})
+    assert "train chunks share 9.5 tokens in a row" in note and "scored here 4.2 tokens in a row" in note
+    assert "dropped between splits, but not within the train split, so training neighbors can share more" in note
+    without = {name: value for name, value in evaluated[0].metrics.items() if "little_overlap" not in name}
+    assert "cannot be seen here" in next(notes_on_overlap(without))
 
 
 def test_a_control_that_gains_is_said_in_the_headline(evaluated: tuple[EvaluationResult, Path]) -> None:

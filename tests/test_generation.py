@@ -55,11 +55,19 @@ def uncached(model: RETRO, text: list[int], retrieve: Any = search) -> Tensor:
 # ---- cache -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("deepnet", [False, True])
+NETWORKS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "deepnet": {"use_deepnet": True},
+    "copying": {"copy_tokens": 1, "cross_attn_sink": True},
+    "copying, deepnet": {"copy_tokens": 3, "cross_attn_sink": True, "use_deepnet": True},
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("retrieve", [search, None], ids=["on", "off"])
-def test_cached_logits_equal_uncached_ones(monkeypatch: pytest.MonkeyPatch, deepnet: bool, retrieve: Any) -> None:
+def test_cached_logits_equal_uncached_ones(monkeypatch: pytest.MonkeyPatch, network: str, retrieve: Any) -> None:
     """For rows of every length from 1 to three chunks at once, and for 2 chunks written after each."""
-    model = make(use_deepnet=deepnet)
+    model = make(**NETWORKS[network])
     lengths = torch.arange(1, 3 * M + 1)
     prompt = tokens(len(lengths), 3 * M)
     caught: list[Tensor] = []

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from test_evaluation import scores_of
@@ -73,6 +72,6 @@ def test_the_evaluation_sees_the_same_on_whole_documents(learned: Learned) -> No
     columns = {"off": None, "on": own, "random": drawn}
     losses = {name: scorer.losses(model, neighbors) for name, neighbors in columns.items()}
     scores = scores_of(scorer, **losses)
-    metrics = metrics_of(scores, scores.bootstrap(200, 0), np.zeros(len(scorer.rows), dtype=int))
+    metrics = metrics_of(scores, scores.bootstrap(200, 0))
     assert metrics["gain_on_vs_off_low"] > metrics["test_bpb_off"] / 2
     assert metrics["gain_random_vs_off_high"] < 0.02 * metrics["test_bpb_off"]

@@ -47,10 +47,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "encoder looks at nothing": {"enc_cross_attn_layers": ()},
     "equal widths, tied": {"enc_dim": 8, "tie_embeddings": True},
     "scaled residuals": {"enc_scale_residual": 0.5, "dec_scale_residual": 1.5},
-    "copying": {"copy_heads": 1},
-    "copying in all heads, tied": {"copy_heads": 2, "enc_dim": 8, "tie_embeddings": True},
+    "copying by one token": {"copy_tokens": 1},
+    "copying by two, equal widths, tied": {"copy_tokens": 2, "enc_dim": 8, "tie_embeddings": True},
     "sink": {"cross_attn_sink": True},
-    "copying, sink, deepnet": {"copy_heads": 1, "cross_attn_sink": True, "use_deepnet": True},
+    "copying by four, sink, deepnet": {"copy_tokens": 4, "cross_attn_sink": True, "use_deepnet": True},
     "deepnet, layernorm, scaled": {"use_deepnet": True, "norm_klass": "layernorm", "dec_scale_residual": 2.0},
 }
 
@@ -396,7 +396,8 @@ def test_every_argument_reaches_the_config() -> None:
         **SMALL, "enc_cross_attn_layers": (1,), "enc_attn_dropout": 0.1, "enc_ff_dropout": 0.2,
         "dec_attn_dropout": 0.3, "dec_ff_dropout": 0.4, "pad_id": 3, "enc_scale_residual": 1.5,
         "dec_scale_residual": 2.5, "norm_klass": "layernorm", "gated_rmsnorm": False, "use_deepnet": True,
-        "tie_embeddings": True, "retrieval": True, "copy_heads": 1, "cross_attn_sink": True,
+        "tie_embeddings": True, "retrieval": True, "copy_tokens": 2,
+        "cross_attn_sink": True,
     }  # fmt: skip
     model = RETRO(**arguments)
     assert {f.name for f in dataclasses.fields(RETROConfig)} == set(arguments)

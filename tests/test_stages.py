@@ -101,7 +101,13 @@ def test_the_last_table_says_what_came_out_of_every_stage(finished: Path, capsys
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines() if line.startswith(STAGES)] == list(STAGES[1:])
     metrics = json.loads(Path("metrics/evaluate.json").read_text())
-    assert f"{metrics['test_bpb_on']:.4f}  RETRO, retrieval on" in out and "compared" not in out
+    share, low, high = (metrics[f"saved_share_vs_baseline{end}"] for end in ("", "_low", "_high"))
+    assert (
+        f"{metrics['test_bpb_on']:.4f}  RETRO, retrieval on: saves {share:.1%} of the plain decoder (95%: {low:.1%} to "
+        f"{high:.1%}; {metrics['test_documents']} test documents)" in out
+    )
+    assert f"{metrics['test_bpb_mixed']:.4f}  plain decoder mixed with the bigram rule" in out
+    assert "compared" not in out
 
 
 def test_no_neighbor_is_of_its_own_document_or_held_out(finished: Path) -> None:
@@ -140,6 +146,7 @@ MISSING = [
     ("train", "data/neighbors/train", "stage knn"),
     ("evaluate", "models/baseline", "stage baseline or train"),
     ("evaluate", "data/neighbors/test", "stage knn"),
+    ("evaluate", "data/neighbors/valid", "stage knn"),
 ]
 
 

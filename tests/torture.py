@@ -58,8 +58,8 @@ INPUTS = {
         "data/neighbors/train", "data/neighbors/valid", "data/chunks/train", "data/chunks/valid", "data/tokenizer",
     ),
     "evaluate": (
-        "models/retro", "models/baseline", "data/neighbors/test", "data/chunks/test", "data/chunks/train",
-        "data/tokenizer",
+        "models/retro", "models/baseline", "data/neighbors/test", "data/neighbors/valid", "data/neighbors/train",
+        "data/chunks/test", "data/chunks/valid", "data/chunks/train", "data/tokenizer",
     ),
 }  # fmt: skip
 WRITTEN = ("data", "models", "metrics", "plots", "reports")
