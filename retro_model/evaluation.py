@@ -47,7 +47,7 @@ from retro_model.figures import (
 from retro_model.model import RETRO
 from retro_model.page import Background, make_page
 from retro_model.page_parts import rule_in_words
-from retro_model.passages import build_passages, choose_passages, document_names
+from retro_model.passages import attention_of_rows, build_passages, choose_passages, document_names
 from retro_model.passes import VALID, Mixed, Pass, Scored, columns, mix_with_rule, score_all, sweep_curves, sweeps
 from retro_model.plotting import draw_charts
 from retro_model.report import Passage, render
@@ -176,7 +176,7 @@ def evaluate_models(
         **_start_of(retro_folder, train),
     )
     metrics, curves = _figures(inputs, scorer, scored, mixed, shared, background, config, seed)
-    passages = _passages(inputs, scorer, scored, config.passages, knn, seed)
+    passages = _passages(models["retro"], inputs, scorer, scored, config.passages, knn, seed)
     page = make_page(metrics, curves, passages, background)
     write_json(out_metrics, metrics)
     for name, curve in curves.items():
@@ -284,17 +284,21 @@ def _check_knn(neighbors: Artifact, knn: int, config: EvaluateConfig) -> None:
 # ---- passages ----------------------------------------------------------------------------------------
 
 
-def _passages(inputs: Inputs, scorer: Scorer, scored: Scored, num: int, knn: int, seed: int) -> tuple[Passage, ...]:
+def _passages(
+    model: RETRO, inputs: Inputs, scorer: Scorer, scored: Scored, num: int, knn: int, seed: int
+) -> tuple[Passage, ...]:
     nearest = inputs.neighbors["ids"][scorer.rows][:, :knn]
     saved = scored.row_losses["off"] - scored.row_losses["on"]
+    chosen = choose_passages(scorer, saved, nearest, num, seed)
     return tuple(
         build_passages(
-            choose_passages(scorer, saved, nearest, num, seed),
+            chosen,
             scorer,
             scored.losses["off"],
             scored.losses["on"],
             nearest,
             inputs.neighbors["distances"][scorer.rows],
+            attention_of_rows(model, scorer, nearest, [place for _, place in chosen]),
             inputs.tokenizer,
         )
     )

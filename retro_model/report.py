@@ -4,17 +4,21 @@
 
 Everything that comes in is text and is escaped here, once; equal reports give equal bytes. Charts are
 inline SVG. Passages follow the paper's appendix: each token colored by how much retrieval lowered its
-loss, beside it what was retrieved, the longest common run marked in both.
+loss, beside it what was retrieved, the longest common run marked in both. A number links a token that
+became much cheaper to the neighbor token that the model looked at when it predicted it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import chain, pairwise
 
 # Change of a token's loss in bits from which each shade is used.
 SHADES = (0.1, 0.5, 1.5, 3.0)
+
+# A token that retrieval made cheaper by this many bits is linked to the neighbor token that was looked at.
+CHEAPER_BITS = 1.0
 
 # Control characters do not belong into HTML: their pictures are shown instead.
 _VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
@@ -67,13 +71,31 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Look:
+    """The neighbor token that got the most attention when a token was predicted.
+
+    It is token `token` of neighbor `neighbor`, both counted from 0; a neighbor that the passage does not hold is not
+    shown. `share` is its part of all attention, and `copied` says whether it is the same token as the predicted one.
+    """
+
+    neighbor: int
+    token: int
+    share: float
+    copied: bool
+
+
+@dataclass(frozen=True)
 class Token:
-    """A scored token: its text, its loss in bits without and with retrieval, and whether it is shared."""
+    """A scored token: its text, its loss in bits without and with retrieval, and whether it is shared.
+
+    `look` is there if retrieval made it cheaper by CHEAPER_BITS or more, and it read the passage's neighbors.
+    """
 
     text: str
     bits_off: float
     bits_on: float
     shared: bool = False
+    look: Look | None = None
 
 
 @dataclass(frozen=True)
@@ -260,8 +282,13 @@ def _passages(passages: Sequence[Passage]) -> Iterator[str]:
         '<p class="caption">Each token is colored by what retrieval did to its loss. Beside it, what was '
         "retrieved with the text in front of it (gray): the neighbor, then its continuation. The longest run "
         "of tokens that a neighbor shares with the passage is marked in both.</p>"
+        f'<p class="caption">Each token that retrieval made at least {CHEAPER_BITS:g} bit cheaper has a number. The '
+        "same number stands at the neighbor token that the model looked at most when it predicted that token (by its "
+        "attention, averaged over heads and layers). The last token of a passage has none, because it reads neighbors "
+        "that are not shown.</p>"
     )
     yield f'<p class="legend shades">{_shade_legend()}</p>'
+    yield f'<p class="legend looks">{_look_legend()}</p>'
     yield from (_passage(passage) for passage in passages)
     yield "</section>"
 
@@ -272,17 +299,54 @@ def _shade_legend() -> str:
     return f"cheaper {''.join(marks)} dearer, in bits from &hellip; on"
 
 
+def _look_legend() -> str:
+    marks = (
+        ("look copied", "1", "what token 1 looked at: the same token, copied"),
+        ("look", "2", "what token 2 looked at: another token"),
+    )
+    return "".join(
+        f'<span><span class="{classes}">token</span><sup>{number}</sup> {meaning}</span>'
+        for classes, number, meaning in marks
+    )
+
+
 def _passage(passage: Passage) -> str:
     saved = sum(token.bits_off - token.bits_on for token in passage.tokens)
     total = sum(token.bits_off for token in passage.tokens)
     change = f"{abs(saved):.1f} of {total:.1f} bits {'saved' if saved >= 0 else 'lost'}"
-    tokens = "".join(_token(token) for token in passage.tokens)
-    neighbors = "".join(_neighbor(neighbor) for neighbor in passage.neighbors)
+    looks = number_looks(passage)
+    numbers = {place: number for number, place in enumerate(looks, start=1)}
+    tokens = "".join(_token(token, numbers.get(place)) for place, token in enumerate(passage.tokens))
+    neighbors = "".join(
+        _neighbor(neighbor, {numbers[place]: look for place, look in looks.items() if look.neighbor == which})
+        for which, neighbor in enumerate(passage.neighbors)
+    )
     return (
         f'<article><h3><span class="tag">{safe(passage.label)}</span> {change} '
-        f'<span class="source">{safe(passage.source)}</span></h3>'
+        f'<span class="source">{safe(passage.source)}</span></h3>{_copied(passage)}'
         f'<div class="pair"><p class="text"><span class="before">{safe(passage.before)}</span>{tokens}</p>'
         f'<div class="neighbors">{neighbors}</div></div></article>'
+    )
+
+
+def number_looks(passage: Passage) -> dict[int, Look]:
+    """What the passage's tokens looked at, by their places in it, in the order of their numbers: only what is shown."""
+    return {
+        place: token.look
+        for place, token in enumerate(passage.tokens)
+        if token.look is not None and token.look.neighbor < len(passage.neighbors)
+    }
+
+
+def _copied(passage: Passage) -> str:
+    """For how many of the cheaper tokens the model looked at the token itself; nothing where none became cheaper."""
+    looks = [token.look for token in passage.tokens if token.look is not None]
+    if not looks:
+        return ""
+    copied, tokens = sum(look.copied for look in looks), "token" if len(looks) == 1 else "tokens"
+    return (
+        f'<p class="copied-count">For {copied} of {len(looks)} {tokens} that became at least {CHEAPER_BITS:g} bit '
+        "cheaper, the model looked most at the same token in a neighbor.</p>"
     )
 
 
@@ -293,21 +357,47 @@ def shade(token: Token) -> str:
     return "" if level == 0 else f"{'l' if saved > 0 else 'm'}{level}"
 
 
-def _token(token: Token) -> str:
+def _token(token: Token, number: int | None) -> str:
+    """A token in its color, behind it its number if it has one."""
     classes = " ".join(filter(None, [shade(token), "run" if token.shared else ""]))
     attribute = f' class="{classes}"' if classes else ""
     title = f"{token.bits_off:.2f} &rarr; {token.bits_on:.2f} bits"
-    return f'<span{attribute} title="{title}">{safe(token.text)}</span>'
+    if token.look is not None:
+        where = f"one token of neighbor {token.look.neighbor + 1}" + ("" if number else ", which is not shown")
+        title += f"; {token.look.share:.0%} of its attention to {where}: {_kind(token.look)}"
+    if number is None:
+        return f'<span{attribute} title="{title}">{safe(token.text)}</span>'
+    before, word, after = _around_word(token.text)
+    shown = f'<span{attribute} title="{title}">{safe(before + word)}</span>'
+    return f'{shown}<sup title="{title}">{number}</sup>{safe(after)}'
 
 
-def _neighbor(neighbor: Neighbor) -> str:
+def _kind(look: Look) -> str:
+    return "the same token" if look.copied else "another token"
+
+
+def _around_word(text: str) -> tuple[str, str, str]:
+    """A token's text as the space before its word, the word, and the space behind it; a sign stands for no word."""
+    if word := text.strip():
+        before, _, after = text.partition(word)
+        return before, word, after
+    return "", "\u21b5" if "\n" in text else "\u2423" if text else "\u00b7", text
+
+
+def _neighbor(neighbor: Neighbor, looks: Mapping[int, Look]) -> str:
+    """A neighbor's text with its marks; `looks` are what the passage's tokens looked at in it, by their numbers."""
+    looked_at: dict[int, dict[int, Look]] = {}
+    for number, look in looks.items():
+        looked_at.setdefault(look.token, {})[number] = look
     parts = []
-    cuts = sorted({0, neighbor.first, neighbor.stop, neighbor.continuation_at, len(neighbor.tokens)})
-    for start, stop in pairwise(cuts):
+    cuts = {0, neighbor.first, neighbor.stop, neighbor.continuation_at, len(neighbor.tokens)}
+    cuts |= {cut for token in looked_at for cut in (token, token + 1)}
+    for start, stop in pairwise(sorted(cuts)):
         if start == neighbor.continuation_at:
             parts.append('<span class="then" title="its continuation">&#9656;</span>')
-        text = safe("".join(neighbor.tokens[start:stop]))
-        parts.append(f"<mark>{text}</mark>" if neighbor.first <= start < neighbor.stop else text)
+        text = "".join(neighbor.tokens[start:stop])
+        shown = _outlined(text, looked_at[start]) if start in looked_at else safe(text)
+        parts.append(f"<mark>{shown}</mark>" if neighbor.first <= start < neighbor.stop else shown)
     shared = neighbor.stop - neighbor.first
     facts = f"distance {neighbor.distance:.3f}" + (f", shares {shared} tokens in a row" if shared else "")
     return (
@@ -316,16 +406,28 @@ def _neighbor(neighbor: Neighbor) -> str:
     )
 
 
+def _outlined(text: str, looks: Mapping[int, Look]) -> str:
+    """A neighbor token with an outline around its word, behind that the numbers of those that looked at it."""
+    before, word, after = _around_word(text)
+    classes = "look copied" if any(look.copied for look in looks.values()) else "look"
+    title = "; ".join(
+        f"token {number} looked here: {look.share:.0%} of its attention{' (copied)' if look.copied else ''}"
+        for number, look in looks.items()
+    )
+    numbers = f'<sup title="{title}">{",".join(map(str, looks))}</sup>'
+    return f'{safe(before)}<span class="{classes}" title="{title}">{safe(word)}</span>{numbers}{safe(after)}'
+
+
 # ---- the style -------------------------------------------------------------------------------------
 
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #fdfdfb; --ink: #1d2126; --soft: #5d6670; --rule: #dcdfe3; --card: #f4f5f6; --mark: #fbe48a;
-  --s0: #2166c2; --s1: #c8791b; --s2: #6c757f; --s3: #93459b; --s4: #1b8a78; --s5: #c23b4e;
+  --s0: #2166c2; --s1: #c8791b; --s2: #6c757f; --s3: #93459b; --s4: #1b8a78; --s5: #c23b4e; --look: #93459b;
   --less: 38 120 200; --more: 222 110 30; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #15181b; --ink: #e6e8ea; --soft: #9aa4ae; --rule: #343a40; --card: #1e2226; --mark: #6b5a12;
-  --s0: #6aa9f4; --s1: #eaa04e; --s2: #a1abb5; --s3: #d08ad8; --s4: #58c4b0; --s5: #f0808f;
+  --s0: #6aa9f4; --s1: #eaa04e; --s2: #a1abb5; --s3: #d08ad8; --s4: #58c4b0; --s5: #f0808f; --look: #e3b3e9;
   --less: 70 150 235; --more: 235 130 50; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
@@ -384,6 +486,13 @@ h3 { font-size: .95rem; font-weight: 500; margin: 0 0 .7rem; }
 .m3 { background: rgb(var(--more) / .42); } .m4 { background: rgb(var(--more) / .62); }
 .run { text-decoration: underline 2px; text-underline-offset: .2em; }
 mark { background: var(--mark); color: inherit; border-radius: .15rem; }
+.look { outline: 1px dashed var(--look); border-radius: .15rem; }
+.look.copied { outline: 1.5px solid var(--look); }
+sup { font: 700 .66rem/0 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif;
+  vertical-align: .5em; color: var(--look); padding: 0 .1rem 0 .15rem; user-select: none; }
+sup::before { content: "\\2060"; } /* no line begins with a number */
+mark sup { color: inherit; }
+.copied-count { font-size: .88rem; margin: -.4rem 0 .7rem; max-width: none; }
 .then { color: var(--s0); padding: 0 .2rem; }
 .neighbor { background: var(--card); border-radius: .35rem; padding: .6rem .75rem; margin-bottom: .6rem; }
 .neighbor:last-child { margin-bottom: 0; }

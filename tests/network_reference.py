@@ -27,15 +27,27 @@ def score(query_F: Tensor, key_F: Tensor, distance: int) -> Tensor:
     return turned.real.sum() / math.sqrt(len(query_F))
 
 
-def attend_one(query_HF: Tensor, position: int, keys: Sequence[Key]) -> Tensor:
-    """What one token gets from all keys: (H * F,)."""
+def weights_of(query_HF: Tensor, position: int, keys: Sequence[Key]) -> Tensor:
+    """How much of each key one token takes: (H, keys)."""
     heads = []
     for head, query_F in enumerate(query_HF):
         scores = torch.stack([score(query_F, key[head], position - place) for key, _, place in keys])
         weights = (scores - scores.max()).exp()
-        weights = weights / weights.sum()
-        heads.append(sum(weight * value[head] for weight, (_, value, _) in zip(weights, keys, strict=True)))
+        heads.append(weights / weights.sum())
+    return torch.stack(heads)
+
+
+def weigh(weights: Tensor, keys: Sequence[Key]) -> Tensor:
+    """The weighted values of all keys: (H * F,)."""
+    heads = []
+    for head, of_head in enumerate(weights):
+        heads.append(sum(weight * value[head] for weight, (_, value, _) in zip(of_head, keys, strict=True)))
     return torch.cat(heads)
+
+
+def attend_one(query_HF: Tensor, position: int, keys: Sequence[Key]) -> Tensor:
+    """What one token gets from all keys: (H * F,)."""
+    return weigh(weights_of(query_HF, position, keys), keys)
 
 
 def norm(module: torch.nn.Module, x: Tensor) -> Tensor:
@@ -87,8 +99,10 @@ def cross_attention(layer: Residual, x: Tensor, position: int, context: list[tup
     return residual(layer, x, f)
 
 
-def neighbor_attention(layer: Residual, last: list[Tensor], position: int, neighbors: list[Encoded], heads: int) -> Tensor:
-    """The look of the last of some tokens at the encoded neighbors of its chunk."""
+def neighbor_attention(
+    layer: Residual, last: list[Tensor], position: int, neighbors: list[Encoded], heads: int, seen: list[Tensor]
+) -> Tensor:
+    """The look of the last of some tokens at the encoded neighbors of its chunk; `seen` gets its weights (H, keys)."""
     inner = layer.inner
     features = inner.query.weight.shape[0] // heads
     tokens = max(1, inner.copy_tokens)
@@ -116,7 +130,9 @@ def neighbor_attention(layer: Residual, last: list[Tensor], position: int, neigh
                 key = copying(before if inner.copy_tokens else [vector], weight_k)
                 keys.append((key, split(weight_v @ vector, heads), 0 if inner.copy_tokens else place))
         query = copying(queries, inner.query.weight)
-        return inner.out.weight @ attend_one(query, 0 if inner.copy_tokens else position, keys)
+        weights = weights_of(query, 0 if inner.copy_tokens else position, keys)
+        seen.append(weights)
+        return inner.out.weight @ weigh(weights, keys)
 
     return residual(layer, last[-1], f)
 
@@ -142,8 +158,17 @@ def encode(model: RETRO, neighbor: list[int], hidden: list[Tensor]) -> Encoded:
     return {i: norm(encoder.norm, x) for i, x in enumerate(xs) if neighbor[i] != pad}
 
 
-def logits(model: RETRO, document: list[int], neighbors: list[list[list[int]]] | None = None) -> Tensor:
-    """The logits (N, V) of one document, whose chunk u got the token lists `neighbors[u]`."""
+def logits(
+    model: RETRO,
+    document: list[int],
+    neighbors: list[list[list[int]]] | None = None,
+    seen: dict[int, list[Tensor]] | None = None,
+) -> Tensor:
+    """The logits (N, V) of one document, whose chunk u got the token lists `neighbors[u]`.
+
+    `seen` is filled with what each position that reads neighbors gave to their real tokens, behind a sink if
+    there is one: (H, keys) for each layer.
+    """
     config = model.config
     m = config.chunk_size
     xs = [norm(model.norm_in, model.embedding.weight[token]) for token in document]
@@ -165,8 +190,29 @@ def logits(model: RETRO, document: list[int], neighbors: list[list[list[int]]] |
                 u = (position + 1) // m - 1  # the last chunk that is complete here
                 if encoded.get(u):
                     query = position - ((u + 1) * m - 1)  # i of the attending chunk, from 0
+                    here = [] if seen is None else seen.setdefault(position, [])
                     xs[position] = neighbor_attention(
-                        block.cross_attention, before[: position + 1], query + m - 1, encoded[u], config.heads
+                        block.cross_attention, before[: position + 1], query + m - 1, encoded[u], config.heads, here
                     )
         xs = [feed_forward(block.feed_forward, x) for x in xs]
     return torch.stack([model.output_weight_VD @ norm(model.norm, x) for x in xs])
+
+
+def attention_to_neighbors(
+    model: RETRO, document: list[int], neighbors: list[list[list[int]]]
+) -> tuple[Tensor, Tensor]:
+    """What each position gives to each neighbor token (N, K, R) and to a sink (N,), as means over heads and layers."""
+    m, pad = model.config.chunk_size, model.config.pad_id
+    seen: dict[int, list[Tensor]] = {}
+    logits(model, document, neighbors, seen)
+    found = torch.zeros(len(document), len(neighbors[0]), len(neighbors[0][0]), dtype=torch.float64)
+    nothing = torch.zeros(len(document), dtype=torch.float64)
+    for position, layers in seen.items():
+        weights = sum(of_layer.mean(0) for of_layer in layers) / len(layers)
+        of_chunk = neighbors[(position + 1) // m - 1]
+        places = [(k, r) for k, neighbor in enumerate(of_chunk) for r, token in enumerate(neighbor) if token != pad]
+        if model.config.cross_attn_sink:
+            nothing[position], weights = weights[0], weights[1:]
+        for (k, r), weight in zip(places, weights, strict=True):
+            found[position, k, r] = weight
+    return found, nothing

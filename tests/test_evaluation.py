@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from test_copying import slow_rule
 
 from retro_model.artifacts import Artifact, ArtifactWriter, write_description
+from retro_model.attention_maps import neighbor_attention_maps
 from retro_model.copying import WEIGHTS, Rule
 from retro_model.dataset import NO_ROW, retrieved_tokens
 from retro_model.documents import CorpusConfig
@@ -47,8 +49,16 @@ from retro_model.neighbors import NeighborsConfig
 from retro_model.overlap import longest_shared_run, longest_shared_runs
 from retro_model.page import headline
 from retro_model.page_parts import notes_on_overlap, rule_in_words
-from retro_model.passages import token_texts
+from retro_model.passages import (
+    BEGIN_OF_DOCUMENT,
+    NEIGHBORS_SHOWN,
+    attention_of_rows,
+    build_passages,
+    find_looks,
+    token_texts,
+)
 from retro_model.passes import neighbors_of_share, random_neighbors
+from retro_model.report import Look
 from retro_model.scoring import Scorer, Span, Window, choose_spans, pack, sliding_windows
 from retro_model.subsets import ALPHAS, leakage_curve, metrics_of_parts, overlap_curve
 from retro_model.tokenizer import Tokenizer, save, train
@@ -753,10 +763,81 @@ def test_a_character_of_several_tokens_stands_at_the_last(world: World) -> None:
     assert len(ids) == 5 and found == ["a", "", "", "\u20ac", "b"]
 
 
+@torch.no_grad()
+def test_the_attention_of_a_row_is_that_of_the_window_that_scores_it(world: World) -> None:
+    scorer, model = scorer_of(world), world.model("retro")
+    nearest = world.neighbors()["ids"][scorer.rows][:, :KNN]
+    places = [int(place) for place in np.random.default_rng(0).permutation(len(scorer.rows))]
+    found = attention_of_rows(model, scorer, nearest, places)
+    tokens = world.chunks("test")["tokens"][:][:, :-1].astype(np.int64)
+    spans = choose_spans(scorer.documents, None, 0)
+    windows = {
+        row: window
+        for span in spans
+        for window in sliding_windows(span, LENGTH)
+        for row in range(window.scored, window.stop)
+    }
+    for place, attention in zip(places, found, strict=True):
+        first, _, stop = windows[place]
+        seq = torch.from_numpy(tokens[first:stop].reshape(1, -1))
+        retrieved = torch.from_numpy(retrieved_tokens(world.chunks("train"), nearest[first:stop]))[None]
+        expected = neighbor_attention_maps(model, seq, retrieved).neighbors_BNKR[0]
+        expected = expected[(place - first) * CHUNK_SIZE :][:CHUNK_SIZE].numpy()
+        np.testing.assert_allclose(attention[:-1], expected[:-1], atol=1e-5)
+        assert not attention[-1].any(), "the last token reads neighbors that are not those of the row before"
+        read = place > first and nearest[place - 1, 0] != NO_ROW
+        assert attention[:-1].sum(axis=(1, 2)) == pytest.approx(float(read), abs=1e-5)
+
+
+def test_attention_is_measured_in_the_numbers_that_the_losses_are(world: World) -> None:
+    scorers = scorer_of(world), scorer_of(world, number_type="bfloat16", batch_size=3)
+    nearest, model = world.neighbors()["ids"][scorers[0].rows][:, :KNN], world.model("retro")
+    exact, rounded = (attention_of_rows(model, scorer, nearest, [9, 4, 7, 9]) for scorer in scorers)
+    np.testing.assert_allclose(rounded, exact, atol=0.1)
+    assert not np.array_equal(rounded, exact)
+    assert attention_of_rows(model, scorers[0], nearest, []).shape == (0, CHUNK_SIZE, KNN, 2 * CHUNK_SIZE)
+
+
+def test_a_cheaper_token_looked_at_the_first_of_those_with_most_attention() -> None:
+    labels, saved = np.array([7, 7, 8, 9, 7]), np.array([2.0, 0.99999, 0.999, 1.0, 5.0])
+    retrieved = np.array([[1, 7, 9, 0], [9, 7, 7, 5]])
+    attention = np.zeros((5, 2, 4), dtype=np.float32)
+    attention[:3, 0, 1] = 0.30001
+    attention[:3, 1, 2] = 0.30004  # equal, rounded
+    attention[3, 1, 3], attention[3, 0, 0] = 0.5, 0.4
+    expected = [Look(0, 1, 0.3, copied=True), Look(0, 1, 0.3, copied=True), None, Look(1, 3, 0.5, copied=False), None]
+    assert find_looks(labels, saved, attention, retrieved) == expected
+
+
+def test_a_passage_holds_what_its_tokens_looked_at(world: World) -> None:
+    scorer, knn = scorer_of(world), NEIGHBORS_SHOWN + 1
+    stored = world.neighbors()
+    nearest, distances = stored["ids"][scorer.rows][:, :knn], stored["distances"][scorer.rows]
+    places = np.flatnonzero((nearest[:-1, -1] != NO_ROW) & (np.diff(scorer.documents) == 0)) + 1
+    place = next(int(place) for place in places if scorer.is_label[place].all())
+    begins = np.flatnonzero(np.diff(world.chunks("train")["documents"][:], prepend=-1))
+    nearest[place - 1, 0] = begins[0]
+    attention = np.zeros((1, CHUNK_SIZE, knn, 2 * CHUNK_SIZE), dtype=np.float32)
+    attention[0, 0, knn - 1, 3], attention[0, 1, 1, 10], attention[0, 2, 0, 0] = 0.9, 0.8, 0.7
+    off, on = np.full(scorer.labels.shape, 2.0), np.ones(scorer.labels.shape)
+    retrieved = retrieved_tokens(world.chunks("train"), nearest[place - 1])
+    scorer.labels[place, 1] = retrieved[1, 10]
+    tokenizer = Tokenizer.open(world.folder("tokenizer"))
+    (passage,) = build_passages([("label", place)], scorer, off, on, nearest, distances, attention, tokenizer)
+    looks = [token.look for token in passage.tokens]
+    assert [(look.neighbor, look.token) for look in looks[:3] if look] == [(knn - 1, 3), (1, 10), (0, 0)]
+    assert looks[1] is not None and looks[1].copied and not any(looks[3:])
+    assert len(passage.neighbors) == NEIGHBORS_SHOWN
+    assert passage.neighbors[0].tokens[0] == BEGIN_OF_DOCUMENT, "what may be looked at can be seen"
+
+
 def test_the_page_shows_sources_and_escapes_them(evaluated: tuple[EvaluationResult, Path]) -> None:
     page = (evaluated[1] / "reports/evaluate.html").read_text()
     assert page.count("<article>") == 6
     assert "test/&lt;" in page and "train/&lt;" in page and "<b>" not in page and "<script" not in page
+    articles = page[page.index("<article>") :]
+    numbers = re.findall(r"<sup[^>]*>([\d,]*)</sup>", articles)
+    assert numbers and articles.count("looked here") > 0 and 'class="copied-count"' in articles
 
 
 @pytest.mark.slow

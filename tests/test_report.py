@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from retro_model.report import (
     Chart,
+    Look,
     Neighbor,
     Passage,
     Report,
@@ -43,7 +44,8 @@ def chart_of(values: tuple[float, ...], text: str = "t", intervals: tuple[tuple[
 
 def report_of(text: str) -> Report:
     """A report that has `text` in every place that takes one."""
-    tokens = (Token(text, 3.0, 1.0, shared=True), Token(text, 1.0, 2.0), Token(" plain", 1.0, 1.0))
+    looks = (Look(0, 3, 0.8, copied=True), Look(0, 0, 0.3, copied=False))
+    tokens = (Token(text, 3.0, 1.0, True, looks[0]), Token(text, 2.0, 1.0, look=looks[1]), Token(" plain", 1.0, 1.0))
     neighbor = Neighbor(text, 0.25, (text, "b", "c", text), continuation_at=2, first=1, stop=4)
     return Report(
         title=text,
@@ -138,8 +140,14 @@ def test_the_shade_says_what_retrieval_did(off: float, on: float, expected: str)
     assert shade(Token("x", off, on)) == expected
 
 
+def page_of(tokens: tuple[Token, ...], *neighbors: Neighbor) -> str:
+    """The page of one passage."""
+    return render(Report("t", (), (), (), (), (Passage("l", "s", "before", tokens, neighbors),), ()))
+
+
 def test_the_common_run_is_marked_across_the_continuation() -> None:
-    page = render(report_of("T"))
+    neighbor = Neighbor("s", 0.25, ("T", "b", "c", "T"), continuation_at=2, first=1, stop=4)
+    page = page_of((Token("T", 3.0, 1.0, shared=True),), neighbor)
     marked = re.search(r'<p class="text">T(<mark>.*</mark>)</p></div>', page)
     assert marked is not None
     assert re.sub(r'<span class="then".*?</span>', "|", marked[1]) == "<mark>b</mark>|<mark>cT</mark>"
@@ -147,9 +155,88 @@ def test_the_common_run_is_marked_across_the_continuation() -> None:
 
 
 def test_no_common_run_is_no_mark() -> None:
-    neighbor = Neighbor("s", 1.0, ("a", "b"), continuation_at=1)
-    page = render(Report("t", (), (), (), (), (Passage("l", "s", "b", (Token("x", 1, 1),), (neighbor,)),), ()))
+    page = page_of((Token("x", 1, 1),), Neighbor("s", 1.0, ("a", "b"), continuation_at=1))
     assert "<mark>" not in page and "in a row" not in page
+
+
+# ---- what the model looked at ----------------------------------------------------------------------
+
+FIRST = Neighbor("one", 0.1, ("The", " cat", " sat", " on"), continuation_at=2, first=1, stop=3)
+SECOND = Neighbor("two", 0.2, ("A", "\n", " ", ""), continuation_at=2)
+
+
+def looking(*looks: Look | None) -> tuple[Token, ...]:
+    """One token for each look, cheaper if there is one."""
+    return tuple(Token(f" t{place}", 3.0, 3.0 if look is None else 1.0, look=look) for place, look in enumerate(looks))
+
+
+def written_in(page: str) -> list[str]:
+    """The passage, and each neighbor's text: a token that was looked at in brackets, numbers behind a ^."""
+    body = page[page.index("<article>") :]
+    texts = re.findall(r'<p class="text">(.*?)</p>', body, re.DOTALL)
+    for html, short in (
+        (r'<span class="look copied"[^>]*>([^<]*)</span>', r"[[\1]]"),
+        (r'<span class="look"[^>]*>([^<]*)</span>', r"[\1]"),
+        (r"<sup[^>]*>([^<]*)</sup>", r"^\1"),
+        (r'<span class="then"[^>]*>[^<]*</span>', "|"),
+        (r"<mark>([^<]*)</mark>", r"_\1_"),
+        (r"<span[^>]*>([^<]*)</span>", r"\1"),
+    ):
+        texts = [re.sub(html, short, text) for text in texts]
+    return texts
+
+
+def test_a_number_stands_at_the_token_and_at_what_it_looked_at() -> None:
+    tokens = looking(Look(0, 2, 0.82, True), None, Look(1, 0, 0.5, False), Look(0, 2, 0.3, False))
+    page = page_of(tokens, FIRST, SECOND)
+    passage, first, second = written_in(page)
+    assert passage == "before t0^1 t1 t2^2 t3^3"
+    assert first == "The_ cat_|_ [[sat]]^1,3_ on", "copied, if any of those that looked copied"
+    assert second.startswith("[A]^2\n|")
+    assert (
+        'title="token 1 looked here: 82% of its attention (copied); token 3 looked here: 30% of its attention"' in page
+    )
+    assert 'title="3.00 &rarr; 1.00 bits; 82% of its attention to one token of neighbor 1: the same token"' in page
+    assert 'title="3.00 &rarr; 1.00 bits; 50% of its attention to one token of neighbor 2: another token"' in page
+    assert 'title="3.00 &rarr; 3.00 bits"' in page
+    assert Page(page).tags.count("sup") == 2 + 2 * 3 - 1, "two in the legend, two for each number, two of them in one"
+
+
+def test_a_neighbor_that_is_not_shown_has_no_number_and_counts() -> None:
+    page = page_of(looking(Look(1, 0, 0.9, True), Look(0, 1, 0.4, True)), FIRST)
+    passage, first = written_in(page)
+    assert passage == "before t0 t1^1" and first == "The_ [[cat]]^1_|_ sat_ on"
+    assert "90% of its attention to one token of neighbor 2, which is not shown: the same token" in page
+    assert "For 2 of 2 tokens that became at least 1 bit cheaper, the model looked most at the same token" in page
+
+
+@pytest.mark.parametrize(
+    ("copied", "words"),
+    [((True, False, True), "For 2 of 3 tokens that became"), ((False,), "For 0 of 1 token that became"), ((), None)],
+)
+def test_a_line_counts_what_was_copied(copied: tuple[bool, ...], words: str | None) -> None:
+    page = page_of(looking(None, *(Look(0, 0, 0.5, each) for each in copied)), FIRST)
+    found = re.search(r'<p class="copied-count">(.*?)</p>', page)
+    assert (found is None) if words is None else (found is not None and found[1].startswith(words))
+
+
+@pytest.mark.parametrize(
+    ("token", "in_passage", "in_neighbor"),
+    [
+        (1, "\u21b5^1\n", "A[\u21b5]^1\n| "),
+        (2, "\u2423^1 ", "A\n|[\u2423]^1 "),
+        (3, "\u00b7^1", "A\n| [\u00b7]^1"),
+    ],
+)
+def test_a_token_without_a_word_can_be_seen(token: int, in_passage: str, in_neighbor: str) -> None:
+    tokens = (Token(SECOND.tokens[token], 3.0, 1.0, look=Look(0, token, 0.5, copied=False)), Token("x", 1.0, 1.0))
+    assert written_in(page_of(tokens, SECOND)) == [f"before{in_passage}x", in_neighbor]
+
+
+def test_the_outline_is_around_one_word_and_what_surrounds_it_is_safe_too() -> None:
+    neighbor = Neighbor("s", 0.1, ("a", "\x1f b\x85", " c", " d"), continuation_at=3)
+    page = page_of(looking(Look(0, 1, 0.5, False)), neighbor)
+    assert written_in(page)[1] == "a\u241f [b]^1\ufffd c| d"
 
 
 @settings(deadline=None)
