@@ -45,7 +45,6 @@ from retro_model.dataset import PackedSequences
 from retro_model.devices import fast_float32_products
 from retro_model.figures import FloatArray, bits_per_byte, bootstrap_sums, interval, sum_by_document
 from retro_model.scoring import Scorer, choose_spans
-from retro_model.starting import start_from
 from retro_model.trainer import Trainer
 from retro_model.training import ModelConfig, TrainConfig, build_model, train_model
 from stages.params import read_params
@@ -238,7 +237,9 @@ def main() -> None:
 
     test = TestDocuments(bench)
     print(f"bits per byte of {len(test.bytes):,} test documents")
-    print(f"{'seed':>4}  {'plain, equal steps':>18}  {'strongest plain':>15}  {'RETRO':>7}  saved against the strongest")
+    print(
+        f"{'seed':>4}  {'plain, equal steps':>18}  {'strongest plain':>15}  {'RETRO':>7}  saved against the strongest"
+    )
     for seed in arguments.seeds:
         name = strongest.name
         plain = bench.plain(name, strongest.model, steps[name], chosen[name], seed)

@@ -143,7 +143,7 @@ class NeighborAttention(CrossAttention):
         context_AJHF = self.context(encoded_AJE)
         if self.copy_tokens:
             key_AJHF, value_AJHF = context_AJHF.chunk(2, dim=-2)
-            key_AKRHF = key_AJHF.unflatten(1, mask_AKR.shape[1:])
+            key_AKRHF = rearrange(key_AJHF, "a (k r) h f -> a k r h f", k=mask_AKR.shape[1])
             if not bool(mask_AKR.all()):
                 key_AKRHF = key_AKRHF * mask_AKR[..., None, None].to(key_AKRHF.dtype)
             key_AKRHF = torch.cat([_later(part, back) for back, part in enumerate(self._parts(key_AKRHF), 1)], dim=-1)

@@ -239,15 +239,14 @@ class CachedDecoder:
         self.hidden_BMD = weight.new_zeros(rows, config.chunk_size, config.dec_dim)  # what the encoder looks at
         self.table_NF = rotary_table(torch.arange(tokens[2], device=device), features, weight.dtype)
         self.query_table_MF, _ = cross_positions(config, 1, 1, weight)
-        lead = max(0, config.copy_tokens - 1)
-        attending = rows, lead + tokens[2] if lead else 0, config.dec_dim
-        self.layers = [
-            _Layer(
-                *(torch.zeros(size, dtype=dtype, device=device) for size in (tokens, tokens, none, none)),
-                torch.zeros(attending, dtype=weight.dtype, device=device),
+        self.layers = []
+        for block in self.blocks:
+            lead = 0 if block.cross_attention is None else block.cross_attention.inner.lead
+            attending = weight.new_zeros(rows, lead + tokens[2] if lead else 0, config.dec_dim)
+            key, value, neighbor_key, neighbor_value = (
+                torch.zeros(size, dtype=dtype, device=device) for size in (tokens, tokens, none, none)
             )
-            for _ in range(config.dec_depth)
-        ]
+            self.layers.append(_Layer(key, value, neighbor_key, neighbor_value, attending))
 
     def room(self, place: int) -> int:
         """How many tokens from `place` on attend to the same chunk."""

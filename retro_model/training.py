@@ -114,10 +114,10 @@ def train_model(
     """Trains on the split "train", validates on "valid", and writes `out_folder` with the best weights.
 
     Without `neighbors_folder` it trains the baseline: the same decoder and data, no retrieval. `retrofit` names
-    a trained model to start from, and how to train then; None is new weights. With `work_folder` a run that was stopped continues there, and the last weights are left in
-    `work_folder/last`. `log` gets a record every so often: loss, learning_rate, grad_norm,
-    tokens_per_second, peak_share, and where validated train_loss, valid_loss, valid_loss_off (no
-    neighbors) and valid_loss_shuffled (those of other chunks).
+    a trained model to start from, and how to train then; None is new weights. With `work_folder` a run that was
+    stopped continues there, and the last weights are left in `work_folder/last`. `log` gets a record every
+    so often: loss, learning_rate, grad_norm, tokens_per_second, peak_share, and where validated train_loss,
+    valid_loss, valid_loss_off (no neighbors) and valid_loss_shuffled (those of other chunks).
 
     Several processes (`train_config.processes`) are started here, unless torchrun has started them; then
     each calls this, and only process 0 logs, saves and writes. With them `device` is cpu or cuda.

@@ -64,5 +64,3 @@ def test_text_that_stands_at_a_random_place_of_a_neighbor_is_copied(copy_tokens:
     loss = loss_after_training(make(copy_tokens=copy_tokens), steps=60)
     chance = torch.tensor(V - 1.0).log()
     assert (loss < chance / 2) == (copy_tokens > 0), f"{loss:.2f} of {chance:.2f} nats"
-
-
