@@ -5,6 +5,7 @@ The letters of model.py name the axes; besides them, `H` heads, `F` features of 
 and `J` keys of any attention, `...` whatever is attended in parallel.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -123,7 +124,8 @@ class NeighborAttention(CrossAttention):
     key are then alike where the last n tokens of the text stand in front of a neighbor's token. That is an
     induction head in a single layer (Olsson et al. 2022 call keys of the token before "smeared").
 
-    With `sink` each head has a learned key whose value is zero, so that it can attend to nothing.
+    With `sink` each head has a learned key whose value is zero, so that it can attend to nothing. Its score is not
+    divided by the square root of F: it has to outweigh hundreds of keys, and few steps to learn that.
     """
 
     def __init__(
@@ -149,7 +151,8 @@ class NeighborAttention(CrossAttention):
             key_AKRHF = torch.cat([_later(part, back) for back, part in enumerate(self._parts(key_AKRHF), 1)], dim=-1)
             context_AJHF = torch.cat([key_AKRHF.flatten(1, 2), value_AJHF], dim=-2)
         if self.sink is not None:
-            sink_HF = torch.cat([self.sink, torch.zeros_like(self.sink)]).to(context_AJHF.dtype)
+            key_HF = self.sink * math.sqrt(self.sink.shape[-1])
+            sink_HF = torch.cat([key_HF, torch.zeros_like(key_HF)]).to(context_AJHF.dtype)
             context_AJHF = torch.cat([sink_HF.expand(len(context_AJHF), 1, -1, -1), context_AJHF], dim=1)
         return context_AJHF
 

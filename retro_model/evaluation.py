@@ -173,7 +173,7 @@ def evaluate_models(
         documents=None if documents is None else documents.name,
         counts=counts,
         compared=compared,
-        **_start_of(retro_folder, train),
+        **_start_of(retro_folder, baseline_folder, train),
     )
     metrics, curves = _figures(inputs, scorer, scored, mixed, shared, background, config, seed)
     passages = _passages(models["retro"], inputs, scorer, scored, config.passages, knn, seed)
@@ -241,11 +241,15 @@ def _rule_metrics(mixed: Mixed, metrics: Mapping[str, float | int]) -> dict[str,
 # ---- inputs ----------------------------------------------------------------------------------------
 
 
-def _start_of(retro_folder: Path, train: Inputs) -> dict[str, bool]:
-    """Whether RETRO began with other weights than new ones, and whether those had seen other chunks."""
-    facts = Artifact.open(retro_folder, "model", verify=False).facts
-    before = facts.get("init_from_chunks", [])
-    return {"started": bool(before), "started_elsewhere": bool(set(before) - {train.database.fingerprint})}
+def _start_of(retro_folder: Path, baseline_folder: Path, train: Inputs) -> dict[str, bool]:
+    """Whether RETRO started from a trained model, from this very baseline, and from one that saw other chunks."""
+    retro, baseline = (Artifact.open(folder, "model", verify=False) for folder in (retro_folder, baseline_folder))
+    before = retro.facts.get("init_from_chunks", [])
+    return {
+        "started": bool(before),
+        "started_from_baseline": retro.facts.get("init_from") == baseline.fingerprint,
+        "started_elsewhere": bool(set(before) - {train.database.fingerprint}),
+    }
 
 
 def _open_models(folders: Mapping[str, Path], inputs: Inputs, device: str) -> dict[str, RETRO]:

@@ -56,8 +56,9 @@ class Background:
     documents: str | None
     counts: Mapping[str, int]
     compared: Compared | None
-    started: bool  # RETRO began with the weights of another trained model
-    started_elsewhere: bool  # one of those was trained on other chunks
+    started: bool  # RETRO started from a trained model
+    started_from_baseline: bool  # from the very baseline that it is compared with
+    started_elsewhere: bool  # from a model that was trained on other chunks
 
     def meaning(self, column: str) -> str:
         """What a column is, in a few words."""
@@ -334,14 +335,16 @@ def _notes(metrics: Mapping[str, float | int], background: Background) -> Iterat
             "chunks, as if those were independent, and too narrow for what other documents might give."
         )
     if background.started:
+        where = "the baseline itself" if background.started_from_baseline else "another trained model"
         yield (
-            "RETRO began with the weights of another trained model (train.init_from), so that it had more training "
-            "than the baseline: only on against off is of retrieval alone."
+            f"RETRO started from {where} (retrofit.init_from) and was then trained with retrieval, so it had more "
+            "training than the baseline. On against off compares one model with itself; "
+            "benchmarks/strongest_plain.py compares RETRO with plain decoders that were trained as long."
         )
     if background.started_elsewhere:
         yield (
-            "Careful: that model was trained on other chunks than these. Whether the test documents were among them "
-            "is not known here."
+            "Careful: the model that RETRO started from was trained on other chunks than these. Whether the test "
+            "documents were among them is not known here."
         )
     if background.compared:
         yield from _notes_on_compared(background.compared)

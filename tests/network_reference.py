@@ -122,7 +122,7 @@ def neighbor_attention(
         queries = [y if z is last[-1] else z if layer.post_norm else norm(layer.norm, z) for z in reversed(last)]
         keys = []
         if inner.sink is not None:
-            keys.append((inner.sink, torch.zeros_like(inner.sink), 0))
+            keys.append((inner.sink * math.sqrt(features), torch.zeros_like(inner.sink), 0))
         for neighbor in neighbors:
             for place, vector in neighbor.items():
                 weight_k, weight_v = inner.key_value.weight.chunk(2)

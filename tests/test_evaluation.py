@@ -932,10 +932,15 @@ def test_the_page_says_that_retro_had_the_training_of_another_model(world: World
         change_fact(copy / "retro", "init_from_chunks", before)
         World(copy).evaluate(tmp_path, sweep_knn=[], max_chunks=20)
         page = (tmp_path / "reports/evaluate.html").read_text()
-        assert "had more training than the baseline" in page
-        assert ("Careful: that model was trained on other chunks" in page) == here_too
+        assert "RETRO started from another trained model" in page
+        assert ("Careful: the model that RETRO started from was trained on other chunks" in page) == here_too
+    copy = shutil.copytree(world.root, tmp_path / "retrofit")
+    change_fact(copy / "retro", "init_from_chunks", [here])
+    change_fact(copy / "retro", "init_from", Artifact.open(copy / "baseline", "model").fingerprint)
+    World(copy).evaluate(tmp_path, sweep_knn=[], max_chunks=20)
+    assert "RETRO started from the baseline itself" in (tmp_path / "reports/evaluate.html").read_text()
     world.evaluate(tmp_path, sweep_knn=[], max_chunks=20)
-    assert "had more training" not in (tmp_path / "reports/evaluate.html").read_text()
+    assert "RETRO started from" not in (tmp_path / "reports/evaluate.html").read_text()
 
 
 def test_text_without_a_byte_is_nothing_to_evaluate_on(world: World, tmp_path: Path) -> None:
