@@ -692,6 +692,7 @@ def check_ids(name: str, ids: Tensor, num_tokens: int) -> None:
 
 
 COPYING = 0.5  # how strongly a copied token is added to the residual stream at first
+SHARPNESS = 3.0  # how much larger the scores of copying are at first than those of other attention
 
 # ---- initialization --------------------------------------------------------------------------------
 
@@ -724,7 +725,8 @@ def start_copying(model: RETRO) -> None:
     From random weights several parts would have to agree before any of them is of use, which no short training
     reaches. The encoder passes embeddings on almost unchanged at first, so it is enough that keys are projected
     as queries are, and that the output undoes the projection of the values. Heads bring different parts of an
-    embedding.
+    embedding. Scores are large from the start: where a match hardly stands out, what is brought is noise, and a
+    model learns first to attend to nothing, and then no more.
     """
     config, encoder = model.config, model.encoder
     assert encoder is not None
@@ -738,6 +740,7 @@ def start_copying(model: RETRO) -> None:
             continue
         attention = block.cross_attention.inner
         key, value = attention.key_value.weight.chunk(2)
+        attention.query.weight.mul_(SHARPNESS**0.5)
         key.copy_(attention.query.weight @ widen_ED.T)
         nn.init.orthogonal_(value)
         attention.out.weight.copy_(COPYING * (value @ widen_ED).T)
