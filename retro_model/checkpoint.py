@@ -97,8 +97,8 @@ def from_pretrained(
 def retrofit(base: RETRO, *, freeze: bool = True, **overrides: Any) -> RETRO:
     """A model with retrieval around a decoder that was trained without (RETROfit, section 4.2.3).
 
-    `overrides` are the fields of RETROConfig that belong to retrieval: encoder, cross-attention
-    layers, dropout. Encoder and cross-attention are new, the rest is a copy of `base`; without
+    `overrides` are the fields of RETROConfig that belong to retrieval: those of the encoder and of
+    cross-attention, and dropout. Encoder and cross-attention are new, the rest is a copy of `base`; without
     neighbors the logits are exactly those of `base`. With `freeze` only what is new is trained.
     """
     if base.config.retrieval:
@@ -106,6 +106,8 @@ def retrofit(base: RETRO, *, freeze: bool = True, **overrides: Any) -> RETRO:
     for name in overrides:
         if not name.startswith("enc_") and name not in (
             "dec_cross_attn_layers",
+            "copy_tokens",
+            "cross_attn_sink",
             "dec_attn_dropout",
             "dec_ff_dropout",
         ):

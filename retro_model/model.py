@@ -10,6 +10,8 @@ model, its loss. "Section", "equation" and "algorithm" are the paper's. What is 
 - Inside, a batch is a stream of chunks without rows: T = C * M tokens, documents one after the
   other. All parts but two work on single tokens or chunks; only self-attention and the shift of
   chunked cross-attention know where a document ends, so packing costs no padding and no masks.
+- Copying is built in where the config says so (`copy_tokens`): cross-attention then looks for the place in a
+  neighbor where the text stands now, which the paper's network does not learn in a short training.
 - A chunk without neighbors skips chunked cross-attention whole. A model without a single neighbor is
   therefore exactly its plain decoder, and a plain decoder can be given retrieval later (RETROfit).
 

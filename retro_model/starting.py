@@ -66,6 +66,7 @@ def start_from(model: RETRO, start: Artifact, freeze: str) -> None:
 def _check_shapes(config: RETROConfig, base: RETROConfig, folder: Path) -> None:
     """All that gives a weight its shape or a decoder its function must be the same."""
     of_retrieval = {"enc_dim", "enc_depth", "enc_cross_attn_layers", "dec_cross_attn_layers", "enc_scale_residual"}
+    of_retrieval |= {"copy_tokens", "cross_attn_sink"}
     free = {"retrieval", "max_seq_len", *(name for name in vars(config) if name.endswith("dropout"))}
     for name, found in vars(base).items():
         expected = getattr(config, name)

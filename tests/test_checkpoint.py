@@ -57,6 +57,18 @@ def test_what_is_written(folder: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
+def test_a_config_from_before_copying_is_the_network_without_it(folder: Path) -> None:
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    assert config.pop("copy_tokens") == 0 and config.pop("cross_attn_sink") is False
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    seq = tokens(2, 2 * M)
+    assert torch.equal(from_pretrained(folder)(seq, retrieved_for(seq)), make()(seq, retrieved_for(seq)))
+    del config["heads"]
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"missing model config keys \['heads'\]"):
+        from_pretrained(folder)
+
+
 def test_saving_over_an_older_model(folder: Path) -> None:
     model = make(seed=1, dec_depth=2, dec_cross_attn_layers=(1,))
     model.save_pretrained(folder)
@@ -172,9 +184,10 @@ RETRIEVAL = {name: SMALL[name] for name in ("enc_dim", "enc_depth", "dec_cross_a
 
 @pytest.mark.parametrize("deepnet", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_retrofit_off_is_exactly_the_base_model(deepnet: bool, tied: bool) -> None:
+@pytest.mark.parametrize("copying", [{}, {"copy_tokens": 2, "cross_attn_sink": True}])
+def test_retrofit_off_is_exactly_the_base_model(deepnet: bool, tied: bool, copying: dict[str, Any]) -> None:
     base = make(retrieval=False, use_deepnet=deepnet, tie_embeddings=tied)
-    model = retrofit(base, **RETRIEVAL).eval()
+    model = retrofit(base, **RETRIEVAL, **copying).eval()
     seq = tokens(2, 3 * M + 1)
     assert torch.equal(model(seq), base(seq))
     assert not torch.equal(model(seq, retrieved_for(seq)), base(seq))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from retro_model.attention_maps import neighbor_attention_maps
 from retro_model.model import RETRO
 
 V, M, L, K = 64, 8, 4, 2  # vocabulary, chunk, chunks of a row, neighbors
@@ -64,3 +65,18 @@ def test_text_that_stands_at_a_random_place_of_a_neighbor_is_copied(copy_tokens:
     loss = loss_after_training(make(copy_tokens=copy_tokens), steps=60)
     chance = torch.tensor(V - 1.0).log()
     assert (loss < chance / 2) == (copy_tokens > 0), f"{loss:.2f} of {chance:.2f} nats"
+
+
+@pytest.mark.parametrize("copy_tokens", [0, 1, 2])
+def test_a_fresh_model_looks_at_the_token_after_the_current_one(copy_tokens: int) -> None:
+    """Before any training; the paper's cross-attention has to learn what stands next to what."""
+    model = make(copy_tokens=copy_tokens).eval()
+    seq, retrieved = random_text(16, torch.Generator().manual_seed(2))
+    maps, _ = neighbor_attention_maps(model, seq[:, :-1], retrieved)  # (B, N, K, R)
+    right = []
+    for row in range(len(seq)):
+        for token in range(M - 1, (L - 1) * M):
+            u = (token + 1) // M - 1
+            looked_at = retrieved[row, u].flatten()[maps[row, token].flatten().argmax()]
+            right.append(bool(looked_at == seq[row, token + 1]))
+    assert (sum(right) > 0.7 * len(right)) == (copy_tokens > 0), f"{sum(right)} of {len(right)}"

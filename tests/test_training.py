@@ -332,6 +332,23 @@ def test_baseline_and_retro_begin_with_the_same_decoder(woven: Woven, tmp_path: 
         torch.testing.assert_close(weight, retro[name], atol=1e-9, rtol=0)
 
 
+def test_a_share_of_the_chunks_reads_random_neighbors(woven: Woven) -> None:
+    """As many as the setting says, the same ones whenever the step is drawn, and the others keep their own."""
+    settings = dataclasses.replace(TRAIN, batch_size=64, accumulation=1, neighbor_dropout=0.0)
+    own = make_trainer(woven, settings)
+    for share in (0.25, 1.0):
+        trainer = make_trainer(woven, dataclasses.replace(settings, random_neighbors=share))
+        (portion,), (expected,) = trainer.data(3).portions, own.data(3).portions
+        assert portion.retrieved is not None and expected.retrieved is not None
+        kept = (portion.retrieved == expected.retrieved).flatten(2).all(-1)  # (B, L)
+        assert abs(1 - float(kept.float().mean()) - share) < 0.1
+        (again,) = trainer.data(3).portions
+        assert again.retrieved is not None and again.retrieved.equal(portion.retrieved)
+        (other,) = trainer.data(4).portions
+        assert other.retrieved is not None and not other.retrieved.equal(portion.retrieved)
+    assert dataclasses.replace(settings, random_neighbors=1.0).of_baseline().random_neighbors == 0.0
+
+
 def test_validation_averages_over_labels(woven: Woven) -> None:
     trainer = make_trainer(woven, dataclasses.replace(TRAIN, validate_sequences=0))
     row = trainer.validate()
