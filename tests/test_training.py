@@ -152,6 +152,8 @@ def test_every_setting_of_the_network_reaches_it() -> None:
         gated_rmsnorm=True,
         use_deepnet=True,
         tie_embeddings=True,
+        copy_tokens=2,
+        cross_attn_sink=True,
     )
     plain = ModelConfig()
     names = [field.name for field in dataclasses.fields(config)]
