@@ -46,8 +46,8 @@ def _with_ends(metrics: Mapping[str, float | int], name: str) -> tuple[float, fl
 
 def _gain_of_part(gain: float, low: float | None, high: float | None) -> str:
     if low is None or high is None:
-        return f"{signed(gain)} (one piece of text: no interval)"
-    return f"{signed(gain)} ({signed(low)} to {signed(high)})"
+        return f"{signed(gain)}\n(one piece of text: no interval)"
+    return f"{signed(gain)}\n({signed(low)} to {signed(high)})"
 
 
 def leakage_table(curve: Curve, num_neighbors: int) -> Table:

@@ -447,7 +447,7 @@ thead th { color: var(--soft); font-weight: 500; font-size: .88rem; }
 tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 8rem; }
 tr > :last-child { padding-right: 0; }
 small { display: block; font-weight: 400; font-size: .85rem; line-height: 1.35; color: var(--soft); }
-td { white-space: nowrap; }
+td { white-space: pre; }
 .charts, .tables { display: grid; gap: 0 2.5rem; }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
 .tables { grid-template-columns: repeat(auto-fit, minmax(min(100%, 29rem), 1fr)); }
