@@ -89,7 +89,9 @@ class Bench:
 
     def plain(self, name: str, model: ModelConfig, steps: int, lr: float, seed: int) -> Path:
         """Trains a plain decoder with one cosine over `steps`."""
-        train = replace(self.params.train.of_baseline(), steps=steps, lr=lr, validate_every=max(1, steps // 4))
+        warmup = min(self.params.train.warmup, steps)
+        config = self.params.train.of_baseline()
+        train = replace(config, steps=steps, lr=lr, warmup=warmup, validate_every=max(1, steps // 4))
         return self.train(f"{name}-{steps}-{lr:g}", model, train, seed)
 
 
