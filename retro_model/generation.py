@@ -122,8 +122,8 @@ class _Layer:
     """What one decoder layer keeps: of the tokens read (B, H, max_length + M, F), of the neighbors (B, H, J, F).
 
     Keys are rotated. Tokens lie next to each other for each head, because all are read for every new one.
-    `attending` (B, lead + max_length + M, D) are the states that attended to neighbors, where copy heads look back
-    to them; before the first token they are zero.
+    `attending` (B, lead + max_length + M, D) are the states that attended to neighbors, where copying looks back
+    to them (`copy_tokens`); before the first token they are zero.
     """
 
     key: Tensor
