@@ -6,9 +6,9 @@ that time to plain decoders instead, and compares all of them on the test docume
 - one step of each network is timed in turns, in one process; RETRO's time is that of the baseline's steps plus
   that of its own steps, and each plain decoder gets as many steps as fit into it, with one cosine over them;
 - plain decoders come with tied and untied embeddings, at the size of RETRO's decoder and at RETRO's number of
-  weights (more layers of the same width), and each with several learning rates;
-- for the first seed the learning rate of each is chosen by the validation loss after a share of its steps, and
-  the strongest of the four by the validation loss after all of them; the other seeds train that one;
+  weights (more layers of the same width);
+- for the first seed the learning rates of tied and untied ones are chosen by the validation loss after a share of
+  the steps, and the strongest of the four by the validation loss after all of them; the other seeds train that one;
 - what decides is the paired bootstrap over test documents, RETRO against the strongest plain decoder; the better
   one of tied and untied plain decoders at the steps of RETRO's own decoder stands beside.
 
@@ -16,16 +16,19 @@ that time to plain decoders instead, and compares all of them on the test docume
     python benchmarks/strongest_plain.py --seeds 0 1 2 | tee benchmarks/results/DATE-strongest-plain.txt
 
 The settings are those of params.yaml. Embedding, index and search are not counted; they are printed by `make
-repro`. A run that was stopped goes on where it was when the same command is given again. With the default
-settings it takes about twelve times the training of `make repro`.
+repro`. A run that was stopped goes on where it was when the same command is given again, with the step times that
+it measured first. With the default settings it takes about ten times the training of `make repro`.
 """
 
 import argparse
+import json
+import multiprocessing
 import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,38 +69,78 @@ class Plain:
 
 
 @dataclass(frozen=True)
+class Run:
+    """A training: of a plain decoder, or of RETRO around the one that `base` trained."""
+
+    name: str
+    model: ModelConfig
+    train: TrainConfig
+    seed: int
+    base: "Run | None" = None
+
+
+@dataclass(frozen=True)
 class Bench:
     """What all runs have in common."""
 
     data: Path
     work: Path
     params: SimpleNamespace
+    jobs: int  # trainings at a time
+    threads: int  # of each
 
-    def train(self, name: str, model: ModelConfig, train: TrainConfig, seed: int, base: Path | None = None) -> Path:
-        """Trains a network, or finds it trained; RETRO around `base`, a plain decoder without. Its folder."""
-        folder = self.work / f"seed-{seed}" / name
-        if not (folder / "model").exists():
-            params = self.params
-            neighbors = None if base is None else self.data / "neighbors"
-            retrofit = None if base is None else replace(params.retrofit, init_from=str(base))
-            train_model(
-                self.data / "chunks", neighbors, self.data / "tokenizer", model, train, retrofit,
-                knn=params.knn, seq_len=params.seq_len, seed=seed, out_folder=folder / "model",
-                work_folder=folder / "work", log_every=10**9,
-            )  # fmt: skip
-        return folder / "model"
-
-    def plain(self, name: str, model: ModelConfig, steps: int, lr: float, seed: int) -> Path:
-        """Trains a plain decoder with one cosine over `steps`."""
+    def plain(self, plain: Plain, seed: int, steps: int, lr: float) -> Run:
+        """The training of a plain decoder, with one cosine over `steps`."""
         warmup = min(self.params.train.warmup, steps)
         config = self.params.train.of_baseline()
         train = replace(config, steps=steps, lr=lr, warmup=warmup, validate_every=max(1, steps // 4))
-        return self.train(f"{name}-{steps}-{lr:g}", model, train, seed)
+        return Run(f"{plain.name}-{steps}-{lr:g}", plain.model, train, seed)
 
+    def own(self, plain: Plain, seed: int) -> Run:
+        """The training of a plain decoder by the settings of RETRO's own one."""
+        return self.plain(plain, seed, self.params.train.steps, self.params.train.lr)
 
-def valid_loss(folder: Path) -> float:
-    """The best validation loss of a trained model."""
-    return float(Artifact.open(folder, "model", verify=False).facts["valid_loss"])
+    def retro(self, base: Plain, seed: int) -> Run:
+        """The training of RETRO, around its own decoder or from new weights as the settings say."""
+        own = None if self.params.retrofit.model() is None else self.own(base, seed)
+        return Run("retro", self.params.model, self.params.train, seed, own)
+
+    def folder(self, run: Run) -> Path:
+        """Where a run keeps its model and its checkpoints."""
+        return self.work / f"seed-{run.seed}" / run.name
+
+    def train_all(self, runs: Iterable[Run]) -> None:
+        """Trains what is not trained yet, `jobs` at a time."""
+        missing = [run for run in runs if not (self.folder(run) / "model").exists()]
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self.jobs, context, torch.set_num_threads, (self.threads,)) as pool:
+            for _ in pool.map(self.train, missing):
+                pass
+
+    def train(self, run: Run) -> None:
+        """Trains one network."""
+        params, folder = self.params, self.folder(run)
+        retrieval = run.name == "retro"
+        base = None if run.base is None else str(self.folder(run.base) / "model")
+        train_model(
+            self.data / "chunks",
+            self.data / "neighbors" if retrieval else None,
+            self.data / "tokenizer",
+            run.model,
+            run.train,
+            None if base is None else replace(params.retrofit, init_from=base),
+            knn=params.knn,
+            seq_len=params.seq_len,
+            seed=run.seed,
+            out_folder=folder / "model",
+            work_folder=folder / "work",
+            log_every=10**9,
+        )
+
+    def valid_loss(self, run: Run) -> float:
+        """The best validation loss of a run."""
+        facts = Artifact.open(self.folder(run) / "model", "model", verify=False).facts
+        return float(facts["valid_loss"])
 
 
 def num_weights(model: ModelConfig, bench: Bench, retrieval: bool) -> int:
@@ -162,15 +205,17 @@ class TestDocuments:
     """The test split, and what each model costs on it."""
 
     def __init__(self, bench: Bench) -> None:
+        self.bench = bench
         chunks, database = (Artifact.open(bench.data / "chunks" / split, "chunks") for split in ("test", "train"))
         self.scorer = Scorer(chunks, database, choose_spans(chunks["documents"][:], None, 0), bench.params.seq_len)
         ids = Artifact.open(bench.data / "neighbors/test", "neighbors")["ids"]
         self.nearest = ids[self.scorer.rows][:, : bench.params.knn]
         self.bytes = sum_by_document(self.scorer.bytes, self.scorer.documents)
 
-    def losses(self, folder: Path, retrieval: bool = False) -> FloatArray:
+    def losses(self, run: Run, retrieval: bool = False) -> FloatArray:
         """The summed nats of each document."""
-        losses = self.scorer.losses(from_pretrained(folder), self.nearest if retrieval else None)
+        model = from_pretrained(self.bench.folder(run) / "model")
+        losses = self.scorer.losses(model, self.nearest if retrieval else None)
         return sum_by_document(losses.sum(axis=1), self.scorer.documents)
 
     def bpb(self, losses: FloatArray) -> float:
@@ -183,16 +228,6 @@ class TestDocuments:
         return self.bpb(other) - self.bpb(losses), *interval(bits_per_byte(sums[:, 1] - sums[:, 0], sums[:, 2]))
 
 
-def choose_rate(bench: Bench, plain: Plain, steps: int, rates: Sequence[float], seed: int) -> float:
-    """The learning rate with the lowest validation loss after a share of the steps."""
-    if len(rates) == 1:
-        return rates[0]
-    short = max(1, round(SHARE * steps))
-    losses = {rate: valid_loss(bench.plain(f"{plain.name}-short", plain.model, short, rate, seed)) for rate in rates}
-    print(f"  {plain.name}: " + ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in losses.items()), flush=True)
-    return min(losses, key=losses.__getitem__)
-
-
 def main() -> None:
     """Trains, compares and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -201,67 +236,98 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=list(LEARNING_RATES), help="times train.lr")
     parser.add_argument("--turns", type=int, default=9, help="steps of each network that are timed")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each training")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     params = read_params("knn", "seq_len", "model", "train", "retrofit")
-    bench = Bench(arguments.data, arguments.work, params)
-
-    plains = competitors(bench)
+    bench = Bench(arguments.data, arguments.work, params, arguments.jobs, arguments.threads)
+    seeds, plains = arguments.seeds, competitors(bench)
+    first = seeds[0]
+    same_size = [plain for plain in plains if plain.model.dec_depth == params.model.dec_depth]
     base = next(plain for plain in plains if plain.model == params.model)
-    networks = {"retro": params.model, **{plain.name: plain.model for plain in plains}}
-    seconds = seconds_of_steps(bench, networks, arguments.turns)
-    around = params.retrofit.model() is not None
-    own_steps = params.retrofit.steps if around else params.train.steps
-    budget = own_steps * seconds["retro"] + (params.train.steps * seconds[base.name] if around else 0)
-    steps = {plain.name: max(1, round(budget / seconds[plain.name])) for plain in plains}
-    print(f"RETRO: {num_weights(params.model, bench, True):,} weights, trained for {budget:.0f} s")
-    print(f"  its decoder {params.train.steps:,} steps of {seconds[base.name] * 1e3:.0f} ms" if around else "")
-    print(f"  retrieval {own_steps:,} steps of {seconds['retro'] * 1e3:.0f} ms, {arguments.threads} threads")
-    print("plain decoders, trained as long:")
-    for plain in plains:
-        weights = num_weights(plain.model, bench, False)
-        each = f"{steps[plain.name]:,} steps of {seconds[plain.name] * 1e3:.0f} ms"
-        print(f"  {plain.name:<16} {weights:,} weights, {each}", flush=True)
+    steps = equal_time(bench, plains, base, arguments.turns)
 
-    first = arguments.seeds[0]
-    rates = [factor * params.train.lr for factor in arguments.rates]
     print(f"learning rates: validation loss after {SHARE:.0%} of the steps, seed {first}")
-    chosen = {plain.name: choose_rate(bench, plain, steps[plain.name], rates, first) for plain in plains}
-    trained = {
-        plain.name: bench.plain(plain.name, plain.model, steps[plain.name], chosen[plain.name], first)
-        for plain in plains
+    rates = [factor * params.train.lr for factor in arguments.rates]
+    short = {
+        plain.name: {
+            lr: bench.plain(
+                replace(plain, name=f"{plain.name}-short"), first, max(1, round(SHARE * steps[plain.name])), lr
+            )
+            for lr in rates
+        }
+        for plain in same_size
     }
-    strongest = min(plains, key=lambda plain: valid_loss(trained[plain.name]))
+    own = [bench.own(base, seed) for seed in seeds] + [bench.own(plain, first) for plain in same_size if plain != base]
+    bench.train_all([*(run for runs in short.values() for run in runs.values()), *own])
+    chosen = {}  # of tied and of untied ones
+    for plain in same_size:
+        losses = {lr: bench.valid_loss(run) for lr, run in short[plain.name].items()}
+        print(f"  {plain.name}: " + ", ".join(f"{loss:.4f} at {lr:g}" for lr, loss in losses.items()), flush=True)
+        chosen[plain.model.tie_embeddings] = min(losses, key=losses.__getitem__)
+
+    def equal(plain: Plain, seed: int) -> Run:
+        return bench.plain(plain, seed, steps[plain.name], chosen[plain.model.tie_embeddings])
+
+    bench.train_all([*(equal(plain, first) for plain in plains), *(bench.retro(base, seed) for seed in seeds)])
     print(f"validation loss after all steps, seed {first}:")
-    for name, folder in trained.items():
-        print(f"  {name:<16} {valid_loss(folder):.4f} at {chosen[name]:g}", flush=True)
+    losses_of = {plain.name: bench.valid_loss(equal(plain, first)) for plain in plains}
+    for plain in plains:
+        lr = chosen[plain.model.tie_embeddings]
+        print(f"  {plain.name:<16} {losses_of[plain.name]:.4f} at {lr:g}", flush=True)
+    strongest = min(plains, key=lambda plain: losses_of[plain.name])
     print(f"strongest plain decoder: {strongest.name}")
+    equal_steps = min(same_size, key=lambda plain: bench.valid_loss(bench.own(plain, first)))
+    bench.train_all([*(equal(strongest, seed) for seed in seeds), *(bench.own(equal_steps, seed) for seed in seeds)])
 
     test = TestDocuments(bench)
     print(f"bits per byte of {len(test.bytes):,} test documents; saved by RETRO, with 95% intervals")
-    same_size = [plain for plain in plains if plain.model.dec_depth == params.model.dec_depth]
-    for seed in arguments.seeds:
-        own = {
-            plain.name: bench.plain(f"{plain.name}-own", plain.model, params.train.steps, params.train.lr, seed)
-            for plain in same_size
-        }
-        equal_steps = min(own, key=lambda name: valid_loss(own[name]))
-        plain = bench.plain(strongest.name, strongest.model, steps[strongest.name], chosen[strongest.name], seed)
-        retro = bench.train("retro", params.model, params.train, seed, own[base.name] if around else None)
-        losses = test.losses(retro, retrieval=True)
-        print(f"seed {seed}: RETRO {test.bpb(losses):.4f}")
-        for title, folder in (
-            (f"{equal_steps}, {params.train.steps:,} steps, as RETRO's decoder", own[equal_steps]),
-            (f"strongest plain decoder: {strongest.name}, {steps[strongest.name]:,} steps", plain),
+    for seed in seeds:
+        retro = test.losses(bench.retro(base, seed), retrieval=True)
+        print(f"seed {seed}: RETRO {test.bpb(retro):.4f}")
+        for title, run in (
+            (f"{equal_steps.name}, {params.train.steps:,} steps, as RETRO's decoder", bench.own(equal_steps, seed)),
+            (
+                f"strongest plain decoder: {strongest.name}, {steps[strongest.name]:,} steps",
+                equal(strongest, seed),
+            ),
         ):
-            others = test.losses(folder)
-            saved, low, high = test.saved(losses, others)
+            others = test.losses(run)
+            saved, low, high = test.saved(retro, others)
             share = saved / test.bpb(others)
             print(
                 f"  {test.bpb(others):.4f}  {title}: {saved:+.4f} ({low:+.4f} to {high:+.4f}), {share:+.1%}", flush=True
             )
         measured(f"saved against the strongest plain decoder, seed {seed}", ratio=share, at_least=0.0)
+
+
+def equal_time(bench: Bench, plains: list[Plain], base: Plain, turns: int) -> dict[str, int]:
+    """How many steps of each plain decoder take as long as RETRO's training; prints what that comes from.
+
+    The times are kept, so that a run which goes on later compares the same trainings.
+    """
+    params, kept = bench.params, bench.work / "seconds.json"
+    if not kept.exists():
+        networks = {"retro": params.model, **{plain.name: plain.model for plain in plains}}
+        measured_now = seconds_of_steps(bench, networks, turns)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(measured_now))
+    seconds = json.loads(kept.read_text())
+    around = params.retrofit.model() is not None
+    own_steps = params.retrofit.steps if around else params.train.steps
+    budget = own_steps * seconds["retro"] + (params.train.steps * seconds[base.name] if around else 0)
+    steps = {plain.name: max(1, round(budget / seconds[plain.name])) for plain in plains}
+    print(f"RETRO: {num_weights(params.model, bench, True):,} weights, trained for {budget:.0f} s")
+    if around:
+        print(f"  its decoder {params.train.steps:,} steps of {seconds[base.name] * 1e3:.0f} ms")
+    print(f"  retrieval {own_steps:,} steps of {seconds['retro'] * 1e3:.0f} ms, {bench.threads} threads")
+    print("plain decoders, trained as long:")
+    for plain in plains:
+        weights = num_weights(plain.model, bench, False)
+        each = f"{steps[plain.name]:,} steps of {seconds[plain.name] * 1e3:.0f} ms"
+        print(f"  {plain.name:<16} {weights:,} weights, {each}", flush=True)
+    return steps
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ class CrossAttention(nn.Module):
 
 
 class NeighborAttention(CrossAttention):
-    """Attention of the decoder to encoded neighbors, with two optional parts that the paper does not have.
+    """Attention of the decoder to encoded neighbors, with optional parts that the paper does not have.
 
     To use a neighbor, a head has to find the place in it where the text stands now, and bring what followed
     there. With `copy_tokens` = n, the query of a token is made of itself and the n - 1 tokens before it, and the
@@ -124,23 +124,37 @@ class NeighborAttention(CrossAttention):
     key are then alike where the last n tokens of the text stand in front of a neighbor's token. That is an
     induction head in a single layer (Olsson et al. 2022 call keys of the token before "smeared").
 
+    To copy a token is to raise its logit: to add its row of the output matrix to the residual stream. With tied
+    embeddings the encoder starts from these rows. Otherwise it does not see them, and `copy_rows` adds a projection
+    of the row of each neighbor's token to its value.
+
     With `sink` each head has a learned key whose value is zero, so that it can attend to nothing. Its score is not
     divided by the square root of F: it has to outweigh hundreds of keys, and few steps to learn that.
     """
 
     def __init__(
-        self, dim: int, context_dim: int, heads: int, dim_head: int, dropout: float, *, copy_tokens: int, sink: bool
+        self,
+        dim: int,
+        context_dim: int,
+        heads: int,
+        dim_head: int,
+        dropout: float,
+        *,
+        copy_tokens: int,
+        copy_rows: bool,
+        sink: bool,
     ) -> None:
         super().__init__(dim, context_dim, heads, dim_head, dropout)
         self.copy_tokens = copy_tokens
         self.lead = max(0, copy_tokens - 1)  # tokens before the first query that it looks back to
+        self.copy_rows = nn.Linear(dim, heads * dim_head, bias=False) if copy_rows else None
         self.sink = nn.Parameter(torch.zeros(heads, dim_head)) if sink else None
 
-    def neighbor_context(self, encoded_AJE: Tensor, mask_AKR: Tensor) -> Tensor:
+    def neighbor_context(self, encoded_AJE: Tensor, mask_AKR: Tensor, rows_AJD: Tensor | None) -> Tensor:
         """The keys and values of encoded neighbors: (A, J, 2H, F), with a sink (A, 1 + J, 2H, F).
 
         `mask_AKR` is False at padding. Keys are zero where a token is not there: in front of a neighbor, or in
-        its padding.
+        its padding. `rows_AJD` are the normalized output rows of the tokens, for `copy_rows`.
         """
         context_AJHF = self.context(encoded_AJE)
         if self.copy_tokens:
@@ -149,6 +163,8 @@ class NeighborAttention(CrossAttention):
             if not bool(mask_AKR.all()):
                 key_AKRHF = key_AKRHF * mask_AKR[..., None, None].to(key_AKRHF.dtype)
             key_AKRHF = torch.cat([_later(part, back) for back, part in enumerate(self._parts(key_AKRHF), 1)], dim=-1)
+            if self.copy_rows is not None:
+                value_AJHF = value_AJHF + self.copy_rows(rows_AJD).unflatten(-1, (self.heads, -1))
             context_AJHF = torch.cat([key_AKRHF.flatten(1, 2), value_AJHF], dim=-2)
         if self.sink is not None:
             key_HF = self.sink * math.sqrt(self.sink.shape[-1])

@@ -323,10 +323,11 @@ class CachedDecoder:
         encoded_AJE = model.encoder(model.embedding(retrieved_AKR), mask_AKR, self.hidden_BMD[rows])
         _, number, length = retrieved_AKR.shape
         _, table_JF = cross_positions(config, number, length, model.embedding.weight)
+        rows_AJD = model.output_rows(retrieved_AKR)
         for block, layer in zip(model.decoder, self.layers, strict=True):
             if block.cross_attention is not None:
                 attention = block.cross_attention.inner
-                key_AJHF, value_AJHF = attention.neighbor_context(encoded_AJE, mask_AKR).chunk(2, dim=-2)
+                key_AJHF, value_AJHF = attention.neighbor_context(encoded_AJE, mask_AKR, rows_AJD).chunk(2, dim=-2)
                 key_AJHF = rotate(key_AJHF, table_JF)
                 layer.neighbor_key = _put_rows(layer.neighbor_key, rows, key_AJHF.transpose(1, 2))
                 layer.neighbor_value = _put_rows(layer.neighbor_value, rows, value_AJHF.transpose(1, 2))

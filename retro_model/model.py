@@ -109,6 +109,11 @@ class RETROConfig:
                 which = name[:3] + "_depth"
                 raise ConfigError(f"{name} must be different layers from 1 to {which} = {depth}: {layers}")
 
+    @property
+    def copy_rows(self) -> bool:
+        """Whether copying needs the output rows of the neighbors' tokens, because they are not the embedding."""
+        return self.copy_tokens > 0 and not self.tie_embeddings
+
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: every argument, none derived."""
         if not isinstance(self.norm_klass, str | None):
@@ -274,7 +279,8 @@ class Side:
         sizes = self.dim, context_dim, config.heads, config.dim_head, self.attn_dropout
         if self.name == "enc":
             return self.residual(CrossAttention(*sizes))
-        return self.residual(NeighborAttention(*sizes, copy_tokens=config.copy_tokens, sink=config.cross_attn_sink))
+        copying = {"copy_tokens": config.copy_tokens, "copy_rows": config.copy_rows}
+        return self.residual(NeighborAttention(*sizes, **copying, sink=config.cross_attn_sink))
 
     def feed_forward(self) -> Residual:
         """The feed-forward layers with their residual."""
@@ -410,6 +416,7 @@ class Retrieval(NamedTuple):
     """What the chunks with neighbors got, ready to be attended to."""
 
     encoded_AJE: Tensor
+    rows_AJD: Tensor | None  # see RETRO.output_rows
     mask_AKR: Tensor  # False at padding and missing neighbors
     mask_AJ: Tensor  # the same for each key, of which the first may be a sink
     active_A: Tensor | None  # those chunks' places in the stream; None: all of them
@@ -447,7 +454,7 @@ def chunked_cross_attention(cross: Residual, x_TD: Tensor, retrieval: Retrieval,
     attending_AMD = attending_CMD if active_A is None else attending_CMD[active_A]
     see = partial(
         attend_context,
-        context_BJHF=cross.inner.neighbor_context(retrieval.encoded_AJE, retrieval.mask_AKR),
+        context_BJHF=cross.inner.neighbor_context(retrieval.encoded_AJE, retrieval.mask_AKR, retrieval.rows_AJD),
         key_table_JF=retrieval.key_table_JF,
         mask_BJ=retrieval.mask_AJ,
     )
@@ -499,6 +506,12 @@ class RETRO(nn.Module):
     def output_weight_VD(self) -> Tensor:
         """The matrix that turns hidden states into logits: the embedding itself if they are tied."""
         return self.embedding.weight if self.unembedding is None else self.unembedding.weight
+
+    def output_rows(self, retrieved_AKR: Tensor) -> Tensor | None:
+        """The rows of the output matrix for the neighbors' tokens, of equal size (A, J, D); None if none are copied."""
+        if not self.config.copy_rows:
+            return None
+        return F.rms_norm(F.embedding(retrieved_AKR.flatten(1), self.output_weight_VD), (self.config.dec_dim,))
 
     def forward(
         self,
@@ -596,6 +609,7 @@ class RETRO(nn.Module):
         _, num_neighbors, length = retrieved_CKR.shape
         return Retrieval(
             self.encoder(self.embedding(retrieved_CKR), mask_CKR, hidden_CMD),
+            self.output_rows(retrieved_CKR),
             mask_CKR,
             cross_mask(config, mask_CKR),
             active_A,
@@ -726,9 +740,10 @@ def start_copying(model: RETRO) -> None:
 
     From random weights several parts would have to agree before any of them is of use, which no short training
     reaches. The encoder passes embeddings on almost unchanged at first, so it is enough that keys are projected
-    as queries are, and that the output undoes the projection of the values. Heads bring different parts of an
-    embedding. Scores are large from the start: where a match hardly stands out, what is brought is noise, and a
-    model learns first to attend to nothing, and then no more.
+    as queries are, and that the output undoes the projection of the values: of the embeddings, or of the output
+    rows where these are others. Heads bring different parts of a token. Scores are large from the start: where a
+    match hardly stands out, what is brought is noise, and a model learns first to attend to nothing, and then no
+    more.
     """
     config, encoder = model.config, model.encoder
     assert encoder is not None
@@ -744,8 +759,13 @@ def start_copying(model: RETRO) -> None:
         key, value = attention.key_value.weight.chunk(2)
         attention.query.weight.mul_(SHARPNESS**0.5)
         key.copy_(attention.query.weight @ widen_ED.T)
-        nn.init.orthogonal_(value)
-        attention.out.weight.copy_(COPYING * (value @ widen_ED).T)
+        if attention.copy_rows is None:
+            nn.init.orthogonal_(value)
+            copied = value @ widen_ED
+        else:
+            nn.init.zeros_(value)
+            nn.init.orthogonal_(copied := attention.copy_rows.weight)
+        attention.out.weight.copy_(COPYING * copied.T)
 
 
 def initialize_block(block: Block, side: Side) -> None:

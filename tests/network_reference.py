@@ -14,7 +14,7 @@ from torch import Tensor
 from retro_model.model import RETRO, Residual
 
 Key = tuple[Tensor, Tensor, int]  # key and value of all heads (H, F), and position
-Encoded = dict[int, Tensor]  # the real tokens of one neighbor by their positions
+Encoded = dict[int, tuple[Tensor, Tensor]]  # the real tokens of one neighbor by position: encoded, and output row
 
 
 def score(query_F: Tensor, key_F: Tensor, distance: int) -> Tensor:
@@ -124,11 +124,14 @@ def neighbor_attention(
         if inner.sink is not None:
             keys.append((inner.sink * math.sqrt(features), torch.zeros_like(inner.sink), 0))
         for neighbor in neighbors:
-            for place, vector in neighbor.items():
+            for place, (vector, row) in neighbor.items():
                 weight_k, weight_v = inner.key_value.weight.chunk(2)
-                before = [neighbor.get(place - 1 - back) for back in range(tokens)]
+                before = [neighbor.get(place - 1 - back, (None, None))[0] for back in range(tokens)]
                 key = copying(before if inner.copy_tokens else [vector], weight_k)
-                keys.append((key, split(weight_v @ vector, heads), 0 if inner.copy_tokens else place))
+                value = weight_v @ vector
+                if inner.copy_rows is not None:
+                    value = value + inner.copy_rows.weight @ (row / row.square().mean().sqrt())
+                keys.append((key, split(value, heads), 0 if inner.copy_tokens else place))
         query = copying(queries, inner.query.weight)
         weights = weights_of(query, 0 if inner.copy_tokens else position, keys)
         seen.append(weights)
@@ -155,7 +158,8 @@ def encode(model: RETRO, neighbor: list[int], hidden: list[Tensor]) -> Encoded:
         if block.cross_attention is not None:
             xs = [cross_attention(block.cross_attention, x, i, context, heads) for i, x in enumerate(xs)]
         xs = [feed_forward(block.feed_forward, x) for x in xs]
-    return {i: norm(encoder.norm, x) for i, x in enumerate(xs) if neighbor[i] != pad}
+    rows = model.output_weight_VD[neighbor]
+    return {i: (norm(encoder.norm, x), rows[i]) for i, x in enumerate(xs) if neighbor[i] != pad}
 
 
 def logits(

@@ -146,7 +146,7 @@ def cross_scores(monkeypatch: pytest.MonkeyPatch, chunk_size: int, num_neighbors
     tables = model.cross_positions(retro.config, num_neighbors, length, encoded)
     mask = torch.ones(3, num_neighbors, length, dtype=torch.bool)
     attends = model.attends_retrieval(torch.arange(3), torch.ones(3, dtype=torch.bool), chunk_size)
-    retrieval = model.Retrieval(encoded, mask, mask.flatten(1), None, attends, *tables)
+    retrieval = model.Retrieval(encoded, None, mask, mask.flatten(1), None, attends, *tables)
     model.chunked_cross_attention(cross, x, retrieval, chunk_size)
     ((query, key),) = caught
     return torch.einsum("qhf,jhf->hqj", query[0], key[0]).detach()

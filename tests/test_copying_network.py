@@ -60,9 +60,10 @@ def loss_after_training(model: RETRO, steps: int) -> float:
     return float(losses[:, M - 1 : -1].mean())
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("copy_tokens", [0, 1, 2])
-def test_text_that_stands_at_a_random_place_of_a_neighbor_is_copied(copy_tokens: int) -> None:
-    loss = loss_after_training(make(copy_tokens=copy_tokens), steps=60)
+def test_text_that_stands_at_a_random_place_of_a_neighbor_is_copied(copy_tokens: int, tied: bool) -> None:
+    loss = loss_after_training(make(copy_tokens=copy_tokens, tie_embeddings=tied), steps=60)
     chance = torch.tensor(V - 1.0).log()
     assert (loss < chance / 2) == (copy_tokens > 0), f"{loss:.2f} of {chance:.2f} nats"
 

@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "equal widths, tied": {"enc_dim": 8, "tie_embeddings": True},
     "scaled residuals": {"enc_scale_residual": 0.5, "dec_scale_residual": 1.5},
     "copying by one token": {"copy_tokens": 1},
+    "copying by three, equal widths": {"copy_tokens": 3, "enc_dim": 8, "cross_attn_sink": True},
     "copying by two, equal widths, tied": {"copy_tokens": 2, "enc_dim": 8, "tie_embeddings": True},
     "sink": {"cross_attn_sink": True},
     "copying by four, sink, deepnet": {"copy_tokens": 4, "cross_attn_sink": True, "use_deepnet": True},
@@ -65,6 +66,8 @@ def make(seed: int = 0, **changes: Any) -> RETRO:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             if "embedding" in name:
                 parameter.normal_(std=0.7)
+            if model.config.copy_rows and name.endswith("key_value.weight"):  # else the encoder's values stay zero
+                parameter.add_(0.3 * torch.randn_like(parameter))
     return model
 
 
