@@ -279,8 +279,8 @@ class Side:
         sizes = self.dim, context_dim, config.heads, config.dim_head, self.attn_dropout
         if self.name == "enc":
             return self.residual(CrossAttention(*sizes))
-        copying = {"copy_tokens": config.copy_tokens, "copy_rows": config.copy_rows}
-        return self.residual(NeighborAttention(*sizes, **copying, sink=config.cross_attn_sink))
+        copying, rows, sink = config.copy_tokens, config.copy_rows, config.cross_attn_sink
+        return self.residual(NeighborAttention(*sizes, copy_tokens=copying, copy_rows=rows, sink=sink))
 
     def feed_forward(self) -> Residual:
         """The feed-forward layers with their residual."""
