@@ -64,10 +64,11 @@ bench: install  ## all benchmarks beside retro-pytorch and their limits, as one 
 	dvc repro knn
 	python benchmarks/run_all.py
 
-check: install  ## formatter, linter, types
+check: install  ## formatter, linter, types, who imports whom
 	ruff format --check .
 	ruff check .
 	mypy retro_model stages
+	lint-imports
 
 lock: install  ## resolve pyproject.toml anew into requirements.lock
 	python -m pip install -q uv

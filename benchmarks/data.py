@@ -31,10 +31,10 @@ import numpy as np  # noqa: E402
 from measured import measured  # noqa: E402
 
 import stages  # noqa: F401, E402  sets what every stage runs with
-from retro_model.artifacts import Artifact, ArtifactWriter, rows_per_part  # noqa: E402
-from retro_model.chunking import batches, make_chunks  # noqa: E402
-from retro_model.documents import Corpus, CorpusConfig  # noqa: E402
-from retro_model.tokenizer import Tokenizer, TokenizerConfig, make_tokenizer  # noqa: E402
+from retro_model.core.artifacts import Artifact, ArtifactWriter, rows_per_part  # noqa: E402
+from retro_model.corpus.chunking import batches, make_chunks  # noqa: E402
+from retro_model.corpus.documents import Corpus, CorpusConfig  # noqa: E402
+from retro_model.corpus.tokenizer import Tokenizer, TokenizerConfig, make_tokenizer  # noqa: E402
 
 MAKE_BENCH = {
     "full": ["chunk", "embed"],
@@ -138,7 +138,7 @@ def embed(folder: Path, turns: int, rows: int) -> None:
     """The stage's reading, tokenizing and embedding beside the forward pass alone at several batch sizes."""
     import torch
 
-    from retro_model.embedding import EmbedConfig, Encoder, embed_rows
+    from retro_model.embedding.embed import EmbedConfig, Encoder, embed_rows
 
     documents = real_text(folder)
     make_tokenizer(documents, CORPUS, TokenizerConfig(vocab_size=4096), folder / "tokenizer")
@@ -239,11 +239,11 @@ def made_up_vectors(folder: Path, num_chunks: int) -> None:
 
 def stage(name: str, folder: Path) -> None:
     """One stage of the curve, in this process; prints seconds, those of its cores, and its private memory."""
-    from retro_model.distances import import_faiss
-    from retro_model.embedding import EmbedConfig, make_embeddings
-    from retro_model.index_building import make_index
-    from retro_model.index_keys import IndexConfig
-    from retro_model.neighbors import NeighborsConfig, make_neighbors
+    from retro_model.embedding.embed import EmbedConfig, make_embeddings
+    from retro_model.search.build import make_index
+    from retro_model.search.distances import import_faiss
+    from retro_model.search.keys import IndexConfig
+    from retro_model.search.neighbors import NeighborsConfig, make_neighbors
 
     import_faiss()
     made = folder / "vectors"

@@ -20,7 +20,7 @@ import numpy as np  # noqa: E402
 import numpy.typing as npt  # noqa: E402
 from measured import measured  # noqa: E402
 
-from retro_model.overlap import longest_shared_runs  # noqa: E402
+from retro_model.evaluation.overlap import longest_shared_runs  # noqa: E402
 
 MAKE_BENCH = {"full": [""], "quick": ["--chunks 40 --turns 1"]}
 VOCABULARY, CHUNK_SIZE, NEIGHBORS, RETRIEVED = 4096, 64, 10, 128

@@ -15,17 +15,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from retro_model.artifacts import DESCRIPTION, Artifact
-from retro_model.chunking import make_chunks
-from retro_model.documents import CorpusConfig
-from retro_model.embedding import EmbedConfig, make_embeddings
-from retro_model.errors import ConfigError
-from retro_model.index_building import make_index
-from retro_model.index_keys import IndexConfig
-from retro_model.neighbors import NeighborsConfig, make_neighbors
+from retro_model.core.artifacts import DESCRIPTION, Artifact
+from retro_model.core.errors import ConfigError
+from retro_model.corpus.chunking import make_chunks
+from retro_model.corpus.documents import CorpusConfig
+from retro_model.corpus.tokenizer import TokenizerConfig, make_tokenizer
+from retro_model.embedding.embed import EmbedConfig, make_embeddings
+from retro_model.network.config import ModelConfig
 from retro_model.sample import STANDARD_LIBRARY, SampleConfig, find_package, write_sample
-from retro_model.tokenizer import TokenizerConfig, make_tokenizer
-from retro_model.training import ModelConfig, TrainConfig, TrainingResult, train_model
+from retro_model.search.build import make_index
+from retro_model.search.keys import IndexConfig
+from retro_model.search.neighbors import NeighborsConfig, make_neighbors
+from retro_model.training.run import train_model
+from retro_model.training.trainer import TrainConfig, TrainingResult
 
 MAKE_BENCH: dict[str, list[str]] = {"full": [], "quick": []}  # hours on a CPU; on a GPU, run it as above
 

@@ -40,10 +40,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measured import measured
 
-from retro_model.devices import fast_float32_products, keep_freed_memory, resolve_number_type
-from retro_model.generation import CachedDecoder
-from retro_model.hardware import DATA_SHEETS, known_chip, products
-from retro_model.model import RETRO, RETROConfig
+from retro_model.core.devices import fast_float32_products, keep_freed_memory, resolve_number_type
+from retro_model.inference.generation import CachedDecoder
+from retro_model.network.config import RETROConfig
+from retro_model.network.model import RETRO
+from retro_model.training.throughput import DATA_SHEETS, known_chip, products
 
 
 @dataclass(frozen=True)

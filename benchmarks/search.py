@@ -32,12 +32,12 @@ from fixtures import write_vectors  # noqa: E402
 from measured import measured  # noqa: E402
 
 import stages  # noqa: F401, E402  the settings that every stage runs with
-from retro_model.artifacts import Artifact  # noqa: E402
-from retro_model.distances import import_faiss  # noqa: E402
-from retro_model.index import INDEX_FILE  # noqa: E402
-from retro_model.index_building import make_index  # noqa: E402
-from retro_model.index_keys import IndexConfig  # noqa: E402
-from retro_model.neighbors import QUERIES_PER_BATCH, SURPLUS, Database  # noqa: E402
+from retro_model.core.artifacts import Artifact  # noqa: E402
+from retro_model.search.build import make_index  # noqa: E402
+from retro_model.search.distances import import_faiss  # noqa: E402
+from retro_model.search.index import INDEX_FILE  # noqa: E402
+from retro_model.search.keys import IndexConfig  # noqa: E402
+from retro_model.search.neighbors import QUERIES_PER_BATCH, SURPLUS, Database  # noqa: E402
 
 DIM, CHUNKS_PER_DOCUMENT = 384, 20
 HELD_OUT = 1000

@@ -43,15 +43,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measured import measured
 
-from retro_model.artifacts import Artifact
-from retro_model.checkpoint import from_pretrained
-from retro_model.dataset import PackedSequences
-from retro_model.devices import fast_float32_products
-from retro_model.figures import FloatArray, bits_per_byte, bootstrap_sums, interval, sum_by_document
-from retro_model.scoring import Scorer, choose_spans
-from retro_model.trainer import Trainer
-from retro_model.training import ModelConfig, TrainConfig, build_model, train_model
-from stages.params import read_params
+from retro_model.core.artifacts import Artifact
+from retro_model.core.devices import fast_float32_products
+from retro_model.evaluation.scoring import Scorer, choose_spans
+from retro_model.evaluation.statistics import FloatArray, bits_per_byte, bootstrap_sums, interval, sum_by_document
+from retro_model.network.config import ModelConfig
+from retro_model.network.model import RETRO
+from retro_model.training.run import build_model, train_model
+from retro_model.training.sequences import PackedSequences
+from retro_model.training.trainer import TrainConfig, Trainer
+from stages.common.params import read_params
 
 MAKE_BENCH: dict[str, list[str]] = {"full": [], "quick": []}  # it takes longer than all the others together
 
@@ -214,7 +215,7 @@ class TestDocuments:
 
     def losses(self, run: Run, retrieval: bool = False) -> FloatArray:
         """The summed nats of each document."""
-        model = from_pretrained(self.bench.folder(run) / "model")
+        model = RETRO.from_pretrained(self.bench.folder(run) / "model")
         losses = self.scorer.losses(model, self.nearest if retrieval else None)
         return sum_by_document(losses.sum(axis=1), self.scorer.documents)
 

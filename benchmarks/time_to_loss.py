@@ -38,12 +38,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measured import measured
 from training import one_document_a_sequence, open_sequences
 
-from retro_model.ahead import ahead
-from retro_model.dataset import Batch, PackedSequences
-from retro_model.devices import NumberType, fast_float32_products, keep_freed_memory, resolve_number_type
-from retro_model.optimization import autocast, make_optimizer, set_learning_rate
-from retro_model.training import build_model
-from stages.params import read_params
+from retro_model.core.devices import NumberType, fast_float32_products, keep_freed_memory, resolve_number_type
+from retro_model.core.prefetch import ahead
+from retro_model.training.optimizer import autocast, make_optimizer, set_learning_rate
+from retro_model.training.run import build_model
+from retro_model.training.sequences import Batch, PackedSequences
+from stages.common.params import read_params
 
 CPU = torch.device("cpu")
 Loss = Callable[[Batch], Tensor]

@@ -25,12 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measured import measured
 
-from retro_model.artifacts import Artifact
-from retro_model.dataset import NO_ROW, IntArray, PackedSequences
-from retro_model.devices import fast_float32_products
-from retro_model.trainer import Step, Trainer
-from retro_model.training import build_model
-from stages.params import read_params
+from retro_model.core.artifacts import Artifact
+from retro_model.core.devices import fast_float32_products
+from retro_model.core.rows import NO_ROW, IntArray
+from retro_model.training.run import build_model
+from retro_model.training.sequences import PackedSequences
+from retro_model.training.trainer import Step, Trainer
+from stages.common.params import read_params
 
 MAKE_BENCH: dict[str, list[str]] = {"full": [""], "quick": []}  # it needs the data of a real run
 
@@ -94,7 +95,7 @@ def in_turns(trainer: Trainer, steps: int) -> dict[str, tuple[float, float]]:
 
 def logging_seconds(records: int) -> float:
     """What one record costs in MLflow, in seconds (the median)."""
-    from stages.tracking import training_run
+    from stages.tracking.runs import training_run
 
     record = dict.fromkeys(("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_share"), 1.0)
     with tempfile.TemporaryDirectory() as root:

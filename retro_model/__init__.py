@@ -8,12 +8,12 @@ from typing import Any
 
 # name -> the module that defines it
 _PUBLIC = {
-    "RETRO": "retro_model.model",
-    "RETROConfig": "retro_model.model",
-    "RETRODataset": "retro_model.memmaps",
-    "Retriever": "retro_model.retriever",
-    "TrainingWrapper": "retro_model.training_wrapper",
-    "generate": "retro_model.generation",
+    "RETRO": "retro_model.network.model",
+    "RETROConfig": "retro_model.network.config",
+    "RETRODataset": "retro_model.memmaps.files",
+    "Retriever": "retro_model.inference.retriever",
+    "TrainingWrapper": "retro_model.memmaps.wrapper",
+    "generate": "retro_model.inference.generation",
 }
 
 __all__ = ["RETRO", "RETROConfig", "RETRODataset", "Retriever", "TrainingWrapper", "generate"]

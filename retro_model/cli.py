@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retro_model.artifacts import SPLITS, Artifact
-from retro_model.errors import ConfigError, MismatchError, RetroError
-from retro_model.processes import allow_open_files
+from retro_model.core.artifacts import SPLITS, Artifact
+from retro_model.core.errors import ConfigError, MismatchError, RetroError
+from retro_model.core.processes import allow_open_files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from retro_model.retriever import Retriever
-    from retro_model.tokenizer import Tokenizer
+    from retro_model.corpus.tokenizer import Tokenizer
+    from retro_model.inference.retriever import Retriever
 
 COLUMNS = 100  # that text is wrapped to
 PARAMS_FILE = Path("params.yaml")
@@ -142,8 +142,8 @@ def _stored_neighbors(options: argparse.Namespace) -> None:
     stored = neighbors["ids"].shape[1]
     if options.knn > stored:
         raise ConfigError(f"--knn: found {options.knn}, expected at most {stored}, which {neighbors.folder} stores")
-    from retro_model.passages import describe_rows
-    from retro_model.tokenizer import Tokenizer
+    from retro_model.corpus.chunks import describe_rows
+    from retro_model.corpus.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.open(options.data / "tokenizer")
     chunks.require(tokenizer=tokenizer.fingerprint)
@@ -175,8 +175,8 @@ def _told(database: Artifact, tokenizer: "Tokenizer", ids: list[int], distances:
     """Each of the neighbors with these rows, in a few lines; -1, for none, is left out."""
     import numpy as np
 
-    from retro_model.dataset import retrieved_tokens
-    from retro_model.passages import describe_rows
+    from retro_model.core.rows import retrieved_tokens
+    from retro_model.corpus.chunks import describe_rows
 
     rows = [row for row in ids if row >= 0]
     if not rows:
@@ -212,7 +212,7 @@ def _open_retriever(options: argparse.Namespace) -> "Retriever":
     for kind, folder in (("index", "index"), ("embeddings", "embeddings/train"), ("chunks", "chunks/train")):
         Artifact.open(options.data / folder, kind, verify=False)  # said at once where it is not there
     encoder = options.encoder or _encoder_of_params()
-    from retro_model.retriever import Retriever
+    from retro_model.inference.retriever import Retriever
 
     return Retriever.open(options.data, encoder=encoder, device=options.device, verify=False)
 
@@ -290,7 +290,7 @@ def _generate(options: argparse.Namespace) -> None:
             f"{options.model}: its tokenizer is not that of {options.data}; run `dvc repro`, or name the data that it "
             "was trained on (--data)"
         )
-    from retro_model.tokenizer import Tokenizer
+    from retro_model.corpus.tokenizer import Tokenizer
 
     tokenizer = retriever.tokenizer if retriever else Tokenizer.open(options.model / "tokenizer")
     for piece in _write(options, tokenizer, retriever, knn):
@@ -305,11 +305,11 @@ def _write(
     """The prompt and what follows it, piece by piece."""
     import torch
 
-    from retro_model.checkpoint import from_pretrained
-    from retro_model.devices import resolve_device
-    from retro_model.generation import Writer, top_k, top_p
+    from retro_model.core.devices import resolve_device
+    from retro_model.inference.generation import Writer, top_k, top_p
+    from retro_model.network.model import RETRO
 
-    model = from_pretrained(options.model, device=resolve_device(options.device))
+    model = RETRO.from_pretrained(options.model, device=resolve_device(options.device))
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     ids = [tokenizer.begin_id, *tokenizer.encode(text).tolist()]
     if len(ids) >= model.config.max_seq_len:

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from retro_model.artifacts import whole_folder
-from retro_model.config import Config, setting
-from retro_model.errors import ConfigError, DocumentError
-from retro_model.progress import progress
+from retro_model.core.artifacts import whole_folder
+from retro_model.core.config import Config, setting
+from retro_model.core.errors import ConfigError, DocumentError
+from retro_model.core.progress import progress
 
 STANDARD_LIBRARY = "python"
 MIN_DOCSTRING = 60  # characters; shorter ones repeat the function's name

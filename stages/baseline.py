@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from stages.harness import run_stage
-from stages.learning import learn
-from stages.params import read_params
+from stages.common.harness import run_stage
+from stages.common.params import read_params
+from stages.tracking.learning import learn
 
 
 def main() -> None:

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from retro_model.artifacts import write_json
-from retro_model.chunking import make_chunks
-from stages.harness import run_stage, work_folder
-from stages.params import read_params
+from retro_model.core.artifacts import write_json
+from retro_model.corpus.chunking import make_chunks
+from stages.common.harness import run_stage, work_folder
+from stages.common.params import read_params
 
 
 def main() -> None:

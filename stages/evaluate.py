@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from retro_model.artifacts import Artifact
-from retro_model.devices import resolve_device
-from retro_model.errors import MismatchError, SourceError
-from retro_model.evaluation import evaluate_models, time_retrieval
-from retro_model.evaluation_data import Searching
-from stages.harness import record_timing, run_stage, work_folder
-from stages.params import flat_params, read_params
-from stages.tracking import evaluation_run
+from retro_model.core.artifacts import Artifact
+from retro_model.core.devices import resolve_device
+from retro_model.core.errors import MismatchError, SourceError
+from retro_model.evaluation.evaluate import evaluate_models, time_retrieval
+from retro_model.evaluation.inputs import Searching
+from stages.common.harness import record_timing, run_stage, work_folder
+from stages.common.params import flat_params, read_params
+from stages.tracking.runs import evaluation_run
 
 
 def main() -> None:

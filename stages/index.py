@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from retro_model.artifacts import Artifact, write_json
-from retro_model.index_building import make_index
-from stages.harness import record_timing, run_stage, work_folder
-from stages.params import read_params
+from retro_model.core.artifacts import Artifact, write_json
+from retro_model.search.build import make_index
+from stages.common.harness import record_timing, run_stage, work_folder
+from stages.common.params import read_params
 
 
 def main() -> None:

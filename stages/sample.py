@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from retro_model.sample import write_sample
-from stages.harness import run_stage
-from stages.params import read_params
+from stages.common.harness import run_stage
+from stages.common.params import read_params
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stages.harness import read_timings
+from stages.common.harness import read_timings
 
 # (stage, what its line says, from the metrics in metrics/<stage>.json)
 LINES = (

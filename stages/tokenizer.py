@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from retro_model.artifacts import write_json
-from retro_model.tokenizer import make_tokenizer
-from stages.harness import run_stage
-from stages.params import read_params
+from retro_model.core.artifacts import write_json
+from retro_model.corpus.tokenizer import make_tokenizer
+from stages.common.harness import run_stage
+from stages.common.params import read_params
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retro_model.model import RETRO, Residual
+from retro_model.network.model import RETRO, Residual
 
 Key = tuple[Tensor, Tensor, int]  # key and value of all heads (H, F), and position
 Encoded = dict[int, tuple[Tensor, Tensor]]  # the real tokens of one neighbor by position: encoded, and output row

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from fixtures import tiny_corpus, tiny_encoder
 
-from retro_model.artifacts import Artifact, ArtifactWriter
-from retro_model.chunking import make_chunks
-from retro_model.documents import CorpusConfig
-from retro_model.embedding import EmbedConfig, make_embeddings
-from retro_model.index_building import make_index
-from retro_model.index_keys import IndexConfig
-from retro_model.model import RETRO
-from retro_model.neighbors import NeighborsConfig, make_neighbors
-from retro_model.tokenizer import TokenizerConfig, make_tokenizer
+from retro_model.core.artifacts import Artifact, ArtifactWriter
+from retro_model.corpus.chunking import make_chunks
+from retro_model.corpus.documents import CorpusConfig
+from retro_model.corpus.tokenizer import TokenizerConfig, make_tokenizer
+from retro_model.embedding.embed import EmbedConfig, make_embeddings
+from retro_model.network.model import RETRO
+from retro_model.search.build import make_index
+from retro_model.search.keys import IndexConfig
+from retro_model.search.neighbors import NeighborsConfig, make_neighbors
 
 CORPUS = CorpusConfig(valid=0.15, test=0.15)
 STORED = 12

@@ -15,7 +15,7 @@ from fixtures import tiny_corpus, tiny_encoder
 from project import TINY
 from ruamel.yaml import YAML
 
-from stages.harness import run_stage
+from stages.common.harness import run_stage
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("sample", "tokenizer", "chunk", "embed", "index", "knn", "baseline", "train", "evaluate")

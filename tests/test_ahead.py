@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from retro_model.ahead import ahead
-from retro_model.errors import DocumentError
+from retro_model.core.errors import DocumentError
+from retro_model.core.prefetch import ahead
 
 
 def test_reading_ahead_changes_nothing_and_hands_errors_on() -> None:

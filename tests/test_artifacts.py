@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retro_model.artifacts import (
+from retro_model.core.artifacts import (
     DESCRIPTION,
     Artifact,
     ArtifactWriter,
@@ -23,7 +23,7 @@ from retro_model.artifacts import (
     whole_folder,
     write_json,
 )
-from retro_model.errors import DamagedArtifactError, MismatchError, MissingArtifactError
+from retro_model.core.errors import DamagedArtifactError, MismatchError, MissingArtifactError
 
 
 def write(folder: Path, rows: int = 25, rows_per_shard: int = 10, portion: int = 7) -> np.ndarray:
@@ -327,8 +327,8 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from retro_model.artifacts import ArtifactWriter
-from retro_model.distances import import_faiss, write_index
+from retro_model.core.artifacts import ArtifactWriter
+from retro_model.search.distances import import_faiss, write_index
 
 def shard():
     with ArtifactWriter(Path("artifact"), "chunks") as writer:

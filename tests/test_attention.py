@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retro_model import attention, model
-from retro_model.attention import attend_context, attend_documents, attending_chunks, rotary_table, unshift
-from retro_model.kernels import rotate
-from retro_model.model import RETRO
+from retro_model.network import attention, model
+from retro_model.network.attention import attend_context, attend_documents, attending_chunks, rotary_table, unshift
+from retro_model.network.kernels import rotate
+from retro_model.network.model import RETRO
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from retro_model.attention_maps import AttentionMaps, neighbor_attention_maps
-from retro_model.model import RETRO
+from retro_model.network.attention_maps import AttentionMaps, neighbor_attention_maps
+from retro_model.network.model import RETRO
 
 M, R, K, V = 4, 6, 3, 23
 

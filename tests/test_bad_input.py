@@ -23,9 +23,9 @@ from fixtures import tiny_encoder
 from stagewise import copy_of, refuse, run, write_params
 
 from retro_model import RETRO, Retriever, RETRODataset, generate
-from retro_model.artifacts import Artifact, write_description
-from retro_model.embedding import EmbedConfig, Encoder
-from retro_model.errors import RetroError
+from retro_model.core.artifacts import Artifact, write_description
+from retro_model.core.errors import RetroError
+from retro_model.embedding.embed import EmbedConfig, Encoder
 from retro_model.retrieval import (
     bert_embed,
     chunks_to_index_and_embed,
@@ -607,27 +607,27 @@ CALLS: list[tuple[str, Callable[[SimpleNamespace], Any], str]] = [
     (
         "RETRO: a layer beyond the depth",
         lambda t: network(t, dec_cross_attn_layers=(2,)),
-        "dec_cross_attn_layers must be different layers from 1 to dec_depth = 1: (2,)",
+        "dec_cross_attn_layers: found [2], expected different layers from 1 to dec_depth = 1",
     ),
     (
         "RETRO: an odd head",
         lambda t: network(t, dim_head=3),
-        "dim_head must be a multiple of 2, because rotary positions turn pairs: 3",
+        "dim_head: found 3, expected an even number",
     ),
     (
         "RETRO: dropout of everything",
         lambda t: network(t, dec_ff_dropout=1.0),
-        "dec_ff_dropout must be a number from 0 to below 1: 1.0",
+        "dec_ff_dropout: found 1.0, expected >= 0.0 and < 1.0",
     ),
     (
         "RETRO: no such norm",
         lambda t: network(t, norm_klass="batchnorm"),
-        "norm_klass must be None, one of ['gated_rmsnorm', 'layernorm', 'rmsnorm'] or a module class: 'batchnorm'",
+        "norm_klass: found 'batchnorm', expected None, a module class or one of rmsnorm, gated_rmsnorm, layernorm",
     ),
     (
         "RETRO: padding outside the vocabulary",
         lambda t: network(t, pad_id=50),
-        "pad_id must be below num_tokens = 50: 50",
+        "pad_id: found 50, expected less than num_tokens = 50",
     ),
     ("forward: too long", lambda t: network(t)(tokens(1, 33)), "seq has 33 tokens; max_seq_len is 32"),
     (

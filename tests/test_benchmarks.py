@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from retro_model.model import RETRO
+from retro_model.network.model import RETRO
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +46,7 @@ def test_training(network: ModuleType, tmp_path: Path, capsys: pytest.CaptureFix
     """With this project's model in the place of the other side's."""
     package = tmp_path / "retro_pytorch"
     package.mkdir()
-    (package / "__init__.py").write_text("from retro_model.model import RETRO\n", encoding="utf-8")
+    (package / "__init__.py").write_text("from retro_model.network.model import RETRO\n", encoding="utf-8")
     seconds = network.training(toy(network), str(tmp_path), 2)
     assert set(seconds) == {"bfloat16 autocast"}
     steps = {"ours", "theirs", "theirs, set up as ours", "without neighbors", "packed documents"}

@@ -16,9 +16,10 @@ from test_training import CHUNK, MODEL, SEQ_LEN, TRAIN, VOCABULARY
 from torch import nn
 from woven import write_woven
 
-from retro_model.hardware import DATA_SHEETS, peak, products
-from retro_model.model import RETRO, RETROConfig
-from retro_model.training import ModelConfig, build_model
+from retro_model.network.config import ModelConfig, RETROConfig
+from retro_model.network.model import RETRO
+from retro_model.training.run import build_model
+from retro_model.training.throughput import DATA_SHEETS, peak, products
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = SimpleNamespace(knn=2, seq_len=SEQ_LEN, seed=0, model=MODEL, train=dataclasses.replace(TRAIN, accumulation=1))

@@ -9,16 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_model import SMALL, M, make, retrieved_for, tokens
 
-from retro_model.checkpoint import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    from_pretrained,
-    load_config,
-    retrofit,
-    save_pretrained,
-)
-from retro_model.errors import ConfigError, DamagedArtifactError, MismatchError, MissingArtifactError
-from retro_model.model import RETRO
+from retro_model.core.errors import ConfigError, DamagedArtifactError, MismatchError, MissingArtifactError
+from retro_model.network.model import RETRO
+from retro_model.network.pretrained import CONFIG_NAME, WEIGHTS_NAME, load_config
+from retro_model.training.warm_start import retrofit
 
 
 @pytest.fixture
@@ -34,8 +28,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_round_trip(tmp_path: Path, changes: dict[str, Any], dtype: torch.dtype) -> None:
     model = make(**changes).to(dtype)
-    save_pretrained(model, tmp_path / "new" / "folder")
-    loaded = from_pretrained(tmp_path / "new" / "folder")
+    model.save_pretrained(tmp_path / "new" / "folder")
+    loaded = RETRO.from_pretrained(tmp_path / "new" / "folder")
     assert loaded.config == model.config
     assert not loaded.training
     assert all(p.requires_grad for p in loaded.parameters())
@@ -62,29 +56,29 @@ def test_a_config_from_before_copying_is_the_network_without_it(folder: Path) ->
     assert config.pop("copy_tokens") == 0 and config.pop("cross_attn_sink") is False
     (folder / CONFIG_NAME).write_text(json.dumps(config))
     seq = tokens(2, 2 * M)
-    assert torch.equal(from_pretrained(folder)(seq, retrieved_for(seq)), make()(seq, retrieved_for(seq)))
+    assert torch.equal(RETRO.from_pretrained(folder)(seq, retrieved_for(seq)), make()(seq, retrieved_for(seq)))
     del config["heads"]
     (folder / CONFIG_NAME).write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"missing model config keys \['heads'\]"):
-        from_pretrained(folder)
+        RETRO.from_pretrained(folder)
 
 
 def test_saving_over_an_older_model(folder: Path) -> None:
     model = make(seed=1, dec_depth=2, dec_cross_attn_layers=(1,))
     model.save_pretrained(folder)
     seq = tokens(1, 2 * M)
-    assert torch.equal(from_pretrained(folder)(seq), model(seq))
+    assert torch.equal(RETRO.from_pretrained(folder)(seq), model(seq))
 
 
 def test_an_interrupted_save_is_no_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("retro_model.checkpoint.save_file", killed)
+    monkeypatch.setattr("retro_model.network.pretrained.save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         make(seed=1).save_pretrained(folder)
     with pytest.raises(MissingArtifactError, match=CONFIG_NAME):
-        from_pretrained(folder)
+        RETRO.from_pretrained(folder)
 
 
 def test_a_model_that_cannot_be_saved_destroys_nothing(folder: Path) -> None:
@@ -93,7 +87,7 @@ def test_a_model_that_cannot_be_saved_destroys_nothing(folder: Path) -> None:
 
     with pytest.raises(ConfigError, match="norm_klass"):
         RETRO(**SMALL, norm_klass=Own).save_pretrained(folder)
-    from_pretrained(folder)
+    RETRO.from_pretrained(folder)
 
 
 # ---- refusing --------------------------------------------------------------------------------------
@@ -118,25 +112,25 @@ def edit_weights(folder: Path, **changes: Any) -> None:
 def test_missing_tensor(folder: Path) -> None:
     edit_weights(folder, embedding__weight=None)
     with pytest.raises(MismatchError, match=r"lacks 1 tensors.*embedding.weight"):
-        from_pretrained(folder)
+        RETRO.from_pretrained(folder)
 
 
 def test_extra_tensor(folder: Path) -> None:
     edit_weights(folder, bias=torch.zeros(3))
     with pytest.raises(MismatchError, match=r"has 1 tensors.*bias"):
-        from_pretrained(folder)
+        RETRO.from_pretrained(folder)
 
 
 def test_misshapen_tensor(folder: Path) -> None:
     edit_weights(folder, embedding__weight=torch.zeros(5, 8))
     with pytest.raises(MismatchError, match=r"embedding.weight.*\(23, 8\).*\(5, 8\)"):
-        from_pretrained(folder)
+        RETRO.from_pretrained(folder)
 
 
 def test_config_of_another_model(folder: Path) -> None:
     edit_config(folder, dec_depth=4)
     with pytest.raises(MismatchError, match=r"lacks.*decoder\.3"):
-        from_pretrained(folder)
+        RETRO.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -151,22 +145,22 @@ def test_config_of_another_model(folder: Path) -> None:
 def test_config_keys(folder: Path, changes: dict[str, Any], message: str) -> None:
     edit_config(folder, **changes)
     with pytest.raises(ConfigError, match=message):
-        from_pretrained(folder)
+        RETRO.from_pretrained(folder)
 
 
 def test_no_folder_and_no_weights(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingArtifactError, match="nowhere"):
-        from_pretrained(tmp_path / "nowhere")
+        RETRO.from_pretrained(tmp_path / "nowhere")
     (folder / WEIGHTS_NAME).unlink()
     with pytest.raises(MissingArtifactError, match=WEIGHTS_NAME):
-        from_pretrained(folder)
+        RETRO.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\xff"])
 def test_damaged_config(folder: Path, text: str) -> None:
     (folder / CONFIG_NAME).write_text(text, encoding="latin-1")
     with pytest.raises(DamagedArtifactError, match=CONFIG_NAME):
-        from_pretrained(folder)
+        RETRO.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, -1])
@@ -174,7 +168,7 @@ def test_truncated_weights(folder: Path, kept: int) -> None:
     path = folder / WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(DamagedArtifactError, match=WEIGHTS_NAME):
-        from_pretrained(folder)
+        RETRO.from_pretrained(folder)
 
 
 # ---- retrofit --------------------------------------------------------------------------------------
@@ -235,4 +229,4 @@ def test_a_retrofitted_model_is_saved_like_any_other(tmp_path: Path) -> None:
     model = retrofit(make(retrieval=False), **RETRIEVAL).eval()
     model.save_pretrained(tmp_path)
     seq = tokens(1, 2 * M)
-    assert torch.equal(from_pretrained(tmp_path)(seq, retrieved_for(seq)), model(seq, retrieved_for(seq)))
+    assert torch.equal(RETRO.from_pretrained(tmp_path)(seq, retrieved_for(seq)), model(seq, retrieved_for(seq)))

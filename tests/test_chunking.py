@@ -11,12 +11,13 @@ from fixtures import tiny_corpus, tiny_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_model import chunking as module
-from retro_model.artifacts import Artifact
-from retro_model.chunking import chunk_text, cut, locate, make_chunks
-from retro_model.documents import SPLITS, Corpus, CorpusConfig, Document
-from retro_model.errors import DamagedArtifactError, DocumentError, MissingArtifactError
-from retro_model.tokenizer import Tokenizer, TokenizerConfig, make_tokenizer
+from retro_model.core.artifacts import Artifact
+from retro_model.core.errors import DamagedArtifactError, DocumentError, MissingArtifactError
+from retro_model.corpus import chunking as module
+from retro_model.corpus.chunking import cut, make_chunks
+from retro_model.corpus.chunks import chunk_text, locate
+from retro_model.corpus.documents import SPLITS, Corpus, CorpusConfig, Document
+from retro_model.corpus.tokenizer import Tokenizer, TokenizerConfig, make_tokenizer
 
 CONFIG = CorpusConfig(valid=0.15, test=0.15)
 

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from small_run import STORED, small_run, write_data, write_model
 
-from retro_model.artifacts import Artifact
-from retro_model.chunking import chunk_text
 from retro_model.cli import main
-from retro_model.retriever import Retriever
-from retro_model.tokenizer import Tokenizer
+from retro_model.core.artifacts import Artifact
+from retro_model.corpus.chunks import chunk_text
+from retro_model.corpus.tokenizer import Tokenizer
+from retro_model.inference.retriever import Retriever
 
 ROOT = Path(__file__).parent.parent
 
@@ -245,7 +245,7 @@ def test_an_interrupt_ends_it_with_130(
         written.append(logits)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("retro_model.generation.sample", interrupted)
+    monkeypatch.setattr("retro_model.inference.generation.sample", interrupted)
     assert main(GENERATE) == 130 and len(written) == 1
     captured = capsys.readouterr()
     assert captured.err == "" and captured.out == "Gaba fuco di"

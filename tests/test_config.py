@@ -4,8 +4,8 @@ from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
 
-from retro_model.config import Config, setting
-from retro_model.errors import ConfigError
+from retro_model.core.config import Config, setting
+from retro_model.core.errors import ConfigError
 
 
 @dataclass(frozen=True)

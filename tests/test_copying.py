@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from woven import write_woven
 
-from retro_model.artifacts import Artifact
-from retro_model.copying import (
+from retro_model.core.artifacts import Artifact
+from retro_model.core.rows import NO_ROW, retrieved_tokens
+from retro_model.network.model import RETRO
+from retro_model.training.copying import (
     WEIGHTS,
     Rule,
     best_weight,
@@ -23,8 +25,7 @@ from retro_model.copying import (
     mixed_losses,
     rule_of_rows,
 )
-from retro_model.dataset import NO_ROW, PackedSequences, retrieved_tokens
-from retro_model.model import RETRO
+from retro_model.training.sequences import PackedSequences
 
 PAD = 0
 
@@ -128,7 +129,7 @@ def test_rows_in_blocks_are_those_of_loops(
     tokens, documents = chunks["tokens"][:20].astype(np.int64), chunks["documents"][:20]
     ids = neighbors["ids"][:20][:, :2].copy()
     ids[3], ids[5, 1] = NO_ROW, NO_ROW
-    monkeypatch.setattr("retro_model.copying.CHUNKS_AT_ONCE", at_once)
+    monkeypatch.setattr("retro_model.training.copying.CHUNKS_AT_ONCE", at_once)
     found = rule_of_rows(tokens[:, :-1], tokens[:, 1:], np.diff(documents, prepend=-1) == 0, ids, database)
     expected = slow_rule(tokens[:, :-1], tokens[:, 1:], retrieved_tokens(database, ids), documents)
     assert_equal(found, expected)

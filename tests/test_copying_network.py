@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from retro_model.attention_maps import neighbor_attention_maps
-from retro_model.model import RETRO
+from retro_model.network.attention_maps import neighbor_attention_maps
+from retro_model.network.model import RETRO
 
 V, M, L, K = 64, 8, 4, 2  # vocabulary, chunk, chunks of a row, neighbors
 

@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from woven import PAD, chunk_rows, write_chunks, write_neighbors
 
-from retro_model.artifacts import Artifact, ArtifactWriter, file_digest
-from retro_model.dataset import NO_ROW, PackedSequences, retrieved_tokens
-from retro_model.errors import ConfigError, MismatchError
+from retro_model.core.artifacts import Artifact, ArtifactWriter, file_digest
+from retro_model.core.errors import ConfigError, MismatchError
+from retro_model.core.rows import NO_ROW, retrieved_tokens
+from retro_model.training.sequences import PackedSequences
 
 CHUNK = 4
 DOCUMENTS = [

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 from fixtures import tiny_encoder
 
-from retro_model.artifacts import SPLITS, Artifact
-from retro_model.chunking import locate, make_chunks
-from retro_model.documents import Corpus
-from retro_model.embedding import make_embeddings
-from retro_model.index_building import make_index
-from retro_model.neighbors import make_neighbors
+from retro_model.core.artifacts import SPLITS, Artifact
+from retro_model.corpus.chunking import make_chunks
+from retro_model.corpus.chunks import locate
+from retro_model.corpus.documents import Corpus
+from retro_model.corpus.tokenizer import make_tokenizer
+from retro_model.embedding.embed import make_embeddings
 from retro_model.sample import write_sample
-from retro_model.tokenizer import make_tokenizer
-from stages.params import parse_params, read_yaml
+from retro_model.search.build import make_index
+from retro_model.search.neighbors import make_neighbors
+from stages.common.params import parse_params, read_yaml
 
 pytestmark = pytest.mark.slow
 

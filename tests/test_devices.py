@@ -7,9 +7,9 @@ import textwrap
 import pytest
 import torch
 
-from retro_model.devices import fast_float32_products, keep_freed_memory, resolve_device
-from retro_model.errors import ConfigError
-from retro_model.index_arguments import index_settings
+from retro_model.core.devices import fast_float32_products, keep_freed_memory, resolve_device
+from retro_model.core.errors import ConfigError
+from retro_model.memmaps.autofaiss_arguments import index_settings
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from test_training import CHUNK, MODEL, SEQ_LEN, TRAIN, VOCABULARY, Killed, folder_digests, run
 from woven import Woven, write_woven
 
-from retro_model.distributed import ALONE, World, resolve_processes
-from retro_model.errors import ConfigError, TrainingError
-from retro_model.spreading import alike
-from retro_model.trainer import TrainConfig
+from retro_model.core.errors import ConfigError, TrainingError
+from retro_model.training.distributed import ALONE, World, resolve_processes
+from retro_model.training.sharding import alike
+from retro_model.training.trainer import TrainConfig
 
 # Without dropout, whose masks depend on the process; half of the neighbors are dropped, so that in some
 # steps one process has neighbors and the other has none, and in some portions neither has.
@@ -148,7 +148,7 @@ sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
 from pathlib import Path
 import dataclasses
 from test_training import MODEL, TRAIN
-from retro_model.training import train_model
+from retro_model.training.run import train_model
 
 if __name__ == "__main__":
     when, folder, processes, shard, *inputs = sys.argv[1:]

@@ -19,11 +19,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_model import near_duplicates, reading
-from retro_model.documents import SPLITS, Corpus, CorpusConfig
-from retro_model.errors import ConfigError, DocumentError
-from retro_model.near_duplicates import NearDuplicates, word_grams
-from retro_model.reading import find_files
+from retro_model.core.errors import ConfigError, DocumentError
+from retro_model.corpus import near_duplicates
+from retro_model.corpus import readers as reading
+from retro_model.corpus.documents import SPLITS, Corpus, CorpusConfig
+from retro_model.corpus.near_duplicates import NearDuplicates, word_grams
+from retro_model.corpus.readers import find_files
 
 WORDS = [f"word{number}" for number in range(400)]
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from fixtures import ENCODER_DIM, tiny_corpus, tiny_data, tiny_encoder
 
-from retro_model import embedding
-from retro_model.artifacts import SPLITS, Artifact
-from retro_model.chunking import chunk_text
-from retro_model.embedding import (
+from retro_model.core.artifacts import SPLITS, Artifact
+from retro_model.core.errors import ConfigError, MismatchError, SourceError
+from retro_model.corpus.chunks import chunk_text
+from retro_model.corpus.tokenizer import Tokenizer
+from retro_model.embedding import embed as embedding
+from retro_model.embedding.embed import (
     EmbedConfig,
     EmbedJob,
     Encoder,
@@ -26,8 +28,6 @@ from retro_model.embedding import (
     pool,
     stored_vectors,
 )
-from retro_model.errors import ConfigError, MismatchError, SourceError
-from retro_model.tokenizer import Tokenizer
 
 LONG = "batufu verpa " * 40  # more word pieces than any max_tokens here
 TEXTS = [

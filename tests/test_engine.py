@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from retro_model import engine
-from retro_model.artifacts import Artifact, ArtifactWriter, rows_per_part
-from retro_model.engine import Engine, EngineConfig, Part, make_part, row_parts, work_or_temporary
-from retro_model.errors import ConfigError, RetroError
+from retro_model.core.artifacts import Artifact, ArtifactWriter, rows_per_part
+from retro_model.core.errors import ConfigError, RetroError
+from retro_model.jobs import engine
+from retro_model.jobs.engine import Engine, EngineConfig, Part, make_part, row_parts, work_or_temporary
 
 TESTS = Path(__file__).parent
 

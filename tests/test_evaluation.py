@@ -18,23 +18,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_copying import slow_rule
 
-from retro_model.artifacts import Artifact, ArtifactWriter, write_description
-from retro_model.attention_maps import neighbor_attention_maps
-from retro_model.copying import WEIGHTS, Rule
-from retro_model.dataset import NO_ROW, retrieved_tokens
-from retro_model.documents import CorpusConfig
-from retro_model.embedding import EmbedConfig
-from retro_model.errors import ConfigError, DocumentError, MismatchError, TrainingError
-from retro_model.evaluation import EvaluateConfig, EvaluationResult, evaluate_models, spans_with_text
-from retro_model.evaluation_data import Inputs, Searching
-from retro_model.evaluation_overlap import (
+from retro_model.core.artifacts import Artifact, ArtifactWriter, write_description
+from retro_model.core.errors import ConfigError, DocumentError, MismatchError, TrainingError
+from retro_model.core.rows import NO_ROW, retrieved_tokens
+from retro_model.corpus.documents import CorpusConfig
+from retro_model.corpus.tokenizer import Tokenizer, save, train
+from retro_model.embedding.embed import EmbedConfig
+from retro_model.evaluation.by_overlap import (
     Shared,
     read_run_metrics,
     runs_of_train_sample,
     runs_shared_with_nearest,
     runs_shared_with_read,
 )
-from retro_model.figures import (
+from retro_model.evaluation.evaluate import EvaluateConfig, EvaluationResult, evaluate_models, spans_with_text
+from retro_model.evaluation.inputs import Inputs, Searching
+from retro_model.evaluation.overlap import longest_shared_run, longest_shared_runs
+from retro_model.evaluation.passages import (
+    BEGIN_OF_DOCUMENT,
+    NEIGHBORS_SHOWN,
+    attention_of_rows,
+    build_passages,
+    find_looks,
+    token_texts,
+)
+from retro_model.evaluation.passes import neighbors_of_share, random_neighbors
+from retro_model.evaluation.report.content import headline
+from retro_model.evaluation.report.html import Look
+from retro_model.evaluation.report.sections import notes_on_overlap, rule_in_words
+from retro_model.evaluation.scoring import Scorer, Span, Window, choose_spans, pack, sliding_windows
+from retro_model.evaluation.statistics import (
     PIECE,
     Scores,
     bootstrap_sums,
@@ -43,25 +56,12 @@ from retro_model.figures import (
     metrics_of,
     resampled_units,
 )
-from retro_model.index_keys import IndexConfig
-from retro_model.model import RETRO
-from retro_model.neighbors import NeighborsConfig
-from retro_model.overlap import longest_shared_run, longest_shared_runs
-from retro_model.page import headline
-from retro_model.page_parts import notes_on_overlap, rule_in_words
-from retro_model.passages import (
-    BEGIN_OF_DOCUMENT,
-    NEIGHBORS_SHOWN,
-    attention_of_rows,
-    build_passages,
-    find_looks,
-    token_texts,
-)
-from retro_model.passes import neighbors_of_share, random_neighbors
-from retro_model.report import Look
-from retro_model.scoring import Scorer, Span, Window, choose_spans, pack, sliding_windows
-from retro_model.subsets import ALPHAS, leakage_curve, metrics_of_parts, overlap_curve
-from retro_model.tokenizer import Tokenizer, save, train
+from retro_model.evaluation.subsets import ALPHAS, leakage_curve, metrics_of_parts, overlap_curve
+from retro_model.network.attention_maps import neighbor_attention_maps
+from retro_model.network.model import RETRO
+from retro_model.search.keys import IndexConfig
+from retro_model.search.neighbors import NeighborsConfig
+from retro_model.training.copying import WEIGHTS, Rule
 
 CHUNK_SIZE, SEQ_LEN, STORED, KNN = 8, 32, 12, 2
 LENGTH = SEQ_LEN // CHUNK_SIZE
@@ -560,7 +560,7 @@ def test_the_runs_of_many_chunks_are_those_of_each(seed: int, num: int, knn: int
         for query, some in zip(queries, neighbors, strict=True)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("retro_model.overlap.CELLS_AT_ONCE", cells)
+        patch.setattr("retro_model.evaluation.overlap.CELLS_AT_ONCE", cells)
         np.testing.assert_array_equal(longest_shared_runs(queries, neighbors, 0), expected)
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from test_model import SMALL, K, M, R, V, make, tokens
 from torch import Tensor
 
-from retro_model.errors import ConfigError
-from retro_model.generation import (
+from retro_model.core.errors import ConfigError
+from retro_model.inference.generation import (
     ALONE,
     CachedDecoder,
     SharedOut,
@@ -22,7 +22,7 @@ from retro_model.generation import (
     top_k,
     top_p,
 )
-from retro_model.model import RETRO
+from retro_model.network.model import RETRO
 
 
 def search(chunks: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def test_cached_logits_equal_uncached_ones(monkeypatch: pytest.MonkeyPatch, netw
         caught.append(logits)
         return sample(logits, **options)
 
-    monkeypatch.setattr("retro_model.generation.sample", spy)
+    monkeypatch.setattr("retro_model.inference.generation.sample", spy)
     text, neighbors = generate(
         model, prompt, prompt_lengths=lengths, retrieve=retrieve, max_new_tokens=2 * M + 1, seed=1,
         return_neighbors=True,

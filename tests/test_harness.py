@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from retro_model.errors import ConfigError, RetroError
-from stages.harness import project_root, read_timings, record_timing, recorded_timings, run_stage, work_folder
+from retro_model.core.errors import ConfigError, RetroError
+from stages.common.harness import project_root, read_timings, record_timing, recorded_timings, run_stage, work_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,8 +58,8 @@ def test_what_a_programmer_caused_keeps_its_traceback(error: BaseException) -> N
 def test_signals_run_the_cleanup_and_say_so(tmp_path: Path, number: int, status: int) -> None:
     program = (
         "import time; from pathlib import Path\n"
-        "from retro_model.artifacts import whole_folder\n"
-        "from stages.harness import run_stage\n"
+        "from retro_model.core.artifacts import whole_folder\n"
+        "from stages.common.harness import run_stage\n"
         "def main():\n"
         "    with whole_folder(Path('out')) as folder:\n"
         "        print('ready', flush=True); time.sleep(60)\n"
@@ -86,8 +86,8 @@ MANY_FILES = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from retro_model.artifacts import Artifact, ArtifactWriter
-from stages.harness import run_stage
+from retro_model.core.artifacts import Artifact, ArtifactWriter
+from stages.common.harness import run_stage
 
 def main():
     with ArtifactWriter(Path("a"), "chunks", 1) as writer:
@@ -121,8 +121,13 @@ def test_a_stage_opens_as_many_files_as_it_may_and_says_when_that_is_too_few(
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "dvc.yaml").write_text("stages:\n  train:\n    cmd: x\n    deps: [code.py, data]\n")
-    (tmp_path / "code.py").write_text("one = 1\n")
+    (tmp_path / "dvc.yaml").write_text(
+        "stages:\n  train:\n    cmd: x\n    deps: [stages/train.py, retro_model/network, data]\n"
+    )
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "train.py").write_text("one = 1\n")
+    (tmp_path / "retro_model" / "network" / "deep" / "__pycache__").mkdir(parents=True)
+    (tmp_path / "retro_model" / "network" / "deep" / "layer.py").write_text("two = 2\n")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "artifact.json").write_text("{}")
     return tmp_path
@@ -141,8 +146,14 @@ def test_work_is_found_again_by_the_same_code_inputs_and_params_only(project: Pa
     assert key({"lr": 1.0}) != first
     (project / "data" / "artifact.json").write_text("{}")
     assert key({"lr": 1.0}) == first
-    (project / "code.py").write_text("one = 2\n")
-    assert key({"lr": 1.0}) != first
+    for file, code in (("stages/train.py", "one = 2\n"), ("retro_model/network/deep/layer.py", "two = 3\n")):
+        before = (project / file).read_text()
+        (project / file).write_text(code)
+        assert key({"lr": 1.0}) != first, file
+        (project / file).write_text(before)
+    (project / "data" / "code.py").write_text("is a document\n")
+    (project / "retro_model" / "network" / "deep" / "__pycache__" / "layer.pyc").write_text("compiled")
+    assert key({"lr": 1.0}) == first
 
 
 def test_finished_work_of_other_settings_is_cleared_and_unfinished_kept(project: Path) -> None:

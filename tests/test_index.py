@@ -13,11 +13,14 @@ from fixtures import write_vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_model import distances as distances_module
-from retro_model import index as index_module
-from retro_model import index_building, index_effort
-from retro_model.artifacts import Artifact, ArtifactWriter
-from retro_model.distances import (
+from retro_model.core.artifacts import Artifact, ArtifactWriter
+from retro_model.core.errors import ArtifactError, ConfigError, DamagedArtifactError, MismatchError
+from retro_model.search import build as index_building
+from retro_model.search import distances as distances_module
+from retro_model.search import index as index_module
+from retro_model.search import tuning as index_effort
+from retro_model.search.build import make_index
+from retro_model.search.distances import (
     as_float32,
     exact_distances,
     import_faiss,
@@ -26,11 +29,9 @@ from retro_model.distances import (
     smallest,
     stored_distances,
 )
-from retro_model.errors import ArtifactError, ConfigError, DamagedArtifactError, MismatchError
-from retro_model.index import INDEX_FILE, Centroids, Index, nearest_by_code, on_gpu
-from retro_model.index_building import make_index
-from retro_model.index_effort import fewest_probes
-from retro_model.index_keys import IndexConfig, choose_key, needed_bytes, num_lists
+from retro_model.search.index import INDEX_FILE, Centroids, Index, nearest_by_code, on_gpu
+from retro_model.search.keys import IndexConfig, choose_key, needed_bytes, num_lists
+from retro_model.search.tuning import fewest_probes
 
 faiss = import_faiss()
 DIM = 16

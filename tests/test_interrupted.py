@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 from fixtures import tiny_corpus, tiny_data, tiny_encoder
 
-from retro_model import artifacts, chunking, engine, index_building
-from retro_model.chunking import make_chunks
-from retro_model.documents import CorpusConfig
-from retro_model.embedding import EmbedConfig, make_embeddings
-from retro_model.engine import Engine, EngineConfig
-from retro_model.index_building import make_index
-from retro_model.index_keys import IndexConfig
-from retro_model.neighbors import NeighborsConfig, make_neighbors
+from retro_model.core import artifacts
+from retro_model.corpus import chunking
+from retro_model.corpus.chunking import make_chunks
+from retro_model.corpus.documents import CorpusConfig
+from retro_model.embedding.embed import EmbedConfig, make_embeddings
+from retro_model.jobs import engine
+from retro_model.jobs.engine import Engine, EngineConfig
+from retro_model.search import build as index_building
+from retro_model.search.build import make_index
+from retro_model.search.keys import IndexConfig
+from retro_model.search.neighbors import NeighborsConfig, make_neighbors
 
 pytestmark = pytest.mark.slow
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retro_model import kernels
-from retro_model.attention import rotary_table
-from retro_model.kernels import (
+from retro_model.network import kernels
+from retro_model.network.attention import rotary_table
+from retro_model.network.kernels import (
     QUERIES,
     ROWS_OF_LOGITS,
     linear_cross_entropy,

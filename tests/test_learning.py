@@ -8,12 +8,14 @@ import torch
 from test_evaluation import scores_of
 from woven import Woven, write_woven
 
-from retro_model.artifacts import Artifact
-from retro_model.figures import metrics_of
-from retro_model.model import RETRO
-from retro_model.passes import random_neighbors
-from retro_model.scoring import Scorer, choose_spans
-from retro_model.training import ModelConfig, TrainConfig, TrainingResult, train_model
+from retro_model.core.artifacts import Artifact
+from retro_model.evaluation.passes import random_neighbors
+from retro_model.evaluation.scoring import Scorer, choose_spans
+from retro_model.evaluation.statistics import metrics_of
+from retro_model.network.config import ModelConfig
+from retro_model.network.model import RETRO
+from retro_model.training.run import train_model
+from retro_model.training.trainer import TrainConfig, TrainingResult
 
 pytestmark = pytest.mark.slow
 

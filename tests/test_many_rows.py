@@ -7,13 +7,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from retro_model.artifacts import VERSION, Artifact, write_description
-from retro_model.chunking import ChunkJob
-from retro_model.dataset import retrieved_tokens
-from retro_model.distances import import_faiss, pair_distances, smallest, stored_distances
-from retro_model.documents import CorpusConfig, Document
-from retro_model.index import Centroids, Searcher
-from retro_model.tokenizer import TokenizerConfig, make_tokenizer
+from retro_model.core.artifacts import VERSION, Artifact, write_description
+from retro_model.core.rows import retrieved_tokens
+from retro_model.corpus.chunking import ChunkJob
+from retro_model.corpus.documents import CorpusConfig, Document
+from retro_model.corpus.tokenizer import TokenizerConfig, make_tokenizer
+from retro_model.search.distances import import_faiss, pair_distances, smallest, stored_distances
+from retro_model.search.index import Centroids, Searcher
 
 LIMIT = 2**31
 ROWS = LIMIT + 100

@@ -14,16 +14,16 @@ from fixtures import write_vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_model import distances as distances_module
-from retro_model import engine as engine_module
-from retro_model import neighbors as neighbors_module
-from retro_model.artifacts import SPLITS, Artifact, ArtifactWriter
-from retro_model.distances import import_faiss, pair_distances
-from retro_model.errors import ConfigError, MismatchError
-from retro_model.index import Index
-from retro_model.index_building import make_index
-from retro_model.index_keys import IndexConfig
-from retro_model.neighbors import Database, KnnJob, NeighborsConfig, describe_neighbors, make_neighbors
+from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter
+from retro_model.core.errors import ConfigError, MismatchError
+from retro_model.jobs import engine as engine_module
+from retro_model.search import distances as distances_module
+from retro_model.search import neighbors as neighbors_module
+from retro_model.search.build import make_index
+from retro_model.search.distances import import_faiss, pair_distances
+from retro_model.search.index import Index
+from retro_model.search.keys import IndexConfig
+from retro_model.search.neighbors import Database, KnnJob, NeighborsConfig, describe_neighbors, make_neighbors
 
 faiss = import_faiss()
 TESTS = Path(__file__).parent

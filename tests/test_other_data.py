@@ -13,19 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_run import CORPUS, STORED, small_run, write_data, write_model
 
-from retro_model.artifacts import SPLITS, Artifact
-from retro_model.comparing import lay_on_rows
-from retro_model.config import optional_path
-from retro_model.documents import Corpus
-from retro_model.embedding import EmbedConfig
-from retro_model.errors import ConfigError, DocumentError, MismatchError, MissingArtifactError
-from retro_model.evaluation import EvaluateConfig, EvaluationResult, evaluate_models, time_retrieval
-from retro_model.evaluation_data import Inputs, Searching, cut_anew, document_texts, swapped_database
-from retro_model.index_keys import IndexConfig
-from retro_model.model import RETRO
-from retro_model.neighbors import NeighborsConfig
-from retro_model.scoring import Scorer, choose_spans
-from retro_model.tokenizer import Tokenizer
+from retro_model.core.artifacts import SPLITS, Artifact
+from retro_model.core.config import optional_path
+from retro_model.core.errors import ConfigError, DocumentError, MismatchError, MissingArtifactError
+from retro_model.corpus.chunks import document_texts
+from retro_model.corpus.documents import Corpus
+from retro_model.corpus.tokenizer import Tokenizer
+from retro_model.embedding.embed import EmbedConfig
+from retro_model.evaluation.comparison import lay_on_rows
+from retro_model.evaluation.evaluate import EvaluateConfig, EvaluationResult, evaluate_models, time_retrieval
+from retro_model.evaluation.inputs import Inputs, Searching, cut_anew, swapped_database
+from retro_model.evaluation.scoring import Scorer, choose_spans
+from retro_model.network.model import RETRO
+from retro_model.search.keys import IndexConfig
+from retro_model.search.neighbors import NeighborsConfig
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -222,7 +223,7 @@ def test_a_model_of_other_tokens_gets_neighbors_of_its_own(run: Path, other: Pat
 
 
 def test_a_cut_document_is_cut_for_the_other_model_too(run: Path, other: Path, tmp_path: Path) -> None:
-    from retro_model.comparing import Comparison
+    from retro_model.evaluation.comparison import Comparison
 
     inputs = Inputs.open(run / "data")
     documents = inputs.chunks["documents"][:]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from retro_model.errors import ConfigError
-from stages import params as params_module
-from stages.params import flat_params, parse_params, read_params, read_yaml
+from retro_model.core.errors import ConfigError
+from stages.common import params as params_module
+from stages.common.params import flat_params, parse_params, read_params, read_yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -154,7 +154,7 @@ def test_flat_params_name_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_checking_params_imports_neither_faiss_nor_transformers_nor_mlflow() -> None:
     """A stage checks all sections at its start, so that has to stay cheap."""
     code = (
-        "import sys; from stages.params import read_params; read_params('knn'); "
+        "import sys; from stages.common.params import read_params; read_params('knn'); "
         "print(sorted({'faiss', 'autofaiss', 'transformers', 'mlflow', 'datasketch', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-import retro_model.progress
-from retro_model.progress import Progress, progress
+import retro_model.core.progress
+from retro_model.core.progress import Progress, progress
 
 
 class Terminal(io.StringIO):
@@ -28,7 +28,7 @@ def test_a_terminal_has_a_bar_with_the_note_and_what_was_done_before(monkeypatch
 def test_elsewhere_there_are_lines_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(retro_model.progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(retro_model.core.progress, "SECONDS_BETWEEN_LINES", 0.0)
     with Progress("embed", 10, "chunk") as shown:
         shown.skip(4)
         shown.update(2, "8 a batch")

@@ -11,9 +11,11 @@ import pytest
 import test_interrupted
 from test_engine import SquareJob, run, times_made, wait_until
 
-from retro_model import artifacts, chunking, index_building
-from retro_model.engine import EngineConfig
-from retro_model.errors import ConfigError
+from retro_model.core import artifacts
+from retro_model.core.errors import ConfigError
+from retro_model.corpus import chunking
+from retro_model.jobs.engine import EngineConfig
+from retro_model.search import build as index_building
 
 pytestmark = [pytest.mark.slow]
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")

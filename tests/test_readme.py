@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fixtures import tiny_corpus, tiny_encoder
 
-from stages.params import read_yaml
+from stages.common.params import read_yaml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

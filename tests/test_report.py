@@ -11,7 +11,7 @@ from browser import PHONE, needs_browser, show
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_model.report import (
+from retro_model.evaluation.report.html import (
     Chart,
     Look,
     Neighbor,

@@ -23,12 +23,15 @@ from fixtures import SYLLABLES, tiny_corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retro_model import RETRODataset, retrieval
-from retro_model.artifacts import open_raw, read_record, whole_files, write_record
-from retro_model.bert import ChunkEmbedder
-from retro_model.chunking import batches, chunk_text
-from retro_model.errors import ConfigError, DocumentError, MismatchError, MissingArtifactError, SourceError
-from retro_model.index_arguments import bytes_of, index_settings
+from retro_model import RETRODataset
+from retro_model.core.artifacts import open_raw, read_record, whole_files, write_record
+from retro_model.core.errors import ConfigError, DocumentError, MismatchError, MissingArtifactError, SourceError
+from retro_model.corpus.chunking import batches
+from retro_model.corpus.chunks import chunk_text
+from retro_model.memmaps import chunks as chunks_module
+from retro_model.memmaps import search
+from retro_model.memmaps.autofaiss_arguments import bytes_of, index_settings
+from retro_model.memmaps.encoder import ChunkEmbedder
 from retro_model.retrieval import (
     SearchableChunks,
     bert_embed,
@@ -334,7 +337,7 @@ def test_how_many_documents_are_read_at_once_changes_nothing(
     expected = digests(tmp_path)
     for most in ({"most_texts": 1}, {"most_texts": 3}, {"most_bytes": 1}):
         with monkeypatch.context() as patch:
-            patch.setattr(retrieval, "batches", partial(batches, **most))
+            patch.setattr(chunks_module, "batches", partial(batches, **most))
             make_chunks(corpus, tmp_path)
         assert digests(tmp_path) == expected
 
@@ -536,9 +539,9 @@ def whole_number_neighbors(
 ) -> Any:
     """What the functions' own search writes for made-up vectors."""
     settings_ = index_settings(index_kwargs)
-    index, facts = retrieval._built_index(vectors, settings_)
+    index, facts = search._built_index(vectors, settings_)
     chunks = SearchableChunks(Path(), vectors, ChunkEmbedder.open(M), vectors, "", index, facts, "")
-    retrieval._write_neighbors(chunks.database(documents), k, surplus, folder / "found.dat")
+    search._write_neighbors(chunks.database(documents), k, surplus, folder / "found.dat")
     return np.fromfile(folder / "found.dat", np.int32).reshape(len(vectors), k)
 
 
@@ -617,7 +620,7 @@ def test_trap_13_rows_ordered_by_topic_are_found_as_well(tmp_path: Path) -> None
 def test_an_ivf_index_visits_enough_lists_also_without_this_library(tmp_path: Path) -> None:
     vectors = np.random.default_rng(0).standard_normal((1000, 8)).astype(np.float32)
     for arguments, expected in (({"index_param": "nprobe=7"}, 7), ({"target_recall": 1.0}, None)):
-        index, facts = retrieval._built_index(vectors, index_settings({"index_key": "IVF16,Flat", **arguments}))
+        index, facts = search._built_index(vectors, index_settings({"index_key": "IVF16,Flat", **arguments}))
         assert index.nprobe == facts["nprobe"] and index.nprobe in ([expected] if expected else range(8, 17))
 
 
@@ -660,13 +663,13 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts what is really done."""
     done: Counter[str] = Counter()
     for title, name in (("embed", "_write_vectors"), ("index", "_built_index"), ("knn", "_write_neighbors")):
-        real = getattr(retrieval, name)
+        real = getattr(search, name)
 
         def counted(*arguments: Any, real: Any = real, title: str = title) -> Any:
             done[title] += 1
             return real(*arguments)
 
-        monkeypatch.setattr(retrieval, name, counted)
+        monkeypatch.setattr(search, name, counted)
     return done
 
 
@@ -753,7 +756,7 @@ def test_trap_5_what_a_kill_leaves_is_not_taken_for_finished(
 ) -> None:
     folder, counts = made
     for name in ("_write_vectors", "_write_neighbors"):
-        real = getattr(retrieval, name)
+        real = getattr(search, name)
 
         def stopped(*arguments: Any, real: Any = real) -> None:
             real(*arguments)
@@ -761,7 +764,7 @@ def test_trap_5_what_a_kill_leaves_is_not_taken_for_finished(
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(retrieval, name, stopped)
+            patch.setattr(search, name, stopped)
             chunks_to_precalculated_knn_(**knn_arguments(folder, counts))
         assert not list(folder.glob("*.partial"))
     assert not (folder / "train.chunks.knn.dat").exists()
@@ -781,7 +784,7 @@ def test_trap_5_a_kill_between_output_and_record_costs_the_work_only(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(retrieval, "write_record", killed)
+        patch.setattr(search, "write_record", killed)
         chunks_to_precalculated_knn_(**knn_arguments(folder, counts, num_nearest_neighbors=5))
     assert not (folder / "train.chunks.knn.dat.json").exists()  # the file of 5 has no record of 3
     work.clear()

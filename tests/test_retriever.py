@@ -8,14 +8,14 @@ import pytest
 import torch
 from fixtures import tiny_corpus, tiny_data, tiny_encoder
 
-from retro_model.artifacts import Artifact
-from retro_model.dataset import retrieved_tokens
-from retro_model.embedding import EmbedConfig, make_embeddings
-from retro_model.errors import ConfigError, MismatchError, MissingArtifactError, SourceError
-from retro_model.index_building import make_index
-from retro_model.index_keys import IndexConfig
-from retro_model.neighbors import NeighborsConfig, make_neighbors
-from retro_model.retriever import Retriever
+from retro_model.core.artifacts import Artifact
+from retro_model.core.errors import ConfigError, MismatchError, MissingArtifactError, SourceError
+from retro_model.core.rows import retrieved_tokens
+from retro_model.embedding.embed import EmbedConfig, make_embeddings
+from retro_model.inference.retriever import Retriever
+from retro_model.search.build import make_index
+from retro_model.search.keys import IndexConfig
+from retro_model.search.neighbors import NeighborsConfig, make_neighbors
 
 K = 5
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import retro_model
 from retro_model import RETRO, RETRODataset
-from retro_model.errors import ConfigError, MismatchError, MissingArtifactError
+from retro_model.core.errors import ConfigError, MismatchError, MissingArtifactError
 
 M, K, L = 4, 2, 3
 PAD, EOS = 0, 102

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from retro_model.errors import ConfigError, DocumentError
+from retro_model.core.errors import ConfigError, DocumentError
 from retro_model.sample import (
     SampleConfig,
     choose,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from woven import END, PAD, chunk_rows, write_chunks
 
-from retro_model.shared_runs import run_hashes, share_a_run
+from retro_model.evaluation.shared_runs import run_hashes, share_a_run
 
 CHUNK_SIZE = 5
 
@@ -35,14 +35,14 @@ def test_chunks_with_shared_runs_are_those_of_brute_force(
     split = write_chunks(tmp_path_factory.mktemp("split"), train, chunk_size=CHUNK_SIZE, rows_per_shard=3)
     labels = np.array([row[1:] for document in test for row in chunk_rows(document, CHUNK_SIZE)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("retro_model.shared_runs.CHUNKS_AT_ONCE", at_once)
+        patch.setattr("retro_model.evaluation.shared_runs.CHUNKS_AT_ONCE", at_once)
         found = share_a_run(labels, split, length)
     assert found.tolist() == [slow(row, train, length) for row in labels.tolist()]
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 1000])
 def test_a_run_of_32_is_found_wherever_it_stands(tmp_path: Path, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retro_model.shared_runs.CHUNKS_AT_ONCE", at_once)
+    monkeypatch.setattr("retro_model.evaluation.shared_runs.CHUNKS_AT_ONCE", at_once)
     text = list(range(3, 203))
     split = write_chunks(tmp_path, [text[:100], text[100:]], chunk_size=64)
     within, across, one_less = text[40:72] + [250] * 32, text[84:116] + [250] * 32, [250] * 33 + text[40:71]

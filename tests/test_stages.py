@@ -15,8 +15,8 @@ import pytest
 from fixtures import tiny_corpus
 from stagewise import OUTS, ROOT, STAGES, contents, copy_of, refuse, run, write_params
 
-from retro_model.artifacts import Artifact
-from retro_model.errors import MismatchError
+from retro_model.core.artifacts import Artifact
+from retro_model.core.errors import MismatchError
 from stages import summary
 
 

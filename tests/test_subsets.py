@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from retro_model.figures import LEAST_DOCUMENTS, PIECE, Scores
-from retro_model.subsets import (
+from retro_model.evaluation.statistics import LEAST_DOCUMENTS, PIECE, Scores
+from retro_model.evaluation.subsets import (
     ALPHAS,
     GAIN_HEAD,
     OVERLAP_CLASSES,

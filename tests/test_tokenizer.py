@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from retro_model.artifacts import Artifact
-from retro_model.documents import Corpus, CorpusConfig
-from retro_model.errors import ConfigError, DamagedArtifactError, MissingArtifactError, SourceError
-from retro_model.tokenizer import Encoded, SpecialIds, Tokenizer, TokenizerConfig, make_tokenizer, save, train
+from retro_model.core.artifacts import Artifact
+from retro_model.core.errors import ConfigError, DamagedArtifactError, MissingArtifactError, SourceError
+from retro_model.corpus.documents import Corpus, CorpusConfig
+from retro_model.corpus.tokenizer import Encoded, SpecialIds, Tokenizer, TokenizerConfig, make_tokenizer, save, train
 
 TEXTS = [
     "Plain text, twice: plain text.",
@@ -154,7 +154,7 @@ def backend_text(backend: Backend, folder: Path) -> str:
 def test_equal_documents_give_equal_bytes_in_every_process(corpus: Path, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
-        "from retro_model.tokenizer import *; from retro_model.documents import CorpusConfig\n"
+        "from retro_model.corpus.tokenizer import *; from retro_model.corpus.documents import CorpusConfig\n"
         "make_tokenizer(sys.argv[1], CorpusConfig(), TokenizerConfig(vocab_size=900), Path(sys.argv[2]))"
     )
     folders = [tmp_path / "one", tmp_path / "two"]

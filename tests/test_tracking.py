@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from retro_model.artifacts import ArtifactWriter
-from stages.tracking import EXPERIMENT, MODEL_TAG, _connect, evaluation_run, training_run
+from retro_model.core.artifacts import ArtifactWriter
+from stages.tracking.runs import EXPERIMENT, MODEL_TAG, _connect, evaluation_run, training_run
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_an_evaluation_is_a_child_of_the_run_of_its_model(root: Path, tmp_path: 
 def test_a_store_on_a_full_disk_is_an_error_and_not_a_traceback_of_mlflows_own(root: Path) -> None:
     code = """
         import os, resource
-        from stages.tracking import training_run
+        from stages.tracking.runs import training_run
         with training_run("train", "work-6", {}, {}) as run:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
             try:
@@ -158,7 +158,7 @@ def test_a_store_on_a_full_disk_is_an_error_and_not_a_traceback_of_mlflows_own(r
 
 def test_the_store_is_made_by_one_process_alone(tmp_path: Path) -> None:
     """Six at once, as queued experiments start: without the lock, the migration breaks most of them."""
-    code = "from stages.tracking import _connect; print(_connect()[1])"
+    code = "from stages.tracking.runs import _connect; print(_connect()[1])"
     root = Path(__file__).parent.parent
     environment = {**os.environ, "DVC_ROOT": str(tmp_path), "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", code]

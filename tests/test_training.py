@@ -18,26 +18,26 @@ import torch
 from safetensors.torch import load_file
 from woven import Woven, write_tokenizer, write_woven
 
-import retro_model.checkpoint
-import retro_model.model
-import retro_model.resume
-from retro_model.artifacts import Artifact, file_digest
-from retro_model.dataset import PackedSequences
-from retro_model.distributed import ALONE, World
-from retro_model.errors import ConfigError, DamagedArtifactError, MismatchError, MissingArtifactError, TrainingError
-from retro_model.model import RETRO, RETROConfig
-from retro_model.optimization import learning_rate, make_optimizer
-from retro_model.resume import Checkpoints
-from retro_model.starting import start_from
-from retro_model.trainer import Trainer
-from retro_model.training import (
-    ModelConfig,
-    RetrofitConfig,
-    TrainConfig,
-    TrainingResult,
-    build_model,
-    train_model,
+import retro_model.network.model
+import retro_model.network.pretrained
+import retro_model.training.checkpoints
+from retro_model.core.artifacts import Artifact, file_digest
+from retro_model.core.errors import (
+    ConfigError,
+    DamagedArtifactError,
+    MismatchError,
+    MissingArtifactError,
+    TrainingError,
 )
+from retro_model.network.config import ModelConfig, RETROConfig
+from retro_model.network.model import RETRO
+from retro_model.training.checkpoints import Checkpoints
+from retro_model.training.distributed import ALONE, World
+from retro_model.training.optimizer import learning_rate, make_optimizer
+from retro_model.training.run import build_model, train_model
+from retro_model.training.sequences import PackedSequences
+from retro_model.training.trainer import TrainConfig, Trainer, TrainingResult
+from retro_model.training.warm_start import RetrofitConfig, start_from
 
 CHUNK, SEQ_LEN, VOCABULARY = 8, 32, 40
 MODEL = ModelConfig(
@@ -503,14 +503,14 @@ import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
 from pathlib import Path
 from test_training import MODEL, TRAIN
-from retro_model.training import train_model
+from retro_model.training.run import train_model
 """
 
 
 def test_kill_9_while_training_or_saving(woven: Woven, tmp_path: Path, undisturbed: Outcome) -> None:
     """Three processes in a row are killed, the second in the middle of a checkpoint."""
     program = f"""{CHILD}
-import retro_model.resume
+import retro_model.training.checkpoints
 when, work = sys.argv[1], Path(sys.argv[2])
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -518,7 +518,7 @@ def log(step, record):
     if when == f"step {{step}}":
         die()
 if when == "saving":
-    retro_model.resume.write_json = die
+    retro_model.training.checkpoints.write_json = die
 folders = [Path(folder) for folder in {[str(woven.chunks), str(woven.neighbors), str(woven.tokenizer)]!r}]
 train_model(*folders, MODEL, TRAIN, knn=2, seq_len={SEQ_LEN}, seed=0, out_folder=work.parent / "retro",
             work_folder=work, log=log, threads=1, log_every=1, checkpoint_every=3)
@@ -553,9 +553,15 @@ def test_a_disk_that_is_full_at_any_write_costs_what_came_after_the_last_checkpo
 
         return wrapped
 
-    monkeypatch.setattr(retro_model.resume, "write_tensors", until_full(retro_model.resume.write_tensors, 1))
-    monkeypatch.setattr(retro_model.checkpoint, "write_tensors", until_full(retro_model.checkpoint.write_tensors, 1))
-    monkeypatch.setattr(retro_model.resume, "write_json", until_full(retro_model.resume.write_json, 0))
+    monkeypatch.setattr(
+        retro_model.training.checkpoints, "write_tensors", until_full(retro_model.training.checkpoints.write_tensors, 1)
+    )
+    monkeypatch.setattr(
+        retro_model.network.pretrained, "write_tensors", until_full(retro_model.network.pretrained.write_tensors, 1)
+    )
+    monkeypatch.setattr(
+        retro_model.training.checkpoints, "write_json", until_full(retro_model.training.checkpoints.write_json, 0)
+    )
     full = 0
     for attempt in range(1, 30):
         left = attempt
@@ -651,14 +657,14 @@ def test_activations_that_are_computed_again_change_nothing(
 ) -> None:
     """With dropout, whose masks are drawn again."""
     again = []
-    feed_forward = retro_model.model.FeedForward.forward
+    feed_forward = retro_model.network.model.FeedForward.forward
 
-    def spy(module: retro_model.model.FeedForward, x_TD: torch.Tensor) -> torch.Tensor:
+    def spy(module: retro_model.network.model.FeedForward, x_TD: torch.Tensor) -> torch.Tensor:
         if module.training:
             again.append(torch.is_grad_enabled())
         return feed_forward(module, x_TD)
 
-    monkeypatch.setattr(retro_model.model.FeedForward, "forward", spy)
+    monkeypatch.setattr(retro_model.network.model.FeedForward, "forward", spy)
     trainer = make_trainer(woven)
     trainer.step(trainer.data(0))
     calls = len(again)

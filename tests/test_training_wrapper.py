@@ -13,11 +13,11 @@ import pytest
 import torch
 from fixtures import tiny_corpus, tiny_encoder
 
+import retro_model.memmaps.wrapper
 import retro_model.retrieval
-import retro_model.training_wrapper
 from retro_model import RETRO, TrainingWrapper
-from retro_model.errors import ConfigError, DocumentError
-from retro_model.generation import generate, top_p
+from retro_model.core.errors import ConfigError, DocumentError
+from retro_model.inference.generation import generate, top_p
 from retro_model.retrieval import tokenize
 
 CHUNK, SEQ_LEN = 8, 32
@@ -120,9 +120,9 @@ def test_of_two_processes_that_start_at_once_the_second_finds_what_the_first_mad
 
         monkeypatch.setattr(module, name, called)
 
-    slow(retro_model.training_wrapper, "text_folder_to_chunks_")
+    slow(retro_model.memmaps.wrapper, "text_folder_to_chunks_")
     for name in ("_write_vectors", "_built_index", "_write_neighbors"):
-        slow(retro_model.retrieval, name)
+        slow(retro_model.memmaps.search, name)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda retro: wrap(retro=retro), [small_retro(), small_retro()])
     assert calls == ["text_folder_to_chunks_", "_write_vectors", "_built_index", "_write_neighbors"]
@@ -245,7 +245,7 @@ def test_a_kill_before_the_counts_are_written_makes_the_chunks_again(
 
     edit_text(place)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(retro_model.training_wrapper, "write_json", killed)
+        patch.setattr(retro_model.memmaps.wrapper, "write_json", killed)
         wrap()
     wrapper = wrap()
     assert len(wrapper.dataset) == wrapper.stats["seqs"]

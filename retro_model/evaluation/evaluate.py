@@ -1,0 +1,349 @@
+"""What retrieval gave, on documents that no training saw (sections 2.6 and 4 of the paper).
+
+    result = evaluate_models(Path("data"), Path("models/baseline"), Path("models/retro"), config, ...)
+    result.metrics["gain_on_vs_off"]          # bits per byte that retrieval saves
+
+Columns over the same documents: `baseline`, the decoder trained without retrieval; `mixed`, that decoder
+mixed with the bigram rule over the nearest neighbors (copying.py), which RETRO should beat; `off`, RETRO
+with nothing retrieved; `on`, RETRO with its nearest neighbors; `random`, RETRO with neighbors drawn from
+the database, which must not help. With another database, `mixed`, `on` and `random` are of that one, and
+`on_train` has the neighbors from the train chunks beside them; `compared` is another trained model. Bits
+are those of every label, the end of the document included; bytes are those of the original text, so that
+models with other tokenizers compare.
+"""
+
+import csv
+import io
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from retro_model.core.artifacts import Artifact, write_json, write_whole
+from retro_model.core.config import Config, optional_path, setting
+from retro_model.core.devices import resolve_number_type
+from retro_model.core.errors import ConfigError, DocumentError
+from retro_model.corpus.chunks import document_names
+from retro_model.evaluation.by_overlap import Shared, find_shared, read_run_metrics
+from retro_model.evaluation.comparison import Comparison
+from retro_model.evaluation.inputs import Inputs, Searching, swapped_database
+from retro_model.evaluation.passages import attention_of_rows, build_passages, choose_passages
+from retro_model.evaluation.passes import (
+    VALID,
+    Mixed,
+    Pass,
+    Scored,
+    columns,
+    mix_with_rule,
+    score_all,
+    sweep_curves,
+    sweeps,
+)
+from retro_model.evaluation.report.charts import draw_charts
+from retro_model.evaluation.report.content import Background, make_page
+from retro_model.evaluation.report.html import Passage, render
+from retro_model.evaluation.report.sections import rule_in_words
+from retro_model.evaluation.scoring import Scorer, Span, choose_spans
+from retro_model.evaluation.statistics import (
+    COLUMNS,
+    DIGITS,
+    Curve,
+    Scores,
+    columns_curve,
+    documents_curve,
+    gains_curve,
+    metrics_of,
+)
+from retro_model.evaluation.subsets import LEAKAGE_NEIGHBORS, leakage_curve, metrics_of_parts, overlap_curve
+from retro_model.inference.retriever import Retriever
+from retro_model.network.model import RETRO
+
+IntArray = npt.NDArray[np.integer[Any]]
+FloatArray = npt.NDArray[np.floating[Any]]
+
+# Held-out chunks that retrieval is timed on: so many at once, and the first of them one after the other.
+TIMED_CHUNKS, TIMED_ALONE = 256, 16
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Config, section="evaluate"):
+    """How much is evaluated, beside what, and what of it is shown.
+
+    `max_chunks` is of the test split, and of the valid split on which the control's weight is chosen.
+    `compare` is the folder of another trained model, `database` a folder or file of documents to retrieve
+    from in place of the train chunks; for both, an empty folder means none.
+    """
+
+    compare: str = setting("models/none")
+    database: str = setting("data/none")
+    sweep_knn: tuple[int, ...] = setting((0, 1, 2, 4, 8), minimum=0)
+    max_chunks: int | None = setting(1000, minimum=1)  # null: all held-out chunks
+    bootstrap_samples: int = setting(2000, minimum=1)
+    passages: int = setting(12, minimum=0)
+    number_type: str = setting("float32", choices=("auto", "float32", "bfloat16"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("compare", "database"):
+            if not getattr(self, name):
+                raise ConfigError(f"evaluate.{name}: found an empty path, expected a folder (an empty one: none)")
+        if list(self.sweep_knn) != sorted(set(self.sweep_knn)):
+            raise ConfigError(f"evaluate.sweep_knn: found {list(self.sweep_knn)}, expected rising numbers")
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """`metrics` and `curves` are equal for equal inputs; `timings` are not, and go to no DVC output."""
+
+    metrics: Mapping[str, float | int]
+    curves: Mapping[str, Curve]
+    timings: Mapping[str, float]
+
+    def lines(self) -> Iterator[str]:
+        """The result for a terminal."""
+        for column, bpb, low, high, perplexity in self.curves["columns"].rows:
+            figures = f"{bpb:.4f} bits per byte ({low:.4f} to {high:.4f}), perplexity {perplexity:.2f}"
+            yield f"evaluate: {column:<9} {figures}"
+        for name, title in (("gain_on_vs_off", "off"), ("gain_on_vs_baseline", "baseline")):
+            low, high = self.metrics[f"{name}_low"], self.metrics[f"{name}_high"]
+            yield f"evaluate: on saves {self.metrics[name]:+.4f} against {title} ({low:+.4f} to {high:+.4f})"
+        yield f"evaluate: {rule_in_words(self.metrics)}"
+        speeds = ", ".join(f"{self.timings[f'tokens_per_second_{name}']:,.0f} {name}" for name in ("off", "on"))
+        yield f"evaluate: tokens a second: {speeds}"
+        if lossy := self.metrics["test_lossy_documents"]:
+            yield f"evaluate: careful: the tokenizer spells {lossy:,} test documents only in part; bits are too low"
+
+
+def evaluate_models(
+    data_folder: Path,
+    baseline_folder: Path,
+    retro_folder: Path,
+    config: EvaluateConfig,
+    searching: Searching,
+    *,
+    knn: int,
+    seq_len: int,
+    seed: int,
+    out_metrics: Path,
+    out_plots: Path,
+    out_report: Path,
+    work_folder: Path,
+    device: str = "cpu",
+    batch_size: int = 8,
+) -> EvaluationResult:
+    """Evaluates both models on the test split: `out_metrics`, `out_plots`/evaluate_* and `out_report`.
+
+    `data_folder` holds tokenizer, chunks and neighbors as the stages write them. `searching` is how another
+    database is searched, and what is made for that lies in `work_folder`. Equal inputs give equal files;
+    what differs between batch sizes lies behind the digits that are written.
+
+    Raises an ArtifactError where the inputs do not belong together, ConfigError for a `knn` or a sweep
+    that is not stored, DocumentError where there is nothing to score or to retrieve from, TrainingError
+    where a loss is not finite.
+    """
+    started = time.perf_counter()
+    compared_folder = optional_path("evaluate.compare", config.compare)
+    documents = optional_path("evaluate.database", config.database)
+    train = Inputs.open(data_folder)
+    valid, train_rows = (train.of_split(data_folder, split) for split in ("valid", "train"))
+    models = _open_models({"baseline": baseline_folder, "retro": retro_folder}, train, device)
+    _check_knn(train.neighbors, knn, config)
+    number_type = resolve_number_type(config.number_type, torch.device(device))
+    options: dict[str, Any] = {"device": device, "batch_size": batch_size, "number_type": number_type}
+    comparison = None
+    if compared_folder is not None:  # opened and scored first: what is wrong with it is said before hours of work
+        comparison = Comparison(compared_folder, data_folder, searching, work_folder / "compare", **options)
+    inputs, counts = train, Counter[str]()
+    if documents is not None:
+        inputs, counts = swapped_database(documents, data_folder, searching, work_folder / "database")
+    spans = spans_with_text(inputs.chunks, config.max_chunks, seed)
+    scorer = Scorer(inputs.chunks, inputs.database, spans, seq_len, **options)
+    on_train = None if documents is None else Scorer(train.chunks, train.database, spans, seq_len, **options)
+    valid_spans = spans_with_text(valid.chunks, config.max_chunks, seed)
+    valid_scorer = Scorer(valid.chunks, valid.database, valid_spans, seq_len, **options)
+    passes = [*columns(inputs, train, scorer, on_train, knn, seed), *sweeps(inputs, scorer, config.sweep_knn, knn)]
+    passes.append(Pass(VALID, "baseline", valid_scorer, None))
+    compared = None if comparison is None else comparison.score(inputs, spans)
+    scored = score_all(models, passes)
+    mixed = mix_with_rule(scored, inputs, scorer, valid, valid_scorer, knn, seed)
+    shared = find_shared(inputs, train, train_rows, scorer, knn, seed)
+    background = Background(
+        chunks=inputs.chunks,
+        database_chunks=inputs.database.rows,
+        knn=knn,
+        seq_len=seq_len,
+        leakage_neighbors=min(LEAKAGE_NEIGHBORS, train.neighbors["ids"].shape[1]),
+        documents=None if documents is None else documents.name,
+        counts=counts,
+        compared=compared,
+        **_start_of(retro_folder, baseline_folder, train),
+    )
+    metrics, curves = _figures(inputs, scorer, scored, mixed, shared, background, config, seed)
+    passages = _passages(models["retro"], inputs, scorer, scored, config.passages, knn, seed)
+    page = make_page(metrics, curves, passages, background)
+    write_json(out_metrics, metrics)
+    for name, curve in curves.items():
+        write_whole(out_plots / f"evaluate_{name}.csv", to_csv(curve))
+    draw_charts(page.charts, out_plots)
+    write_whole(out_report, render(page))
+    return EvaluationResult(metrics, curves, {**scored.timings, "seconds": time.perf_counter() - started})
+
+
+def _figures(
+    inputs: Inputs,
+    scorer: Scorer,
+    scored: Scored,
+    mixed: Mixed,
+    shared: Shared,
+    background: Background,
+    config: EvaluateConfig,
+    seed: int,
+) -> tuple[dict[str, float | int], dict[str, Curve]]:
+    """The flat figures and the curves."""
+    saved = (scored.losses["off"].astype(np.float64) - scored.losses["on"]) / math.log(2)
+    scores = Scores(scorer.documents, scorer.bytes, scorer.is_label, saved)
+    num_labels = int(scorer.is_label.sum())
+    for column in COLUMNS:
+        if column in scored.row_losses:
+            scores.add(column, scored.row_losses[column], num_labels)
+    scores.add("mixed", mixed.row_losses, num_labels)
+    if background.compared is not None:
+        scores.add("compared", background.compared.row_losses, background.compared.num_labels)
+    drawn = (config.bootstrap_samples, seed)
+    resampled = scores.bootstrap(*drawn)
+    metrics = metrics_of(scores, resampled)
+    metrics |= metrics_of_parts(scores, shared.nearest, shared.with_train, *drawn)
+    metrics |= _rule_metrics(mixed, metrics) | read_run_metrics(shared)
+    metrics |= {"test_lossy_documents": inputs.chunks.facts["lossy_documents"], "database_chunks": inputs.database.rows}
+    if counts := background.counts:
+        metrics |= {f"database_documents_{name}": counts[name] for name in ("kept", "held_out")}
+    curves = {
+        "columns": columns_curve(scores, resampled),
+        "gains": gains_curve(scores, resampled),
+        "leakage": leakage_curve(scores, shared.nearest, *drawn),
+        "overlap": overlap_curve(scores, shared.read, *drawn),
+        **sweep_curves(scored, scorer, inputs, config.sweep_knn, background.knn),
+        "documents": documents_curve(scores, document_names(inputs.chunks, scorer.documents)),
+    }
+    return metrics, curves
+
+
+def _rule_metrics(mixed: Mixed, metrics: Mapping[str, float | int]) -> dict[str, float | int]:
+    """What the bigram rule gets right, and what RETRO gains of what the rule does, where that is anything."""
+    found: dict[str, float | int] = {
+        "mixed_weight": mixed.weight,
+        "rule_hits_own": round(mixed.hits_own, DIGITS),
+        "rule_hits_random": round(mixed.hits_random, DIGITS),
+    }
+    if metrics["gain_mixed_vs_baseline"] > 0:
+        share = metrics["gain_on_vs_baseline"] / metrics["gain_mixed_vs_baseline"]
+        found["share_of_rule_gained"] = round(share, DIGITS)
+    return found
+
+
+# ---- inputs ----------------------------------------------------------------------------------------
+
+
+def _start_of(retro_folder: Path, baseline_folder: Path, train: Inputs) -> dict[str, bool]:
+    """Whether RETRO started from a trained model, from this very baseline, and from one that saw other chunks."""
+    retro, baseline = (Artifact.open(folder, "model", verify=False) for folder in (retro_folder, baseline_folder))
+    before = retro.facts.get("init_from_chunks", [])
+    return {
+        "started": bool(before),
+        "started_from_baseline": retro.facts.get("init_from") == baseline.fingerprint,
+        "started_elsewhere": bool(set(before) - {train.database.fingerprint}),
+    }
+
+
+def _open_models(folders: Mapping[str, Path], inputs: Inputs, device: str) -> dict[str, RETRO]:
+    """Both models, after a check that they were trained on these chunks and neighbors."""
+    trained_on = {
+        "tokenizer": inputs.tokenizer.fingerprint,
+        "chunks": inputs.database.fingerprint,
+        "chunk_size": inputs.chunks.facts["chunk_size"],
+    }
+    for name, folder in folders.items():
+        model = Artifact.open(folder, "model").require(retrieval=name == "retro", **trained_on)
+        if name == "retro":
+            inputs.neighbors.require(index=model.facts["index"])
+    return {name: RETRO.from_pretrained(folder, device=device) for name, folder in folders.items()}
+
+
+def spans_with_text(chunks: Artifact, max_chunks: int | None, seed: int) -> list[Span]:
+    """The documents to score; without a byte there are no bits per byte."""
+    chosen = choose_spans(chunks["documents"][:], max_chunks, seed)
+    spans = [span for span in chosen if chunks["bytes"][span.first : span.stop].any()]
+    if not spans:
+        raise DocumentError(f"{chunks.folder}: no text to evaluate on; add documents to this split")
+    return spans
+
+
+def _check_knn(neighbors: Artifact, knn: int, config: EvaluateConfig) -> None:
+    stored = neighbors["ids"].shape[1]
+    for key, wanted in (("knn", knn), ("evaluate.sweep_knn", max(config.sweep_knn, default=0))):
+        if wanted > stored:
+            where = f"which {neighbors.folder} stores"
+            raise ConfigError(f"{key}: found {wanted}, expected at most {stored}, {where}")
+    if knn < 1:
+        raise ConfigError(f"knn: found {knn}, expected at least 1")
+
+
+# ---- passages ----------------------------------------------------------------------------------------
+
+
+def _passages(
+    model: RETRO, inputs: Inputs, scorer: Scorer, scored: Scored, num: int, knn: int, seed: int
+) -> tuple[Passage, ...]:
+    nearest = inputs.neighbors["ids"][scorer.rows][:, :knn]
+    saved = scored.row_losses["off"] - scored.row_losses["on"]
+    chosen = choose_passages(scorer, saved, nearest, num, seed)
+    return tuple(
+        build_passages(
+            chosen,
+            scorer,
+            scored.losses["off"],
+            scored.losses["on"],
+            nearest,
+            inputs.neighbors["distances"][scorer.rows],
+            attention_of_rows(model, scorer, nearest, [place for _, place in chosen]),
+            inputs.tokenizer,
+        )
+    )
+
+
+def to_csv(curve: Curve) -> str:
+    """The curve as CSV, a head line first."""
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows([curve.head, *curve.rows])
+    return stream.getvalue()
+
+
+# ---- what retrieval costs --------------------------------------------------------------------------
+
+
+def time_retrieval(data_folder: Path, searching: Searching, knn: int) -> dict[str, float]:
+    """Milliseconds that a chunk takes to be embedded and searched, one alone and many at once.
+
+    Raises SourceError where the encoder cannot be loaded here.
+    """
+    retriever = Retriever.open(data_folder, encoder=searching.embed.encoder, device=searching.device)
+    chunks = Artifact.open(data_folder / "chunks" / "test", "chunks", verify=False)
+    tokens = chunks["tokens"][:TIMED_CHUNKS][:, :-1]
+    retriever.retrieve(tokens[:1], knn)  # the first call loads what later ones do not
+    started = time.perf_counter()
+    for row in tokens[:TIMED_ALONE]:
+        retriever.retrieve(row[None], knn)
+    alone, started = time.perf_counter() - started, time.perf_counter()
+    retriever.retrieve(tokens, knn)
+    together = time.perf_counter() - started
+    return {
+        "retrieval_ms_per_chunk_alone": 1000 * alone / len(tokens[:TIMED_ALONE]),
+        "retrieval_ms_per_chunk_batched": 1000 * together / len(tokens),
+    }

@@ -1,0 +1,227 @@
+"""What an evaluation reads: held-out chunks, a database, and what was found in it for each of them.
+
+The pipeline has made these for its own models. Two wishes need more, and no training:
+
+- another database (`evaluate.database`): its documents are chunked, embedded, indexed and searched with
+  the held-out chunks. Documents that are, or nearly are, held-out ones are dropped before.
+- a model with another tokenizer or chunk length (`evaluate.compare`) cannot read these chunks. The text
+  of the documents is put together from their tokens, which must spell it exactly, and cut anew.
+"""
+
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from retro_model.core.artifacts import SPLITS, Artifact
+from retro_model.core.errors import DocumentError, MismatchError
+from retro_model.core.progress import Progress
+from retro_model.corpus.chunking import write_chunks
+from retro_model.corpus.chunks import SourceText, document_texts
+from retro_model.corpus.documents import CorpusConfig
+from retro_model.corpus.near_duplicates import NearDuplicates
+from retro_model.corpus.readers import FLAWS, find_files, read_entries
+from retro_model.corpus.tokenizer import Tokenizer
+from retro_model.embedding.embed import EmbedConfig, make_embeddings
+from retro_model.jobs.engine import Engine
+from retro_model.search.build import make_index
+from retro_model.search.keys import IndexConfig
+from retro_model.search.neighbors import NeighborsConfig, make_neighbors
+
+HELD_OUT = ("valid", "test")
+
+
+@dataclass(frozen=True)
+class Searching:
+    """How text becomes neighbors: the settings that the pipeline's stages have, and where they compute."""
+
+    corpus: CorpusConfig
+    embed: EmbedConfig
+    index: IndexConfig
+    neighbors: NeighborsConfig
+    device: str = "auto"
+    embed_batch_size: int | None = None
+    engine: Engine | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Held-out chunks, what may be retrieved for them, and the neighbors that were found."""
+
+    chunks: Artifact
+    database: Artifact
+    neighbors: Artifact
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, data: Path, chunks: Path | None = None, neighbors: Path | None = None) -> "Inputs":
+        """Opens the artifacts below `data` and checks that each was made from the others.
+
+        Chunks and neighbors may lie elsewhere. Raises an ArtifactError.
+        """
+        chunks, neighbors = chunks or data / "chunks", neighbors or data / "neighbors"
+        tokenizer = Tokenizer.open(data / "tokenizer")
+        test = Artifact.open(chunks / "test", "chunks").require(split="test", tokenizer=tokenizer.fingerprint)
+        train = Artifact.open(chunks / "train", "chunks").require(
+            split="train", tokenizer=tokenizer.fingerprint, chunk_size=test.facts["chunk_size"]
+        )
+        found = Artifact.open(neighbors / "test", "neighbors")
+        return cls(test, train, found.require(chunks=test.fingerprint, database=train.fingerprint), tokenizer)
+
+    def of_split(self, data: Path, split: str) -> "Inputs":
+        """Another split of `data` beside the same database, which is its train split, searched in the same way.
+
+        Raises an ArtifactError.
+        """
+        chunks = self.database if split == "train" else Artifact.open(data / "chunks" / split, "chunks")
+        chunks.require(split=split, tokenizer=self.tokenizer.fingerprint, chunk_size=self.chunks.facts["chunk_size"])
+        found = Artifact.open(data / "neighbors" / split, "neighbors")
+        searched = {name: self.neighbors.facts[name] for name in ("database", "index", "stored")}
+        found.require(chunks=chunks.fingerprint, **searched)
+        return replace(self, chunks=chunks, neighbors=found)
+
+
+# ---- another database ------------------------------------------------------------------------------
+
+
+def swapped_database(documents: Path, data: Path, searching: Searching, work: Path) -> tuple[Inputs, Counter[str]]:
+    """The held-out chunks with neighbors from `documents`, and how many of those were kept or dropped.
+
+    A document that is a held-out one, or nearly (`corpus.near_duplicates`), is dropped: it would be found
+    for its own text. The same index type is chosen as for a corpus of that size (`index.key` auto). What
+    was embedded before a kill is found again in `work`.
+
+    Raises DocumentError where no document is left.
+    """
+    tokenizer = Tokenizer.open(data / "tokenizer")
+    held_out = {split: Artifact.open(data / "chunks" / split, "chunks") for split in HELD_OUT}
+    counts: Counter[str] = Counter()
+    folder = _fresh(work / "chunks")
+    texts = _usable(documents, searching.corpus, list(held_out.values()), tokenizer, counts)
+    # Numbers above all of the pipeline's: equal ones would pass for a query's own document.
+    first = 1 + max(int(Artifact.open(data / "chunks" / split, "chunks")["documents"][:].max()) for split in SPLITS)
+    numbered = (item._replace(number=first + place) for place, item in enumerate(texts))
+    try:
+        write_chunks(folder / "train", "train", numbered, tokenizer, held_out["test"].facts["chunk_size"])
+    except DocumentError as error:
+        raise DocumentError(f"evaluate.database: {documents}: nothing to retrieve from: {_told(counts)}") from error
+    for split in HELD_OUT:
+        os.symlink((data / "chunks" / split).resolve(), folder / split)
+    _search(folder, data / "tokenizer", searching, work)
+    print(f"evaluate: database {documents}: {_told(counts)}", flush=True)
+    return Inputs.open(data, folder, work / "neighbors"), counts
+
+
+def _usable(
+    documents: Path, corpus: CorpusConfig, held_out: list[Artifact], tokenizer: Tokenizer, counts: Counter[str]
+) -> Iterator[SourceText]:
+    """The documents that may be retrieved from; the others are counted by the reason.
+
+    Texts are compared as the tokenizer spells them, which for most tokenizers is exactly.
+    """
+    near = NearDuplicates(corpus.near_duplicates) if corpus.near_duplicates else None
+    held, seen = set[bytes](), set[bytes]()
+    for item in (item for chunks in held_out for item in document_texts(chunks, tokenizer)):
+        held.add(_digest(item.text))
+        if near is not None:
+            near.add(item.text)
+    files, _ = find_files(documents)
+    with Progress("database", None, "document") as shown:
+        for file in files:
+            source = file.relative_to(documents).as_posix() if documents.is_dir() else file.name
+            for entry in read_entries(file, source, corpus.text_field, corpus.documents_separator):
+                shown.update(entry.times)
+                counts["read"] += entry.times
+                if entry.flaw:
+                    if corpus.bad_documents == "refuse":
+                        raise DocumentError(f"evaluate.database: {documents}: {entry.place}: {FLAWS[entry.flaw]}")
+                    counts["flawed"] += entry.times
+                    continue
+                text = tokenizer.decode(tokenizer.encode(entry.text).tolist())
+                digest = _digest(text)
+                if digest in held or (near is not None and near.repeated_by(text)):
+                    counts["held_out"] += 1
+                elif digest in seen:
+                    counts["copies"] += 1
+                else:
+                    seen.add(digest)
+                    counts["kept"] += 1
+                    yield SourceText(0, entry.source, entry.record, entry.text)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _told(counts: Counter[str]) -> str:
+    return (
+        f"{counts['read']:,} documents read, {counts['kept']:,} kept; dropped: {counts['held_out']:,} that are "
+        f"or nearly are held-out ones, {counts['copies']:,} copies, {counts['flawed']:,} unusable"
+    )
+
+
+def _search(chunks: Path, tokenizer: Path, searching: Searching, work: Path) -> None:
+    """Embeddings, index and neighbors of the chunks' splits, below `work`."""
+    device, engine = searching.device, searching.engine
+    make_embeddings(
+        chunks,
+        tokenizer,
+        searching.embed,
+        work / "embeddings",
+        batch_size=searching.embed_batch_size,
+        device=device,
+        engine=engine,
+        work_folder=work / "parts" / "embeddings",
+    )
+    embeddings, index = work / "embeddings", work / "index"
+    # The key that was chosen for another number of chunks may not fit these.
+    config = replace(searching.index, key="auto")
+    parts = work / "parts" / "index"
+    make_index(embeddings, config, index, device=device, engine=engine, work_folder=parts)
+    parts = work / "parts" / "neighbors"
+    config_of_neighbors, out = searching.neighbors, work / "neighbors"
+    make_neighbors(embeddings, index, chunks, config_of_neighbors, out, device=device, engine=engine, work_folder=parts)
+
+
+def _fresh(folder: Path) -> Path:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+# ---- another tokenizer -----------------------------------------------------------------------------
+
+
+def cut_anew(
+    inputs: Inputs, data: Path, tokenizer_folder: Path, chunk_size: int, splits: Iterable[str], work: Path
+) -> Path:
+    """The same documents in chunks of another tokenizer or length: a folder with the given splits.
+
+    Raises MismatchError where the tokens at hand do not spell the documents exactly.
+    """
+    tokenizer = Tokenizer.open(tokenizer_folder)
+    folder = _fresh(work / "chunks")
+    here = {"train": inputs.database, "test": inputs.chunks}
+    for split in splits:
+        chunks = here.get(split) or Artifact.open(data / "chunks" / split, "chunks")
+        if lossy := chunks.facts["lossy_documents"]:
+            raise MismatchError(
+                "evaluate.compare: that model has another tokenizer or chunk length, and cutting the documents anew "
+                f"takes their exact text, which the tokenizer {inputs.tokenizer.name} does not spell for {lossy:,} of "
+                f"{chunks.facts['documents']:,} documents of {split}; expected a model of this tokenizer "
+                f"and of chunks of {inputs.chunks.facts['chunk_size']} tokens"
+            )
+        write_chunks(folder / split, split, document_texts(chunks, inputs.tokenizer), tokenizer, chunk_size)
+    return folder
+
+
+def searched_anew(chunks: Path, tokenizer_folder: Path, searching: Searching, work: Path) -> Inputs:
+    """Those chunks with neighbors from their train split."""
+    _search(chunks, tokenizer_folder, searching, work)
+    test, train = (Artifact.open(chunks / split, "chunks") for split in ("test", "train"))
+    found = Artifact.open(work / "neighbors" / "test", "neighbors")
+    return Inputs(test, train, found, Tokenizer.open(tokenizer_folder))

@@ -1,0 +1,137 @@
+"""Looking up live text: a prompt, a generated chunk, an evaluation text; section 2.3's RET(C).
+
+A query goes the way that the database went: the same tokens-to-text, the same encoder in the same number
+type, the same rounding to half precision, the same search. So a stored chunk finds live what was
+precalculated for it.
+
+    retriever = Retriever.open("data")
+    found = retriever.retrieve(token_chunks, k=2)     # (B, M) ids
+    found.tokens                                      # (B, 2, 2 * M): neighbor and continuation
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retro_model.core.artifacts import Artifact
+from retro_model.core.errors import ConfigError, MismatchError
+from retro_model.core.rows import NO_ROW, retrieved_tokens
+from retro_model.corpus.chunks import chunk_text
+from retro_model.corpus.tokenizer import Tokenizer
+from retro_model.embedding.embed import EmbedConfig, Encoder, stored_vectors
+from retro_model.search.neighbors import Database
+
+IntArray = npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """What was found for B queries, nearest first."""
+
+    tokens: npt.NDArray[np.int64]  # (B, K, 2 * M): neighbor and continuation; pad where there is none
+    ids: npt.NDArray[np.int64]  # (B, K): rows of the database; -1 where there is none
+    distances: npt.NDArray[np.float32]  # (B, K): squared L2; inf where there is none
+
+
+class Retriever:
+    """A database that can be searched by token chunks or by text. `Retriever.open` makes one."""
+
+    def __init__(self, chunks: Artifact, database: Database, encoder: Encoder, tokenizer: Tokenizer) -> None:
+        self.chunks = chunks
+        self.chunk_size: int = chunks.facts["chunk_size"]
+        self.encoder = encoder
+        self._database = database
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def open(
+        cls,
+        data_folder: Path | str = "data",
+        encoder: str | None = None,
+        device: str = "auto",
+        batch_size: int | None = None,
+        verify: bool = True,
+    ) -> "Retriever":
+        """Opens tokenizer, train chunks, embeddings, index and encoder, and checks that they are one set.
+
+        `encoder` says where the encoder is now, as `embed.encoder` does, where the recorded name does
+        not lead to it. `verify` compares every byte of chunks and embeddings with what was written, about a
+        second a gigabyte.
+
+        Raises SourceError where the encoder cannot be loaded, MismatchError where it is not the one
+        that made the embeddings or where the artifacts were not made from one another.
+        """
+        folder = Path(data_folder)
+        tokenizer = Tokenizer.open(folder / "tokenizer")
+        chunks = Artifact.open(folder / "chunks" / "train", "chunks", verify)
+        chunks.require(tokenizer=tokenizer.fingerprint)
+        embeddings = Artifact.open(folder / "embeddings" / "train", "embeddings", verify)
+        database = Database.open(embeddings, Artifact.open(folder / "index", "index", verify), chunks)
+        opened = _same_encoder(embeddings, encoder, device, batch_size)
+        return cls(chunks, database, opened, tokenizer)
+
+    def retrieve(self, token_chunks: IntArray, k: int, exclude_documents: IntArray | None = None) -> Retrieved:
+        """The k nearest database chunks of each row of input ids (B, M) of the database's tokenizer.
+
+        Rows may be of any width. `exclude_documents` (B,) names for each query a document whose chunks
+        it must not get, -1 for none.
+
+        Raises ConfigError for ids that the tokenizer does not have.
+        """
+        rows = np.asarray(token_chunks)
+        vocab_size = self.chunks.facts["vocab_size"]
+        if rows.size and (rows.min() < 0 or rows.max() >= vocab_size):
+            raise ConfigError(
+                f"retrieve: found token ids {rows.min()} to {rows.max()}, expected 0 to {vocab_size - 1}: "
+                f"those of the tokenizer of {self.chunks.folder}"
+            )
+        return self.retrieve_text(chunk_text(self.tokenizer, rows), k, exclude_documents)
+
+    def retrieve_text(self, texts: list[str], k: int, exclude_documents: IntArray | None = None) -> Retrieved:
+        """The same for texts, of which the encoder reads as much as of a chunk."""
+        if k < 1:
+            raise ConfigError(f"knn: found {k}, expected >= 1")
+        vectors = stored_vectors(self.encoder.embed(texts), self.encoder).astype(np.float32)
+        excluded = np.full(len(texts), NO_ROW) if exclude_documents is None else np.asarray(exclude_documents)
+        assert excluded.shape == (len(texts),), excluded.shape
+        ids, distances = self._database.nearest(vectors, excluded, k)
+        return Retrieved(retrieved_tokens(self.chunks, ids), ids, distances)
+
+    def text(self, ids: IntArray) -> list[str]:
+        """The texts of database rows (n,)."""
+        return chunk_text(self.tokenizer, self.chunks["tokens"][np.asarray(ids)][:, :-1])
+
+    def for_generation(self, k: int) -> Callable[[Tensor], Tensor]:
+        """What `generate` calls: from chunks (B, M) to neighbors (B, k, 2 * M), on their device."""
+
+        def retrieve(token_chunks: Tensor) -> Tensor:
+            found = self.retrieve(token_chunks.cpu().numpy(), k)
+            return torch.from_numpy(found.tokens).to(token_chunks.device)
+
+        return retrieve
+
+
+def _same_encoder(embeddings: Artifact, source: str | None, device: str, batch_size: int | None) -> Encoder:
+    """The encoder that made `embeddings`, found under `source` or the recorded name."""
+    facts = embeddings.facts
+    config = EmbedConfig(
+        encoder=source or facts["encoder_name"],
+        pooling=facts["pooling"],
+        normalize=facts["normalize"],
+        max_tokens=facts["max_tokens"],
+        number_type=facts["number_type"],
+    )
+    encoder = Encoder.open(config, device=device, batch_size=batch_size)
+    if encoder.fingerprint != facts["encoder"]:
+        raise MismatchError(
+            f"{embeddings.folder}: made by encoder {facts['encoder_name']} ({facts['encoder'][:12]}), "
+            f"found {config.encoder} ({encoder.fingerprint[:12]}); name the one that made them, or run "
+            "`dvc repro -s -f embed` and then `dvc repro`"
+        )
+    return encoder

@@ -1,0 +1,694 @@
+"""RETRO, a language model that reads what it retrieves (Borgeaud et al. 2022, arXiv 2112.04426).
+
+Read from top to bottom: configuration, small parts, encoder, decoder, how chunks are laid out, the
+model, its loss. "Section", "equation" and "algorithm" are the paper's. What is unusual:
+
+- A text is cut into chunks of M tokens. With each chunk come K neighbors, found beforehand in a
+  database: R tokens each, a similar chunk and what followed it there.
+- The encoder reads the neighbors while it looks at the chunk that retrieved them; the decoder
+  attends to them from the next chunk on, so that a token never sees what was found with its help.
+- Inside, a batch is a stream of chunks without rows: T = C * M tokens, documents one after the
+  other. All parts but two work on single tokens or chunks; only self-attention and the shift of
+  chunked cross-attention know where a document ends, so packing costs no padding and no masks.
+- Copying is built in where the config says so (`copy_tokens`): cross-attention then looks for the place in a
+  neighbor where the text stands now, which the paper's network does not learn in a short training.
+- A chunk without neighbors skips chunked cross-attention whole. A model without a single neighbor is
+  therefore exactly its plain decoder, and a plain decoder can be given retrieval later (RETROfit).
+
+Names end in their axes:
+
+    B  rows of a batch           M  tokens of a chunk              D  width of the decoder
+    N  tokens of a row           K  neighbors of a chunk           E  width of the encoder
+    L  chunks of a row           R  tokens of a neighbor           V  vocabulary
+    C  chunks of the stream      J  K * R, all that a chunk got    T  C * M, tokens of the stream
+    A  those with neighbors      H  heads                          F  features of a head
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from retro_model.core.errors import ConfigError
+from retro_model.network.attention import (
+    CrossAttention,
+    NeighborAttention,
+    SelfAttention,
+    attend_context,
+    attend_documents,
+    attending_chunks,
+    rotary_table,
+    unshift,
+)
+from retro_model.network.config import RETROConfig
+from retro_model.network.kernels import ROWS_OF_LOGITS, linear_cross_entropy, rms_norm, rotary_attention
+
+# ---- small parts -----------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gain (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        """The normalized x."""
+        return rms_norm(x_D, self.gain)
+
+
+class GatedRMSNorm(RMSNorm):
+    """RMSNorm(x) * sigmoid(w x) (Zhang et al. 2021, section 3)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.gate = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        """The normalized and gated x."""
+        return super().forward(x_D) * torch.sigmoid(self.gate * x_D)
+
+
+NORMS: dict[str, type[nn.Module]] = {
+    "rmsnorm": RMSNorm,
+    "gated_rmsnorm": GatedRMSNorm,
+    "layernorm": nn.LayerNorm,
+}
+
+
+class FeedForward(nn.Module):
+    """Two layers, four times as wide inside."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, 4 * dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(4 * dim, dim, bias=False)
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        """What is added to x; dropout is between the two layers."""
+        out: Tensor = self.out(self.dropout(F.gelu(self.up(x_D))))
+        return out
+
+
+class Residual(nn.Module):
+    """alpha x + f(norm(x)), or with DeepNet norm(alpha x + f(x)) (Wang et al. 2022, equation 1)."""
+
+    def __init__(self, inner: nn.Module, norm: nn.Module, alpha: float, post_norm: bool) -> None:
+        super().__init__()
+        self.norm, self.inner = norm, cast("Any", inner)
+        self.alpha, self.post_norm = alpha, post_norm
+
+    def forward(self, x_D: Tensor, *args: Any) -> Tensor:
+        """x after the sublayer; the arguments after x go to f."""
+        skipped = x_D if self.alpha == 1 else self.alpha * x_D
+        if self.post_norm:
+            normed: Tensor = self.norm(skipped + self.inner(x_D, *args))
+            return normed
+        added: Tensor = skipped + self.inner(self.norm(x_D), *args)
+        return added
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of the network, encoder or decoder: its settings, and the sublayers that they make."""
+
+    config: RETROConfig
+    dim: int
+    depth: int
+    cross_attn_layers: tuple[int, ...] | None  # None: every layer
+    attn_dropout: float
+    ff_dropout: float
+    alpha: float  # of the skip connections
+    beta: float  # of DeepNet's initialization
+    reads_neighbors: bool  # the decoder's cross-attention reads neighbors, the encoder's reads the decoder
+
+    @classmethod
+    def encoder(cls, config: RETROConfig) -> "Side":
+        """The side that reads neighbors."""
+        alpha, beta = config.deepnet("enc")
+        return cls(
+            config, config.enc_dim, config.enc_depth, config.enc_cross_attn_layers, config.enc_attn_dropout,
+            config.enc_ff_dropout, config.enc_scale_residual or alpha, beta, reads_neighbors=False,
+        )  # fmt: skip
+
+    @classmethod
+    def decoder(cls, config: RETROConfig) -> "Side":
+        """The side that predicts."""
+        alpha, beta = config.deepnet("dec")
+        return cls(
+            config, config.dec_dim, config.dec_depth, config.dec_cross_attn_layers, config.dec_attn_dropout,
+            config.dec_ff_dropout, config.dec_scale_residual or alpha, beta, reads_neighbors=True,
+        )  # fmt: skip
+
+    def norm(self) -> nn.Module:
+        """A new norm of the kind that the config names and this side's width."""
+        klass = self.config.norm_klass or ("gated_rmsnorm" if self.config.gated_rmsnorm else "rmsnorm")
+        return (NORMS[klass] if isinstance(klass, str) else klass)(self.dim)
+
+    def final_norm(self) -> nn.Module:
+        """The norm after the last sublayer; the identity with post-norm."""
+        return nn.Identity() if self.config.use_deepnet else self.norm()
+
+    def residual(self, inner: nn.Module) -> Residual:
+        """A sublayer with its norm and its skip connection."""
+        return Residual(inner, self.norm(), self.alpha, self.config.use_deepnet)
+
+    def self_attention(self) -> Residual:
+        """Self-attention with its residual."""
+        return self.residual(SelfAttention(self.dim, self.config.heads, self.config.dim_head, self.attn_dropout))
+
+    def cross_attention(self, layer: int) -> Residual | None:
+        """Attention to the other side, in the layers that have it."""
+        config = self.config
+        if not config.retrieval or (self.cross_attn_layers is not None and layer not in self.cross_attn_layers):
+            return None
+        if not self.reads_neighbors:
+            sizes = self.dim, config.dec_dim, config.heads, config.dim_head, self.attn_dropout
+            return self.residual(CrossAttention(*sizes))
+        sizes = self.dim, config.enc_dim, config.heads, config.dim_head, self.attn_dropout
+        copying, rows, sink = config.copy_tokens, config.copy_rows, config.cross_attn_sink
+        return self.residual(NeighborAttention(*sizes, copy_tokens=copying, copy_rows=rows, sink=sink))
+
+    def feed_forward(self) -> Residual:
+        """The feed-forward layers with their residual."""
+        return self.residual(FeedForward(self.dim, self.ff_dropout))
+
+
+class Block(nn.Module):
+    """One layer of either side: self-attention, in some layers cross-attention, feed-forward."""
+
+    attention: Residual
+    cross_attention: Residual | None
+    feed_forward: Residual
+
+    def __init__(self, side: Side, layer: int) -> None:
+        super().__init__()
+        self.attention = side.self_attention()
+        self.cross_attention = side.cross_attention(layer)
+        self.feed_forward = side.feed_forward()
+
+
+def block_list(side: Side) -> Sequence[Block]:
+    """All layers of one side; a ModuleList, typed by what is in it."""
+    blocks = nn.ModuleList(Block(side, layer) for layer in range(1, side.depth + 1))
+    return cast("Sequence[Block]", blocks)
+
+
+# ---- encoder ---------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Reads each neighbor in the light of the chunk that retrieved it (section 2.3, algorithm 1)."""
+
+    def __init__(self, config: RETROConfig) -> None:
+        super().__init__()
+        side = Side.encoder(config)
+        self.dim_head = config.dim_head
+        same = config.enc_dim == config.dec_dim
+        self.widen = nn.Identity() if same else nn.Linear(config.dec_dim, config.enc_dim, bias=False)
+        self.norm_in = side.norm()
+        self.norm_hidden = Side.decoder(config).final_norm()  # with post-norm, hidden states are normalized already
+        self.blocks = block_list(side)
+        self.norm = side.final_norm()
+
+    def forward(self, embedded_AKRD: Tensor, mask_AKR: Tensor, hidden_AMD: Tensor) -> Tensor:
+        """The encoded neighbors of each chunk, end to end: (A, J, E).
+
+        `mask_AKR` is False at padding. `hidden_AMD` are the decoder's states of the retrieving chunk.
+        """
+        _, num_neighbors, length, _ = embedded_AKRD.shape
+        dtype = embedded_AKRD.dtype
+        positions = torch.arange(max(length, hidden_AMD.shape[1]), device=embedded_AKRD.device)
+        table = rotary_table(positions, self.dim_head, dtype)
+        table_RF, table_MF = table[:length], table[: hidden_AMD.shape[1]]
+        table_JF = table_RF.repeat(num_neighbors, 1)  # every neighbor counts from 0
+        see = partial(see_neighbors, mask_AKR=mask_AKR)
+
+        hidden_AMD = self.norm_hidden(hidden_AMD)
+        widened_AKRE = self.widen(embedded_AKRD).to(dtype)  # under autocast, too, the residual stream is exact
+        x_AJE = self.norm_in(widened_AKRE).flatten(1, 2)  # (A, K, R, E) -> (A, KR, E)
+        for block in self.blocks:
+            x_AJE = block.attention(x_AJE, table_RF, see)
+            if block.cross_attention is not None:
+                # a neighbor's token i and the chunk's token j are at distance i - j
+                context = block.cross_attention.inner.context(hidden_AMD)
+                see_chunk = partial(attend_context, context_BJHF=context, key_table_JF=table_MF)
+                x_AJE = block.cross_attention(x_AJE, table_JF, see_chunk)
+            x_AJE = block.feed_forward(x_AJE)
+        out: Tensor = self.norm(x_AJE)
+        return out
+
+
+def see_neighbors(qkv_AJHF: Tensor, table_RF: Tensor, dropout: float, *, mask_AKR: Tensor) -> Tensor:
+    """Attention in both directions inside each neighbor, and not to its padding: (A, J, H, F)."""
+    a, k, _ = mask_AKR.shape
+    qkv = rearrange(qkv_AJHF, "a (k r) h f -> (a k) r h f", k=k)
+    # A neighbor that is nothing but padding must attend to something, or its softmax is 0 / 0;
+    # nobody will look at the result.
+    mask_AKR = mask_AKR | ~mask_AKR.any(-1, keepdim=True)
+    out = rotary_attention(qkv, None, table_RF, table_RF, mask_BJ=mask_AKR.flatten(0, 1), dropout=dropout)
+    return rearrange(out, "(a k) r h f -> a (k r) h f", a=a)
+
+
+# ---- the stream of chunks --------------------------------------------------------------------------
+
+
+class Stream(NamedTuple):
+    """How the chunks of a batch lie in the stream: documents of one length side by side.
+
+    Only what is attended together must lie together, so documents are sorted by their number of
+    chunks, and self-attention takes all documents of one length at once, as a view.
+    """
+
+    order_C: Tensor | None  # the batch's chunk at each place of the stream; None: as in the batch
+    groups: list[tuple[int, int]]  # (documents, chunks of each), in the stream's order
+    index_C: Tensor  # which chunk of its document each is, from 0
+
+
+def stream_of_rows(rows: int, chunks: int, device: torch.device) -> Stream:
+    """The stream of a batch whose rows are one document each."""
+    return Stream(None, [(rows, chunks)], torch.arange(chunks, device=device).repeat(rows))
+
+
+def stream_of_documents(documents_BL: Tensor) -> Stream:
+    """The stream of packed rows: neighboring chunks with one document id are one document."""
+    first_BL = torch.ones_like(documents_BL, dtype=torch.bool)
+    first_BL[:, 1:] = documents_BL[:, 1:] != documents_BL[:, :-1]
+    starts = first_BL.flatten().nonzero().squeeze(1)
+    place_C = torch.arange(first_BL.numel(), device=starts.device)
+    lengths = torch.diff(starts, append=starts.new_tensor([len(place_C)]))
+    lengths, by_length = lengths.sort(stable=True)
+    index_C = place_C - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    order_C = starts[by_length].repeat_interleave(lengths) + index_C
+    sizes, counts = torch.unique_consecutive(lengths, return_counts=True)
+    return Stream(order_C, list(zip(counts.tolist(), sizes.tolist(), strict=True)), index_C)
+
+
+def attends_retrieval(index_C: Tensor, active_C: Tensor, chunk_size: int) -> Tensor:
+    """Whether each token of the stream attends to neighbors: (T,).
+
+    The last token of a chunk attends to its own chunk's neighbors, the others to those of the
+    chunk before, if that belongs to the same document; so the first M - 1 tokens of a document
+    attend to none.
+    """
+    before_C = torch.zeros_like(active_C)
+    before_C[1:] = active_C[:-1] & (index_C[1:] > 0)
+    return torch.cat([repeat(before_C, "c -> c m", m=chunk_size - 1), active_C[:, None]], dim=1).flatten()
+
+
+# ---- chunked cross-attention -----------------------------------------------------------------------
+
+
+class Retrieval(NamedTuple):
+    """What the chunks with neighbors got, ready to be attended to."""
+
+    encoded_AJE: Tensor
+    rows_AJD: Tensor | None  # see RETRO.output_rows
+    mask_AKR: Tensor  # False at padding and missing neighbors
+    mask_AJ: Tensor  # the same for each key, of which the first may be a sink
+    active_A: Tensor | None  # those chunks' places in the stream; None: all of them
+    attends_T: Tensor  # which tokens attend to any of it
+    query_table_MF: Tensor
+    key_table_JF: Tensor
+
+
+def cross_positions(config: RETROConfig, num_neighbors: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary tables of the queries (M, F) and keys (J, F) of chunked cross-attention.
+
+    Query i and token j of a neighbor are at distance i - j + M - 1 (appendix B): the first query is the
+    last token of the retrieving chunk, which stands where token M - 1 of each neighbor stands. A sink, the
+    first key, stands at 0. With `copy_tokens` nothing has a position: what is alike is found at any distance.
+    """
+    query_M = torch.arange(config.chunk_size, device=like.device) + config.chunk_size - 1
+    key_J = torch.arange(length, device=like.device).repeat(num_neighbors)
+    if config.cross_attn_sink:
+        key_J = F.pad(key_J, (1, 0))
+    if config.copy_tokens:
+        query_M, key_J = torch.zeros_like(query_M), torch.zeros_like(key_J)
+    return rotary_table(query_M, config.dim_head, like.dtype), rotary_table(key_J, config.dim_head, like.dtype)
+
+
+def cross_mask(config: RETROConfig, mask_AKR: Tensor) -> Tensor:
+    """Which keys of chunked cross-attention may be attended to (A, J): a sink always."""
+    return F.pad(mask_AKR.flatten(1), (1 if config.cross_attn_sink else 0, 0), value=True)
+
+
+def chunked_cross_attention(cross: Residual, x_TD: Tensor, retrieval: Retrieval, chunk_size: int) -> Tensor:
+    """CCA with its residual (section 2.4, equation 4); a token without neighbors stays as it is."""
+    lead = cross.inner.lead
+    attending_CMD = attending_chunks(x_TD, chunk_size, lead)
+    active_A = retrieval.active_A
+    attending_AMD = attending_CMD if active_A is None else attending_CMD[active_A]
+    see = partial(
+        attend_context,
+        context_BJHF=cross.inner.neighbor_context(retrieval.encoded_AJE, retrieval.mask_AKR, retrieval.rows_AJD),
+        key_table_JF=retrieval.key_table_JF,
+        mask_BJ=retrieval.mask_AJ,
+    )
+    changed = cross(attending_AMD, retrieval.query_table_MF, see)[:, lead:]
+    if active_A is not None:
+        changed = attending_CMD[:, lead:].to(changed.dtype).index_copy(0, active_A, changed)
+    return torch.where(retrieval.attends_T[:, None], unshift(changed, x_TD[: chunk_size - 1]), x_TD)
+
+
+# ---- the model -------------------------------------------------------------------------------------
+
+
+class RETRO(nn.Module):
+    """The decoder with retrieval. Its arguments are the fields of RETROConfig, by name."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        self.config = config = RETROConfig(**arguments)
+        side = Side.decoder(config)
+        self.embedding = nn.Embedding(config.num_tokens, config.dec_dim)
+        self.norm_in = side.norm()
+        self.decoder = block_list(side)
+        self.norm = side.norm()
+        self.unembedding = None
+        if not config.tie_embeddings:
+            self.unembedding = nn.Linear(config.dec_dim, config.num_tokens, bias=False)
+        self.encoder = Encoder(config) if config.retrieval else None
+        initialize(self)
+
+    @classmethod
+    def from_config(cls, config: RETROConfig) -> "RETRO":
+        """A fresh model with the given config."""
+        return cls(**vars(config))
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> "RETRO":
+        """The model that `save_pretrained` wrote, in eval mode; in the dtype it was saved with, or in `dtype`.
+
+        Raises MissingArtifactError, DamagedArtifactError or MismatchError unless the folder holds every tensor of
+        the network in its shape, and no other.
+        """
+        from retro_model.network.pretrained import load_config, load_weights
+
+        config = load_config(folder)
+        with torch.device("meta"):  # weights that take no memory yet
+            model = cls.from_config(config)
+        model.load_state_dict(load_weights(folder, model.state_dict()), assign=True)  # assign keeps the saved dtype
+        for parameter in model.parameters():
+            parameter.requires_grad_()
+        return model.to(device=device, dtype=dtype).eval()
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write model.safetensors and config.json; equal weights give equal bytes."""
+        from retro_model.network.pretrained import save_model
+
+        save_model(folder, self.config, self.state_dict())
+
+    @property
+    def output_weight_VD(self) -> Tensor:
+        """The matrix that turns hidden states into logits: the embedding itself if they are tied."""
+        return self.embedding.weight if self.unembedding is None else self.unembedding.weight
+
+    def output_rows(self, retrieved_AKR: Tensor) -> Tensor | None:
+        """The rows of the output matrix for the neighbors' tokens, of equal size (A, J, D); None if none are copied."""
+        if not self.config.copy_rows:
+            return None
+        return F.rms_norm(F.embedding(retrieved_AKR.flatten(1), self.output_weight_VD), (self.config.dec_dim,))
+
+    def forward(
+        self,
+        seq: Tensor,
+        retrieved: Tensor | None = None,
+        return_loss: bool = False,
+        *,
+        labels: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, N, V), or with `return_loss` the mean cross-entropy over labels that are not pad.
+
+        `seq` is (B, N); with `return_loss` and no labels it is (B, N + 1) and holds the labels too.
+        `retrieved` is (B, N // M, K, R), or (B, N // M, R) for one neighbor; padding in it is masked,
+        and a neighbor of nothing but padding is a missing one. None: no retrieval.
+        `documents` (B, chunks) numbers the document of each chunk; attention stays inside documents.
+        """
+        if return_loss and labels is None:
+            if seq.dim() != 2:
+                raise ConfigError(f"seq must be integers (batch, tokens), at least 1 x 2: {tuple(seq.shape)}")
+            seq, labels = seq[:, :-1], seq[:, 1:]
+        elif labels is not None and not return_loss:
+            raise ConfigError("labels need return_loss=True; for the loss of each token there is token_losses")
+        hidden_TD, stream = self.hidden_states(seq, retrieved, documents)
+        if labels is None:
+            logits = F.linear(hidden_TD, self.output_weight_VD)
+            return self._to_rows(logits, stream, seq)
+        labels_T, labeled = self._labels(labels, stream, seq)
+        if len(labeled) < len(labels_T):
+            hidden_TD, labels_T = hidden_TD[labeled], labels_T[labeled]
+        return linear_cross_entropy(hidden_TD, self.output_weight_VD, labels_T) / max(len(labeled), 1)
+
+    def token_losses(
+        self,
+        seq: Tensor,
+        retrieved: Tensor | None = None,
+        labels: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """The cross-entropy of each token in nats: (B, N) float32, and 0 where the label is pad."""
+        if labels is None:
+            raise ConfigError("token_losses needs labels of the shape of seq")
+        hidden_TD, stream = self.hidden_states(seq, retrieved, documents)
+        labels_T, labeled = self._labels(labels, stream, seq)
+        losses_T = hidden_TD.new_zeros(len(labels_T), dtype=torch.float32)
+        for some in torch.split(labeled, ROWS_OF_LOGITS):
+            logits = F.linear(hidden_TD[some], self.output_weight_VD).float()
+            losses_T = losses_T.index_copy(0, some, F.cross_entropy(logits, labels_T[some], reduction="none"))
+        return self._to_rows(losses_T, stream, seq)
+
+    def hidden_states(
+        self, seq: Tensor, retrieved: Tensor | None = None, documents: Tensor | None = None
+    ) -> tuple[Tensor, Stream]:
+        """The normalized states before the logits, in the stream's order: (T, D), and the stream."""
+        self._check(seq, retrieved, documents)
+        stream = self._stream(seq, documents)
+        tokens_T = self._to_stream(seq, stream, "seq", seq)
+        retrieved_CKR = None if retrieved is None else self._retrieved_to_stream(retrieved, stream, seq)
+        return self._decode(tokens_T, retrieved_CKR, stream), stream
+
+    def _decode(self, tokens_T: Tensor, retrieved_CKR: Tensor | None, stream: Stream) -> Tensor:
+        """Algorithm 1: the decoder, which calls the encoder at its first layer with cross-attention."""
+        chunk_size = self.config.chunk_size
+        groups = [(count, chunks * chunk_size) for count, chunks in stream.groups]
+        position_N = torch.arange(max(length for _, length in groups), device=tokens_T.device)
+        table_NF = rotary_table(position_N, self.config.dim_head, self.embedding.weight.dtype)
+        see = partial(attend_documents, groups=groups)
+
+        x_TD = self.norm_in(self.embedding(tokens_T))
+        retrieval: Retrieval | None = None
+        for block in self.decoder:
+            x_TD = block.attention(x_TD, table_NF, see)
+            if block.cross_attention is not None and retrieved_CKR is not None:
+                if retrieval is None:
+                    retrieval = self._retrieve(retrieved_CKR, x_TD, stream)
+                x_TD = chunked_cross_attention(block.cross_attention, x_TD, retrieval, chunk_size)
+            x_TD = block.feed_forward(x_TD)
+        normed: Tensor = self.norm(x_TD)
+        return normed
+
+    def _retrieve(self, retrieved_CKR: Tensor, hidden_TD: Tensor, stream: Stream) -> Retrieval:
+        """Encode the neighbors of all chunks that have any; there is at least one."""
+        config = self.config
+        assert self.encoder is not None
+        mask_CKR = retrieved_CKR != config.pad_id
+        active_C = mask_CKR.any(-1).any(-1)
+        active_A = None if bool(active_C.all()) else active_C.nonzero().squeeze(1)
+        hidden_CMD = rearrange(hidden_TD, "(c m) d -> c m d", m=config.chunk_size)
+        if active_A is not None:
+            retrieved_CKR, mask_CKR, hidden_CMD = (
+                retrieved_CKR[active_A],
+                mask_CKR[active_A],
+                hidden_CMD[active_A],
+            )
+        _, num_neighbors, length = retrieved_CKR.shape
+        return Retrieval(
+            self.encoder(self.embedding(retrieved_CKR), mask_CKR, hidden_CMD),
+            self.output_rows(retrieved_CKR),
+            mask_CKR,
+            cross_mask(config, mask_CKR),
+            active_A,
+            attends_retrieval(stream.index_C, active_C, config.chunk_size),
+            *cross_positions(config, num_neighbors, length, self.embedding.weight),
+        )
+
+    # -- between rows and the stream
+
+    def _stream(self, seq: Tensor, documents: Tensor | None) -> Stream:
+        rows, length = seq.shape
+        chunks = -(-length // self.config.chunk_size)
+        if documents is None:
+            return stream_of_rows(rows, chunks, seq.device)
+        if documents.shape[1] < chunks:  # the tail belongs to the last chunk's document
+            last = documents[:, -1:] if documents.shape[1] else documents.new_zeros(rows, 1)
+            documents = torch.cat([documents, last], dim=1)
+        return stream_of_documents(documents)
+
+    def _to_stream(self, tokens_BN: Tensor, stream: Stream, name: str, seq: Tensor) -> Tensor:
+        """Rows of tokens in the stream's order, filled up with padding to whole chunks: (T,)."""
+        if tokens_BN.shape != seq.shape:
+            raise ConfigError(f"{name} must have the shape of seq, {tuple(seq.shape)}: {tuple(tokens_BN.shape)}")
+        chunk_size = self.config.chunk_size
+        tail = -tokens_BN.shape[1] % chunk_size
+        tokens_CM = F.pad(tokens_BN.long(), (0, tail), value=self.config.pad_id).reshape(-1, chunk_size)
+        return (tokens_CM if stream.order_C is None else tokens_CM[stream.order_C]).flatten()
+
+    def _labels(self, labels: Tensor, stream: Stream, seq: Tensor) -> tuple[Tensor, Tensor]:
+        """The labels in the stream's order (T,), and the places of those that are not pad."""
+        check_ids("labels", labels, self.config.num_tokens)
+        labels_T = self._to_stream(labels, stream, "labels", seq)
+        return labels_T, (labels_T != self.config.pad_id).nonzero().squeeze(1)
+
+    def _retrieved_to_stream(self, retrieved: Tensor, stream: Stream, seq: Tensor) -> Tensor | None:
+        """The neighbors of each chunk of the stream (C, K, R), None in a row's tail; None if there are none at all."""
+        if not bool((retrieved != self.config.pad_id).any()):
+            return None
+        retrieved_BLKR = retrieved.long() if retrieved.dim() == 4 else retrieved.long()[:, :, None]
+        tail = 1 if seq.shape[1] % self.config.chunk_size else 0
+        retrieved_BLKR = F.pad(retrieved_BLKR, (0, 0, 0, 0, 0, tail), value=self.config.pad_id)
+        retrieved_CKR = retrieved_BLKR.flatten(0, 1)  # (B, L, K, R) -> (C, K, R)
+        return retrieved_CKR if stream.order_C is None else retrieved_CKR[stream.order_C]
+
+    def _to_rows(self, x_T: Tensor, stream: Stream, seq: Tensor) -> Tensor:
+        """What the stream holds for each token (T, ...) as rows again, without their filling: (B, N, ...)."""
+        x_CM = rearrange(x_T, "(c m) ... -> c m ...", m=self.config.chunk_size)
+        if stream.order_C is not None:
+            x_CM = torch.empty_like(x_CM).index_copy(0, stream.order_C, x_CM)
+        return rearrange(x_CM, "(b l) m ... -> b (l m) ...", b=len(seq))[:, : seq.shape[1]]
+
+    def _check(self, seq: Tensor, retrieved: Tensor | None, documents: Tensor | None) -> None:
+        """Raise ConfigError unless the arguments fit the configuration and each other."""
+        config = self.config
+        if seq.dim() != 2 or seq.is_floating_point() or not seq.numel():
+            raise ConfigError(f"seq must be integers (batch, tokens), at least 1 x 1: {seq.dtype} {tuple(seq.shape)}")
+        rows, length = seq.shape
+        if length > config.max_seq_len:
+            raise ConfigError(f"seq has {length} tokens; max_seq_len is {config.max_seq_len}")
+        check_ids("seq", seq, config.num_tokens)
+        chunks = length // config.chunk_size
+        if documents is not None and (
+            documents.dim() != 2
+            or len(documents) != rows
+            or documents.shape[1] not in (chunks, -(-length // config.chunk_size))
+        ):
+            raise ConfigError(f"documents must be ({rows}, {chunks}), one number a chunk: {tuple(documents.shape)}")
+        if retrieved is None:
+            return
+        if not config.retrieval:
+            raise ConfigError("retrieved was given to a model with retrieval=False")
+        if retrieved.dim() not in (3, 4) or retrieved.is_floating_point():
+            raise ConfigError(
+                "retrieved must be integers (batch, chunks, neighbors, tokens): "
+                f"{retrieved.dtype} {tuple(retrieved.shape)}"
+            )
+        if tuple(retrieved.shape[:2]) != (rows, chunks):
+            raise ConfigError(
+                f"retrieved must hold {rows} rows of {chunks} chunks ({length} tokens in chunks of "
+                f"{config.chunk_size}): {len(retrieved)} rows of {retrieved.shape[1]} chunks"
+            )
+        if retrieved.numel() and retrieved.shape[-1] < config.chunk_size:
+            raise ConfigError(
+                f"retrieved has neighbors of {retrieved.shape[-1]} tokens; at least chunk_size = {config.chunk_size}"
+            )
+        check_ids("retrieved", retrieved, config.num_tokens)
+
+
+def check_ids(name: str, ids: Tensor, num_tokens: int) -> None:
+    """Raise ConfigError for an id outside the vocabulary. A GPU is not asked: it would have to be waited for."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+        return
+    least, most = (int(end) for end in ids.aminmax())
+    if least < 0 or most >= num_tokens:
+        raise ConfigError(f"{name} has token ids {least} to {most}; num_tokens is {num_tokens}")
+
+
+COPYING = 0.5  # how strongly a copied token is added to the residual stream at first
+SHARPNESS = 3.0  # how much larger the scores of copying are at first than those of other attention
+
+# ---- initialization --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def initialize(model: RETRO) -> None:
+    """Give a model its first weights: a fresh one predicts every token equally, so its loss is ln(V)."""
+    config = model.config
+    nn.init.normal_(model.embedding.weight, std=0.02)
+    if model.unembedding is None:
+        # Tied, the output weights are as large as the embedding. The input is normalized, so its size is free:
+        # small, a fresh model does not predict its own input, and no gain has to grow before it learns.
+        nn.init.normal_(model.embedding.weight, std=1 / config.dec_dim)
+    else:
+        nn.init.normal_(model.unembedding.weight, std=0.02 * config.dec_dim**-0.5)
+    for block in model.decoder:
+        initialize_block(block, Side.decoder(config))
+    if model.encoder is not None:
+        for block in model.encoder.blocks:
+            initialize_block(block, Side.encoder(config))
+        if isinstance(model.encoder.widen, nn.Linear):
+            nn.init.normal_(model.encoder.widen.weight, std=config.dec_dim**-0.5)
+        if config.copy_tokens:
+            start_copying(model)
+
+
+def start_copying(model: RETRO) -> None:
+    """Let cross-attention begin as copying: a query matches keys of equal tokens, and brings the token after them.
+
+    From random weights several parts would have to agree before any of them is of use, which no short training
+    reaches. The encoder passes embeddings on almost unchanged at first, so it is enough that keys are projected
+    as queries are, and that the output undoes the projection of the values: of the embeddings, or of the output
+    rows where these are others. Heads bring different parts of a token. Scores are large from the start: where a
+    match hardly stands out, what is brought is noise, and a model learns first to attend to nothing, and then no
+    more.
+    """
+    config, encoder = model.config, model.encoder
+    assert encoder is not None
+    if isinstance(encoder.widen, nn.Linear):
+        nn.init.orthogonal_(encoder.widen.weight)
+        widen_ED = encoder.widen.weight
+    else:
+        widen_ED = torch.eye(config.dec_dim, device=model.embedding.weight.device)
+    for block in model.decoder:
+        if block.cross_attention is None:
+            continue
+        attention = block.cross_attention.inner
+        key, value = attention.key_value.weight.chunk(2)
+        attention.query.weight.mul_(SHARPNESS**0.5)
+        key.copy_(attention.query.weight @ widen_ED.T)
+        if attention.copy_rows is None:
+            nn.init.orthogonal_(value)
+            copied = value @ widen_ED
+        else:
+            nn.init.zeros_(value)
+            nn.init.orthogonal_(copied := attention.copy_rows.weight)
+        attention.out.weight.copy_(COPYING * copied.T)
+
+
+def initialize_block(block: Block, side: Side) -> None:
+    """Weights that keep the size of what they see; what is added to the residual stream starts smaller.
+
+    With DeepNet: Xavier's normal, its gain beta for values, outputs and feed-forward (Wang et al. 2022).
+    """
+    shrink = (2 * side.depth) ** -0.5
+    for name, weight in block.named_parameters():
+        if weight.dim() != 2:
+            continue
+        parts = weight.chunk({"qkv": 3, "key_value": 2}.get(name.split(".")[-2], 1))
+        for number, part in enumerate(parts):
+            if side.config.use_deepnet:
+                query_or_key = "query" in name or ("qkv" in name and number < 2) or ("key_value" in name and number < 1)
+                nn.init.xavier_normal_(part, gain=1.0 if query_or_key else side.beta)
+            else:
+                is_output = name.endswith("out.weight")
+                nn.init.normal_(part, std=part.shape[1] ** -0.5 * (shrink if is_output else 1.0))

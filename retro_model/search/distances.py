@@ -1,0 +1,218 @@
+"""Vectors and how far apart they are: squared L2, computed so that nothing else asked decides a bit of it.
+
+The rows of an embeddings artifact, read as float32; their distances to queries, each for itself
+(`pair_distances`, `stored_distances`) or by brute force over all of them (`exact_distances`); how far
+faiss's faster ways can be off (`rounding_margin`); and the order of what was found (`smallest`).
+
+faiss does the arithmetic, and is imported when it is needed.
+"""
+
+import functools
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retro_model.core.artifacts import ShardedArray
+
+FloatArray = npt.NDArray[np.float32]
+IdArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+Vectors = ShardedArray | npt.NDArray[Any]  # rows of half or single precision, on disk or in memory
+
+ROWS_PER_BLOCK = 65_536  # added to an index, or compared by brute force, at once
+ROWS_AT_ONCE = 16_384  # stored rows gathered and turned to float32 at once
+TABLE_ENTRIES_PER_ID = 64  # ids this near to each other are looked up in a table of all between them
+
+# Recall: the share of the 10 nearest there are, of 1,000 queries, that were found.
+RECALL_AT = 10
+RECALL_QUERIES = 1000
+
+# What shapes a vector: the same in all embeddings that are compared with each other.
+SHAPING_FACTS = ("encoder", "pooling", "normalize", "max_tokens", "number_type", "dim")
+
+
+@functools.cache
+def import_faiss() -> Any:
+    """The module faiss, imported when it is needed.
+
+    Its SWIG wrapper warns of itself while it loads, and where warnings are errors that ends the process
+    with a segmentation fault.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "builtin type .* has no __module__ attribute", DeprecationWarning)
+        import faiss
+    return faiss
+
+
+def write_index(index: Any, path: Path) -> None:
+    """Writes a faiss index, through Python's file: faiss does not notice a disk that is full at its last buffer."""
+    faiss = import_faiss()
+    with path.open("wb") as stream:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
+
+
+# ---- stored vectors ------------------------------------------------------------------------------------
+
+
+def float_blocks(vectors: Vectors) -> Iterator[FloatArray]:
+    """The rows in order, as float32, ROWS_PER_BLOCK at a time."""
+    for start in range(0, len(vectors), ROWS_PER_BLOCK):
+        yield as_float32(vectors[start : start + ROWS_PER_BLOCK])
+
+
+def as_float32(rows: npt.NDArray[Any], into: FloatArray | None = None) -> FloatArray:
+    """Stored rows (n, dim), of half or single precision, in single precision; `into` this array, where given."""
+    if into is None:
+        into = np.empty(rows.shape, dtype=np.float32)
+    if rows.dtype != np.float16:
+        into[:] = rows
+        return into
+    faiss = import_faiss()  # whose conversion is several times as fast as numpy's
+    codec = faiss.ScalarQuantizer(rows.shape[1], faiss.ScalarQuantizer.QT_fp16)
+    codes = np.ascontiguousarray(rows).view(np.uint8)
+    codec.decode_c(faiss.swig_ptr(codes), faiss.swig_ptr(into), len(rows))
+    return into
+
+
+def sample_rows(vectors: Vectors, num_rows: int, seed: int) -> FloatArray:
+    """`num_rows` rows drawn without repetition, or all there are, in random order."""
+    rows = np.random.default_rng(seed).choice(len(vectors), min(num_rows, len(vectors)), replace=False)
+    return as_float32(vectors[rows])
+
+
+def largest_square(block: FloatArray) -> float:
+    """The largest squared norm of any row."""
+    return float(np.einsum("nd,nd->n", block, block).max())
+
+
+# ---- distances -----------------------------------------------------------------------------------------
+
+
+def pair_distances(queries: FloatArray, vectors: FloatArray, places: IdArray) -> FloatArray:
+    """Squared L2 distances (n, k) of `queries` (n, dim) to the rows `places` (n, k) of `vectors`.
+
+    Each is computed for itself, so that it does not depend on what else is asked. inf where a place
+    is -1.
+    """
+    faiss = import_faiss()
+    queries, vectors = np.ascontiguousarray(queries), np.ascontiguousarray(vectors)
+    places = np.ascontiguousarray(places, dtype=np.int64)
+    assert queries.dtype == vectors.dtype == np.float32 and len(queries) == len(places)
+    assert places.max(initial=-1) < len(vectors)
+    distances = np.full(places.shape, np.inf, dtype=np.float32)
+    if places.size:
+        faiss.fvec_L2sqr_by_idx(
+            *map(faiss.swig_ptr, (distances, queries, vectors, places)), queries.shape[1], *places.shape
+        )
+    distances[places < 0] = np.inf
+    return distances
+
+
+def rounding_margin(queries: FloatArray, largest_norm: float) -> FloatArray:
+    """How far (n, 1) a distance that faiss reports can be from the one of `pair_distances`, at the most.
+
+    faiss takes |q|^2 + |y|^2 - 2qy for many queries at once. Its three sums of `dim` float32 terms are
+    each off by dim / 2 machine epsilons at the most; `largest_norm` is the largest |y|^2.
+    """
+    norms = np.einsum("nd,nd->n", queries, queries)[:, None] + np.float32(largest_norm)
+    return np.asarray(queries.shape[1] * np.finfo(np.float32).eps * norms, dtype=np.float32)
+
+
+def exact_distances(queries: FloatArray, vectors: Vectors, k: int) -> FloatArray:
+    """The k smallest distances (n, k) of each query to all rows, in order, by brute force."""
+    faiss = import_faiss()
+    nearest = np.full((len(queries), k), np.inf, dtype=np.float32)
+    for block in float_blocks(vectors):
+        distances, _ = faiss.knn(queries, block, min(k, len(block)))
+        nearest = np.sort(np.concatenate([nearest, distances], axis=1), axis=1)[:, :k]
+    return nearest
+
+
+def stored_distances(queries: FloatArray, vectors: Vectors, ids: IdArray) -> FloatArray:
+    """`pair_distances` (n, k) of `queries` to the rows `ids` (n, k) of the stored `vectors`.
+
+    Memory is taken once, not for each block: fresh pages cost more than what is done with them.
+    """
+    distances = np.empty(ids.shape, dtype=np.float32)
+    step = max(1, ROWS_AT_ONCE // max(1, ids.shape[1]))
+    most = min(step, len(ids)) * ids.shape[1]
+    stored = np.empty((most, vectors.shape[1]), dtype=vectors.dtype)
+    single = np.empty((most, vectors.shape[1]), dtype=np.float32)
+    for start in range(0, len(queries), step):
+        part = slice(start, start + step)
+        rows, places = _distinct(ids[part])
+        first = np.searchsorted(rows, 0)  # behind -1, where there is one
+        rows, places = rows[first:], places - first
+        _take_rows(vectors, rows, stored[: len(rows)])
+        found = as_float32(stored[: len(rows)], single[: len(rows)])
+        distances[part] = pair_distances(queries[part], found, np.maximum(places, -1))
+    return distances
+
+
+def _distinct(ids: IdArray) -> tuple[IdArray, IdArray]:
+    """The distinct ids in order, and where each one of `ids` is among them: np.unique, several times as fast."""
+    lowest, highest = int(ids.min(initial=0)), int(ids.max(initial=0))
+    if highest - lowest < TABLE_ENTRIES_PER_ID * ids.size:
+        here = ids - lowest
+        present = np.zeros(highest - lowest + 1, dtype=np.bool_)
+        present[here] = True
+        distinct = np.flatnonzero(present)
+        places = np.empty(len(present), dtype=np.int64)
+        places[distinct] = np.arange(len(distinct))
+        return distinct + lowest, places[here]
+    if highest >= 2**31:
+        distinct, places = np.unique(ids, return_inverse=True)
+        return distinct, places.reshape(ids.shape)
+    pairs = (ids.ravel() << 32) | np.arange(ids.size)
+    pairs.sort()
+    ordered, origins = pairs >> 32, pairs & 0xFFFFFFFF
+    new = np.ones(len(ordered), dtype=np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    places = np.empty(ids.size, dtype=np.int64)
+    places[origins] = np.cumsum(new) - 1
+    return ordered[new], places.reshape(ids.shape)
+
+
+def _take_rows(vectors: Vectors, rows: IdArray, into: npt.NDArray[Any]) -> None:
+    """Copies `rows`, which ascend, from the shards they lie in."""
+    if not len(rows):
+        return
+    assert rows[0] >= 0 and rows[-1] < len(vectors), (rows[0], rows[-1])
+    shards = vectors.shards() if isinstance(vectors, ShardedArray) else [vectors]
+    size = len(shards[0])
+    for number in range(rows[0] // size, rows[-1] // size + 1):
+        start, stop = np.searchsorted(rows, [number * size, (number + 1) * size])
+        # Both sides of `clip` are checked above; the other modes take by way of one more copy.
+        np.take(shards[number], rows[start:stop] - number * size, axis=0, out=into[start:stop], mode="clip")
+
+
+def smallest(distances: FloatArray, ids: IdArray, k: int) -> tuple[FloatArray, IdArray]:
+    """The k smallest (n, k) of each row of `distances` (n, c) with their `ids`, by (distance, id).
+
+    Where a distance is inf the id becomes -1; so does what a row has too little of.
+    """
+    width = min(k, ids.shape[1])
+    if ids.max(initial=0) < 2**32:
+        # Both in one number: floats sort like their bits, negative ones like the complement of them.
+        bits = (distances + np.float32(0)).view(np.int32)
+        bits ^= (bits >> 31) & np.int32(0x7FFFFFFF)
+        pairs = (bits.astype(np.int64) << 32) | (ids & 0xFFFFFFFF)
+        if width < pairs.shape[1]:
+            pairs.partition(width - 1, axis=1)
+            pairs = pairs[:, :width]
+        pairs.sort(axis=1, kind="stable")  # which is quick with what is nearly in order
+        ids, bits = pairs & 0xFFFFFFFF, (pairs >> 32).astype(np.int32)
+        bits ^= (bits >> 31) & np.int32(0x7FFFFFFF)
+        distances = bits.view(np.float32)
+    else:
+        order = np.lexsort((ids, distances), axis=-1)[:, :width]
+        ids, distances = np.take_along_axis(ids, order, axis=1), np.take_along_axis(distances, order, axis=1)
+    ids = np.where(distances == np.inf, np.int64(-1), ids)
+    if width == k:
+        return distances, ids
+    missing = ((0, 0), (0, k - width))
+    return np.pad(distances, missing, constant_values=np.inf), np.pad(ids, missing, constant_values=-1)

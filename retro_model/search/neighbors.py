@@ -1,0 +1,401 @@
+"""The nearest database chunks of every chunk, from other documents than its own.
+
+What comes out is defined without the index's batches, surplus, rounding or device: of the candidates in
+the lists that a query visits, the `stored` nearest by (distance, id) that are not of its document, with
+distances computed again from the stored vectors. If those lists hold too few, twice as many are
+visited, until there are enough or the whole database has been seen: -1 means that there are no more.
+
+Candidates are all rows of the lists. With an index of codes they are fewer: of the rows that are not of
+the query's document, the nearest by (distance of the code, id); as many as the index's `rescored` says,
+or CODES_PER_NEIGHBOR for each neighbor, if that is more.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, ShardedArray, rows_per_part, whole_folder
+from retro_model.core.config import Config, setting
+from retro_model.core.progress import Progress
+from retro_model.core.rows import NO_ROW
+from retro_model.jobs.engine import Engine, Outcome, row_parts, work_or_temporary
+from retro_model.search.distances import (
+    RECALL_AT,
+    RECALL_QUERIES,
+    ROWS_PER_BLOCK,
+    SHAPING_FACTS,
+    BoolArray,
+    FloatArray,
+    IdArray,
+    Vectors,
+    as_float32,
+    float_blocks,
+    import_faiss,
+    largest_square,
+    pair_distances,
+    rounding_margin,
+    smallest,
+    stored_distances,
+)
+from retro_model.search.index import Index, gpu_build, nearest_by_code
+from retro_model.search.keys import code_of
+
+IntArray = npt.NDArray[np.integer[Any]]
+
+QUERIES_PER_BATCH = 1024
+# Candidates fetched beyond those wanted, at first: the own document's share in most corpora. With 64 wanted
+# they are 100 in all, from where on faiss collects them in a way that costs less.
+SURPLUS = 36
+PAIRS_AT_ONCE = 1 << 22  # candidates in memory: a batch of many candidates is split
+PERCENTILES = (5, 25, 50, 75, 95)  # of the first neighbor's distance, in the metrics
+CODES_PER_NEIGHBOR = 4  # candidates by code that are scored again, at the least
+
+
+@dataclass(frozen=True)
+class NeighborsConfig(Config, section="neighbors"):
+    """`stored` neighbors are kept for each chunk: more than any run uses, so that sweeps search once."""
+
+    stored: int = setting(64, minimum=1, maximum=4096)
+
+
+@dataclass(frozen=True)
+class Database:
+    """What is searched: the index over the train chunks, their stored vectors and their document ids."""
+
+    index: Index
+    vectors: Vectors
+    documents: IntArray
+
+    @classmethod
+    def open(cls, embeddings: Artifact, index: Artifact, chunks: Artifact, device: str = "cpu") -> "Database":
+        """The three, after a check that they were made from one another (MismatchError).
+
+        `device` is where faiss searches: auto, cpu or cuda. Raises what `Index.open` does.
+        """
+        embeddings.require(chunks=chunks.fingerprint)
+        index.require(embeddings=embeddings.fingerprint, chunks=chunks.fingerprint)
+        return cls(Index.open(index, device), embeddings["vectors"], chunks["documents"][:])
+
+    def nearest(
+        self, queries: FloatArray, query_documents: IntArray, k: int, surplus: int = SURPLUS
+    ) -> tuple[IdArray, FloatArray]:
+        """Ids (n, k) and distances (n, k) of each query's k nearest, as defined at the top of this module.
+
+        `query_documents` (n,) names the document whose chunks a query must not get, -1 for none. An id
+        of -1, at distance inf, stands behind the last neighbor. `surplus` changes speed only.
+        """
+
+        return self.index.in_threads(
+            lambda share: self._nearest(queries[share], query_documents[share], k, surplus), len(queries)
+        )
+
+    def _nearest(
+        self, queries: FloatArray, query_documents: IntArray, k: int, surplus: int
+    ) -> tuple[IdArray, FloatArray]:
+        ids, distances = _no_neighbors(len(queries), k)
+        among = self._among_lists if self.index.rescored is None else self._among_codes
+        pending, probes = np.arange(len(queries)), self.index.probes
+        while len(pending):
+            found = among(queries[pending], query_documents[pending], k, surplus, probes)
+            ids[pending], distances[pending] = found
+            if probes == self.index.lists:
+                break
+            pending, probes = pending[found[0][:, -1] == NO_ROW], min(2 * probes, self.index.lists)
+        return ids, distances
+
+    def _among_lists(
+        self, queries: FloatArray, query_documents: IntArray, k: int, surplus: int, probes: int
+    ) -> tuple[IdArray, FloatArray]:
+        """The k nearest in `probes` lists of each query, fetching more and more until they are certain."""
+        ids, distances = _no_neighbors(len(queries), k)
+        pending, fetched = np.arange(len(queries)), k + surplus
+        while len(pending):
+            fetched = min(fetched, self.index.rows)
+            uncertain = []
+            for part in _parts(pending, max(1, PAIRS_AT_ONCE // fetched)):
+                reported, candidates = self.index.search(queries[part], fetched, probes)
+                margin = self._margin(queries[part])
+                excluded = self._excluded(query_documents[part], candidates)
+                ids[part], distances[part] = self._best(queries[part], reported, candidates, excluded, margin, k)
+                # A row that was not fetched is no nearer than the last one that was, give or take rounding.
+                certain = reported[:, -1] > distances[part, -1] + margin[:, 0]
+                exhausted = candidates[:, -1] == NO_ROW
+                uncertain.append(part[~(certain | exhausted)])
+            if fetched == self.index.rows:
+                break
+            pending, fetched = np.concatenate(uncertain), 2 * fetched
+        return ids, distances
+
+    def _best(
+        self,
+        queries: FloatArray,
+        reported: FloatArray,
+        candidates: IdArray,
+        excluded: BoolArray,
+        margin: FloatArray,
+        k: int,
+    ) -> tuple[IdArray, FloatArray]:
+        """The k nearest of the `candidates` (n, c), which are in the order of the `reported` distances.
+
+        Only those are scored again that rounding could bring among the k nearest: none, where nothing is
+        rounded.
+        """
+        if self.index.alone:
+            distances, ids = smallest(np.where(excluded, np.float32(np.inf), reported), candidates, k)
+            return ids, distances
+        rank = np.cumsum(~excluded, axis=1)
+        kth = np.min(reported, axis=1, where=~excluded & (rank == k), initial=np.inf)[:, None]
+        wanted = ~excluded & (reported <= kth + 2 * margin)
+        width = int(wanted.any(axis=0).sum() and np.flatnonzero(wanted.any(axis=0))[-1] + 1)
+        places = np.where(wanted[:, :width], candidates[:, :width], NO_ROW)
+        distances, ids = smallest(self._distances(queries, places), places, k)
+        return ids, distances
+
+    def _among_codes(
+        self, queries: FloatArray, query_documents: IntArray, k: int, surplus: int, probes: int
+    ) -> tuple[IdArray, FloatArray]:
+        """The k nearest of the candidates by code in `probes` lists of each query."""
+        assert self.index.rescored is not None
+        count = min(max(self.index.rescored, CODES_PER_NEIGHBOR * k), self.index.rows)
+        candidates = nearest_by_code(
+            lambda rows, fetched: self.index.search(rows, fetched, probes),
+            queries,
+            count,
+            surplus,
+            self.index.rows,
+            lambda rows, ids: self._excluded(query_documents[rows], ids),
+        )
+        distances, ids = smallest(self._distances(queries, candidates), candidates, k)
+        return ids, distances
+
+    def _excluded(self, query_documents: IntArray, candidates: IdArray) -> BoolArray:
+        """Which candidates (n, c) are none, or of the query's document."""
+        none = candidates == NO_ROW
+        excluded: BoolArray = none | (self.documents[np.where(none, 0, candidates)] == query_documents[:, None])
+        return excluded
+
+    def _margin(self, queries: FloatArray) -> FloatArray:
+        if self.index.alone:
+            return np.zeros((len(queries), 1), dtype=np.float32)
+        return rounding_margin(queries, self.index.largest_norm)
+
+    def _distances(self, queries: FloatArray, ids: IdArray) -> FloatArray:
+        """Distances (n, c) of the stored vectors; inf where an id is -1."""
+        if self.index.stored is not None:
+            return pair_distances(queries, self.index.stored, ids)
+        return stored_distances(queries, self.vectors, ids)
+
+
+def _no_neighbors(num_queries: int, k: int) -> tuple[IdArray, FloatArray]:
+    return np.full((num_queries, k), NO_ROW, dtype=np.int64), np.full((num_queries, k), np.inf, dtype=np.float32)
+
+
+def _parts(rows: IntArray, size: int) -> Iterator[IntArray]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+# ---- the artifact --------------------------------------------------------------------------------------
+
+
+class _Opened(NamedTuple):
+    database: Database
+    searched: Artifact
+    chunks: dict[str, Artifact]
+    embeddings: dict[str, Artifact]
+
+
+@dataclass(frozen=True)
+class KnnJob:
+    """Searches for ranges of chunks; see retro_model.jobs.engine."""
+
+    embeddings: Path
+    index: Path
+    chunks: Path
+    config: NeighborsConfig
+    queries_per_batch: int
+    device: str = "auto"
+    kind: ClassVar[str] = "neighbors"
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether faiss can search on GPUs: a build for them, and an index of rows, not of codes."""
+        key = Artifact.open(self.index, "index", verify=False).facts["key"]
+        return self.device != "cpu" and gpu_build() and code_of(key) is None
+
+    def open(self) -> _Opened:
+        """The database, and what the queries are."""
+        chunks = {split: Artifact.open(self.chunks / split, "chunks", verify=False) for split in SPLITS}
+        embeddings = {split: Artifact.open(self.embeddings / split, "embeddings", verify=False) for split in SPLITS}
+        index = Artifact.open(self.index, "index", verify=False)
+        database = Database.open(embeddings["train"], index, chunks["train"], self.device)
+        return _Opened(database, index, chunks, embeddings)
+
+    def facts(self, opened: _Opened) -> dict[str, Any]:
+        """What was searched, and how many are kept."""
+        return {
+            "database": opened.chunks["train"].fingerprint,
+            "index": opened.searched.fingerprint,
+            "stored": self.config.stored,
+        }
+
+    def make(self, opened: _Opened, folder: Path, split: str, start: int, stop: int) -> Iterator[int]:
+        """The neighbors of chunks `start` to `stop` of a split."""
+        database, _, chunks, embeddings = opened
+        id_type = _id_type(database.index.rows)
+        with ArtifactWriter(folder, self.kind, max(stop - start, 1)) as writer:
+            for rows in _slices(start, stop, self.queries_per_batch):
+                queries = as_float32(embeddings[split]["vectors"][rows])
+                documents = chunks[split]["documents"][rows]
+                ids, distances = database.nearest(queries, documents, self.config.stored)
+                writer.append(ids=ids.astype(id_type), distances=distances)
+                yield len(ids)
+            writer.facts.update(**self.facts(opened), **_of_split(chunks[split], embeddings[split]))
+
+
+def _of_split(chunks: Artifact, embeddings: Artifact) -> dict[str, Any]:
+    return {"chunks": chunks.fingerprint, "embeddings": embeddings.fingerprint}
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Slices of `size` rows; one of none where there are none, so that the array is written all the same."""
+    for first in range(start, max(stop, start + 1), size):
+        yield slice(first, min(first + size, stop))
+
+
+def make_neighbors(
+    embeddings_folder: Path,
+    index_folder: Path,
+    chunks_folder: Path,
+    config: NeighborsConfig,
+    out_folder: Path,
+    *,
+    queries_per_batch: int = QUERIES_PER_BATCH,
+    device: str = "auto",
+    engine: Engine | None = None,
+    work_folder: Path | None = None,
+) -> Outcome:
+    """Writes the neighbors of every split's chunks in the train chunks, and returns what there is to say.
+
+    `queries_per_batch`, `engine` and `device` (auto, cpu or cuda) change speed only. What was finished
+    before a kill is found again in `work_folder`.
+
+    Raises MismatchError where chunks, embeddings and index were not made from one another, ConfigError
+    where the device cannot be had.
+    """
+    chunks = {split: Artifact.open(chunks_folder / split, "chunks") for split in SPLITS}
+    embeddings = {split: Artifact.open(embeddings_folder / split, "embeddings") for split in SPLITS}
+    Artifact.open(index_folder, "index")
+    shaping = {name: embeddings["train"].facts[name] for name in SHAPING_FACTS}
+    for split in SPLITS:
+        embeddings[split].require(chunks=chunks[split].fingerprint, **shaping)
+    folders = embeddings_folder.absolute(), index_folder.absolute(), chunks_folder.absolute()
+    job = KnnJob(*folders, config, queries_per_batch, device)
+    total = sum(artifact.rows for artifact in chunks.values())
+    metrics: dict[str, float] = {}
+    seconds = 0.0
+    with (
+        work_or_temporary(work_folder, out_folder) as work,
+        whole_folder(out_folder) as folder,
+        (engine or Engine()).open(job) as running,
+        Progress("knn", total, "chunk") as bar,
+    ):
+        for split in SPLITS:
+            facts, rows = _of_split(chunks[split], embeddings[split]), chunks[split].rows
+            size, started = rows_per_part(rows), time.perf_counter()
+            with ArtifactWriter(folder / split, "neighbors", size) as writer:
+                for part in running.make(row_parts(split, rows, size, **facts), work, bar):
+                    writer.adopt(part)
+                writer.facts.update(**running.facts, **facts)
+            seconds += time.perf_counter() - started
+            found = Artifact.open(folder / split, "neighbors", verify=False)
+            said = describe_neighbors(found, chunks[split], embeddings[split], chunks["train"], embeddings["train"])
+            metrics |= {f"{split}_{name}": value for name, value in said.items()}
+    if not bar.made:
+        return Outcome(metrics, {})
+    milliseconds = 1000 * seconds / bar.made
+    print(f"knn: {milliseconds:.3g} ms a query for its {config.stored} nearest of {chunks['train'].rows:,}", flush=True)
+    return Outcome(metrics, {"milliseconds_per_query": milliseconds})
+
+
+def describe_neighbors(
+    neighbors: Artifact, chunks: Artifact, embeddings: Artifact, database: Artifact, vectors: Artifact, seed: int = 0
+) -> dict[str, float]:
+    """What there is to say of a split's `neighbors`, read once in blocks.
+
+    `chunks` and `embeddings` are those of the split, `database` and `vectors` those that were searched.
+    Shares of all queries: `short_share` have fewer than are stored, `copy_share` have a first neighbor with
+    their own input tokens; `missing_share` is of all places for a neighbor. `first_distance_<p>` is the
+    p-th percentile of the first neighbor's squared distance, 0 where no query has one. `recall` is of the
+    RECALL_AT nearest against exact search, for RECALL_QUERIES queries that `seed` draws.
+    """
+    ids, distances = neighbors["ids"], neighbors["distances"]
+    num_missing = num_short = num_copies = 0
+    first = []
+    for rows in _slices(0, len(ids), ROWS_PER_BLOCK):
+        here = ids[rows]
+        missing = here == NO_ROW
+        num_missing += int(missing.sum())
+        num_short += int(missing[:, -1].sum())
+        found = ~missing[:, 0]
+        first.append(distances[rows][found, 0])
+        copies = database["tokens"][here[found, 0]][:, :-1] == chunks["tokens"][rows][found, :-1]
+        num_copies += int(copies.all(axis=1).sum())
+    nearest = np.concatenate(first).astype(np.float64)
+    percentiles = np.percentile(nearest, PERCENTILES) if len(nearest) else np.zeros(len(PERCENTILES))
+    return {
+        "recall": _recall(neighbors, chunks, embeddings, database, vectors, seed),
+        "missing_share": num_missing / max(ids.shape[0] * ids.shape[1], 1),
+        "short_share": num_short / max(len(ids), 1),
+        "copy_share": num_copies / max(len(ids), 1),
+        "first_distance_mean": float(nearest.mean()) if len(nearest) else 0.0,
+        **{f"first_distance_{p}": float(value) for p, value in zip(PERCENTILES, percentiles, strict=True)},
+    }
+
+
+def _recall(
+    neighbors: Artifact, chunks: Artifact, embeddings: Artifact, database: Artifact, vectors: Artifact, seed: int
+) -> float:
+    """The share of the nearest there are that were found, ties and rounding allowed; 1 where there are none."""
+    num_rows = len(neighbors["ids"])
+    if not num_rows:
+        return 1.0
+    rows = np.random.default_rng(seed).choice(num_rows, min(RECALL_QUERIES, num_rows), replace=False)
+    queries = as_float32(embeddings["vectors"][rows])
+    k = min(RECALL_AT, neighbors["ids"].shape[1])
+    exact, largest = _exact_elsewhere(queries, chunks["documents"][rows], vectors["vectors"], database["documents"], k)
+    there = np.isfinite(exact).sum(axis=1)
+    if not there.any():
+        return 1.0
+    limit = np.max(exact, axis=1, where=np.isfinite(exact), initial=0.0)[:, None] + rounding_margin(queries, largest)
+    return int((neighbors["distances"][rows][:, :k] <= limit).sum()) / int(there.sum())
+
+
+def _exact_elsewhere(
+    queries: FloatArray, query_documents: IntArray, vectors: ShardedArray, documents: ShardedArray, k: int
+) -> tuple[FloatArray, float]:
+    """The k smallest distances (n, k) to rows of other documents, by brute force, and the largest squared norm."""
+    nearest, largest = np.full((len(queries), k), np.inf, dtype=np.float32), 0.0
+    start = 0
+    for block in float_blocks(vectors):
+        here = documents[start : start + len(block)]
+        largest = max(largest, largest_square(block))
+        # So many rows more as any query's own document has here.
+        names, counts = np.unique(here, return_counts=True)
+        own = int(counts[np.isin(names, query_documents)].max(initial=0))
+        fetched = min(k + own, len(block))
+        for part in _slices(0, len(queries), max(1, PAIRS_AT_ONCE // fetched)):
+            distances, places = import_faiss().knn(queries[part], block, fetched)
+            distances[here[places] == query_documents[part, None]] = np.inf
+            nearest[part] = np.sort(np.concatenate([nearest[part], distances], axis=1), axis=1)[:, :k]
+        start += len(block)
+    return nearest, largest
+
+
+def _id_type(num_rows: int) -> type[np.signedinteger[Any]]:
+    return np.int32 if num_rows <= np.iinfo(np.int32).max else np.int64

@@ -1,0 +1,274 @@
+"""Training, with retrieval or without: the settings, the loop, and the folder of the model that came out.
+
+    result = train_model(
+        Path("data/chunks"), Path("data/neighbors"), Path("data/tokenizer"), model_config, train_config,
+        knn=2, seq_len=512, seed=0, out_folder=Path("models/retro"), work_folder=work,
+    )
+
+What a step does is a function of the seed and of the step's number: its sequences, whose neighbors are
+dropped, the dropout. So a run that was stopped continues from its last checkpoint in `work_folder` as if
+nothing had been, bit for bit on a CPU in float32. `out_folder` gets the best weights by validation
+loss; equal settings and inputs give equal bytes on one machine.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retro_model.core.artifacts import Artifact, ArtifactWriter, whole_folder
+from retro_model.core.devices import resolve_number_type
+from retro_model.network.config import ModelConfig, RETROConfig
+from retro_model.network.model import RETRO
+from retro_model.training.checkpoints import Checkpoints
+from retro_model.training.copying import copying_potential
+from retro_model.training.distributed import World, resolve_processes, together
+from retro_model.training.sequences import PackedSequences
+from retro_model.training.trainer import Log, TrainConfig, Trainer, TrainingResult
+from retro_model.training.warm_start import RetrofitConfig, start_from
+
+
+def build_model(config: ModelConfig, facts: Mapping[str, Any], seq_len: int, retrieval: bool) -> RETRO:
+    """The network for chunks with the given facts; without retrieval, its plain decoder alone."""
+    return RETRO(
+        num_tokens=facts["vocab_size"],
+        chunk_size=facts["chunk_size"],
+        pad_id=facts["pad_id"],
+        max_seq_len=seq_len,
+        retrieval=retrieval,
+        **dataclasses.asdict(config),
+    )
+
+
+def _log_nothing(step: int, record: Mapping[str, float]) -> None:
+    pass
+
+
+def train_model(
+    chunks_folder: Path,
+    neighbors_folder: Path | None,
+    tokenizer_folder: Path,
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    retrofit: RetrofitConfig | None = None,
+    *,
+    knn: int,
+    seq_len: int,
+    seed: int,
+    out_folder: Path,
+    work_folder: Path | None = None,
+    log: Log = _log_nothing,
+    device: str = "cpu",
+    threads: int | None = None,
+    log_every: int = 10,
+    checkpoint_every: int = 100,
+) -> TrainingResult:
+    """Trains on the split "train", validates on "valid", and writes `out_folder` with the best weights.
+
+    Without `neighbors_folder` it trains the baseline: the same decoder and data, no retrieval. `retrofit` names
+    a trained model to start from, and how to train then; None is new weights. With `work_folder` a run that was
+    stopped continues there, and the last weights are left in `work_folder/last`. `log` gets a record every
+    so often: loss, learning_rate, grad_norm, tokens_per_second, peak_share, and where validated train_loss,
+    valid_loss, valid_loss_off (no neighbors) and valid_loss_shuffled (those of other chunks).
+
+    Several processes (`train_config.processes`) are started here, unless torchrun has started them; then
+    each calls this, and only process 0 logs, saves and writes. With them `device` is cpu or cuda.
+
+    Raises MismatchError or ConfigError where settings and artifacts do not fit together, and
+    TrainingError for a loss or gradient that is not finite, or a process that is gone.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    run = _Run(
+        chunks_folder=chunks_folder,
+        neighbors_folder=neighbors_folder,
+        tokenizer_folder=tokenizer_folder,
+        model_config=model_config,
+        train_config=train_config,
+        retrofit=retrofit or RetrofitConfig(),
+        knn=knn,
+        seq_len=seq_len,
+        seed=seed,
+        out_folder=out_folder,
+        work_folder=work_folder,
+        log_every=log_every,
+        checkpoint_every=checkpoint_every,
+    )
+    sequences = train_config.batch_size // train_config.accumulation
+    processes = resolve_processes(train_config.processes, device, sequences)
+    with together(processes, device, run.train) as world:
+        return run.train(world, log)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The arguments of `train_model`, as each process gets them."""
+
+    chunks_folder: Path
+    neighbors_folder: Path | None
+    tokenizer_folder: Path
+    model_config: ModelConfig
+    train_config: TrainConfig
+    retrofit: RetrofitConfig
+    knn: int
+    seq_len: int
+    seed: int
+    out_folder: Path
+    work_folder: Path | None
+    log_every: int
+    checkpoint_every: int
+
+    def train(self, world: World, log: Log = _log_nothing) -> TrainingResult:
+        """Trains, and in process 0 writes the models."""
+        tokenizer = Artifact.open(self.tokenizer_folder, "tokenizer")
+        inputs = _Inputs.open(self.chunks_folder, self.neighbors_folder, tokenizer, self.retrofit)
+        training = inputs.sequences("train", self.seq_len, self.knn)
+        validation = inputs.sequences("valid", self.seq_len, self.knn)
+        model = self._model(inputs)
+        trainer = Trainer(
+            model,
+            training,
+            validation,
+            self._settings(inputs),
+            seed=self.seed,
+            world=world,
+            checkpoints=self._checkpoints(inputs, world.device),
+        )
+        title = self.out_folder.name
+        if trainer.state.step and world.main:
+            print(f"{title}: goes on after step {trainer.state.step:,}", file=sys.stderr, flush=True)
+        elif inputs.retrieval and world.main:
+            potential = copying_potential(validation, trainer.validation_rows)
+            print(f"{title}: {potential.line()}", file=sys.stderr, flush=True)
+        result = trainer.run(title, log, self.log_every, self.checkpoint_every)
+        if world.main:
+            facts = {
+                "retrieval": inputs.retrieval,
+                "knn": self.knn if inputs.retrieval else 0,
+                "chunk_size": training.chunk_size,
+                "seq_len": self.seq_len,
+                "number_type": trainer.number_type,
+                **inputs.facts(),
+            }
+            if self.work_folder is not None:
+                last = self.work_folder / "last"
+                _write_model(last, model.config, result.last_weights, tokenizer, {**facts, **result.history[-1]})
+            assert trainer.state.best is not None
+            best = {**facts, **trainer.state.best}
+            _write_model(self.out_folder, model.config, result.best_weights, tokenizer, best)
+        return result
+
+    def _model(self, inputs: "_Inputs") -> RETRO:
+        """The network with its first weights."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            facts = inputs.chunks["train"].facts
+            model = build_model(self.model_config, facts, self.seq_len, inputs.retrieval)
+            if inputs.retrieval:  # its decoder begins as the baseline's does, so that no luck is between them
+                torch.manual_seed(self.seed)
+                plain = build_model(self.model_config, facts, self.seq_len, retrieval=False)
+                model.load_state_dict({**model.state_dict(), **plain.state_dict()})
+        if inputs.start is not None:
+            start_from(model, inputs.start, self.retrofit.freeze)
+        return model
+
+    def _settings(self, inputs: "_Inputs") -> TrainConfig:
+        return self.train_config if inputs.start is None else self.retrofit.applied_to(self.train_config)
+
+    def _checkpoints(self, inputs: "_Inputs", device: torch.device) -> Checkpoints | None:
+        if self.work_folder is None:
+            return None
+        settings = {
+            "model": dataclasses.asdict(self.model_config),
+            "train": self._settings(inputs).identity(),
+            "freeze": "nothing" if inputs.start is None else self.retrofit.freeze,
+            "knn": self.knn if inputs.retrieval else 0,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "number_type": resolve_number_type(self.train_config.number_type, device),
+            "device": device.type,
+            "inputs": inputs.fingerprints(),
+        }
+        fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return Checkpoints(self.work_folder / "checkpoints", fingerprint)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The artifacts that a model is trained from."""
+
+    chunks: dict[str, Artifact]
+    neighbors: dict[str, Artifact]  # empty: no retrieval
+    start: Artifact | None  # the model to start from
+
+    @classmethod
+    def open(
+        cls, chunks_folder: Path, neighbors_folder: Path | None, tokenizer: Artifact, retrofit: RetrofitConfig
+    ) -> "_Inputs":
+        splits = ("train", "valid")
+        chunks = {split: Artifact.open(chunks_folder / split, "chunks") for split in splits}
+        for split in splits:
+            chunks[split].require(tokenizer=tokenizer.fingerprint)
+        neighbors = {}
+        if neighbors_folder is not None:
+            neighbors = {split: Artifact.open(neighbors_folder / split, "neighbors") for split in splits}
+        start = retrofit.model()
+        if start is not None:
+            start.require(tokenizer=tokenizer.fingerprint)
+        return cls(chunks, neighbors, start)
+
+    @property
+    def retrieval(self) -> bool:
+        return bool(self.neighbors)
+
+    def sequences(self, split: str, seq_len: int, knn: int) -> PackedSequences:
+        """A split's sequences, with neighbors from the split "train" where there are any."""
+        if not self.retrieval:
+            return PackedSequences(self.chunks[split], seq_len)
+        return PackedSequences(self.chunks[split], seq_len, self.neighbors[split], self.chunks["train"], knn)
+
+    def fingerprints(self) -> dict[str, str]:
+        artifacts = {
+            **{f"chunks/{split}": artifact for split, artifact in self.chunks.items()},
+            **{f"neighbors/{split}": artifact for split, artifact in self.neighbors.items()},
+            **({} if self.start is None else {"start": self.start}),
+        }
+        return {name: artifact.fingerprint for name, artifact in artifacts.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """What the model's description says about its data."""
+        chunks = self.chunks["train"]
+        facts = {"tokenizer": chunks.facts["tokenizer"], "chunks": chunks.fingerprint}
+        if self.retrieval:
+            facts["neighbors"] = self.neighbors["train"].fingerprint
+            facts["index"] = self.neighbors["train"].facts["index"]
+        if self.start is not None:
+            facts["init_from"] = self.start.fingerprint
+            # All chunks that its weights have seen before: an evaluation on others of them would be a leak.
+            facts["init_from_chunks"] = sorted(
+                {self.start.facts["chunks"], *self.start.facts.get("init_from_chunks", ())}
+            )
+        return facts
+
+
+def _write_model(
+    path: Path, config: RETROConfig, weights: dict[str, Tensor], tokenizer: Artifact, facts: Mapping[str, Any]
+) -> None:
+    """Writes a model artifact: weights, config, a copy of the tokenizer, and `facts`."""
+    with torch.device("meta"):
+        model = RETRO.from_config(config)
+    model.load_state_dict(weights, assign=True)
+    with whole_folder(path) as folder, ArtifactWriter(folder, "model") as writer:
+        model.save_pretrained(folder)
+        shutil.copytree(tokenizer.folder, folder / "tokenizer")
+        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+            writer.add_file(file.relative_to(folder).as_posix())
+        writer.facts.update(facts)

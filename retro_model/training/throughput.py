@@ -1,0 +1,102 @@
+"""How much of the hardware a training step uses: its matrix products against the peak.
+
+products(config, rows=4, length=512, neighbors=2) / seconds / peak(device, "bfloat16").rate
+"""
+
+import re
+import time
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from retro_model.core.devices import NumberType, fast_float32_products
+from retro_model.network.config import RETROConfig
+
+# Dense bfloat16 and float32 FLOP/s that the data sheets promise, by words of the chip's name; the first counts.
+DATA_SHEETS: dict[str, tuple[float, float]] = {
+    "GH200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100": (989e12, 67e12),
+    "H200": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "A10G": (70e12, 35e12),
+    "L40S": (362e12, 91.6e12),
+    "L4": (121e12, 30.3e12),
+    "RTX 4090": (165e12, 82.6e12),
+    "RTX 3090": (71e12, 35.6e12),
+}
+
+# (rows, inner, columns) of the products that stand for the peak where no data sheet is known.
+SHAPES = {"cpu": [(2048, 256, 1536), (1024, 1024, 1024)], "cuda": [(8192, 8192, 8192)]}
+TIMES = 4  # that each is computed; the fastest counts
+
+
+class Peak(NamedTuple):
+    """Floating-point operations a second that the device can do, and who says so."""
+
+    rate: float
+    source: str
+
+
+def products(config: RETROConfig, rows: int, length: int, neighbors: int) -> float:
+    """Floating-point operations of the matrix products of one step, forward and backward (three times forward).
+
+    Of `rows` sequences of `length` tokens, each one document, its chunks with `neighbors` each of two chunks'
+    length. Packed sequences need less: no attention between documents.
+    """
+    inner = config.heads * config.dim_head
+    tokens, m = rows * length, config.chunk_size
+    enc_tokens = tokens // m * neighbors * 2 * m
+    d, e = config.dec_dim, config.enc_dim
+
+    def layer(width: int) -> float:
+        return 2 * (4 * width * inner + 8 * width * width)  # qkv and out, feed-forward: for each token
+
+    decoder = tokens * config.dec_depth * (layer(d) + 2 * inner * length)  # causal: half of all scores
+    looking = config.enc_depth if config.enc_cross_attn_layers is None else len(config.enc_cross_attn_layers)
+    encoder = (
+        config.enc_depth * enc_tokens * (layer(e) + 4 * inner * 2 * m)  # self-attention
+        + looking * (enc_tokens * (4 * e * inner + 4 * inner * m) + tokens * 4 * d * inner)  # looks at the chunk
+        + (enc_tokens * 2 * d * e if d != e else 0)
+    )
+    cross = len(config.dec_cross_attn_layers) * (
+        tokens * (4 * d * inner + 4 * inner * neighbors * 2 * m) + enc_tokens * 4 * e * inner
+    )
+    head = 2 * tokens * d * config.num_tokens
+    return 3.0 * (decoder + head + (encoder + cross if neighbors else 0))
+
+
+def known_chip(name: str) -> str | None:
+    """The entry of DATA_SHEETS that a device's name means, if there is one."""
+    return next((chip for chip in DATA_SHEETS if re.search(rf"\b{chip}\b", name)), None)
+
+
+def peak(device: torch.device, number_type: NumberType) -> Peak:
+    """What the device's data sheet promises, if its chip is known; else the fastest matrix product here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if (chip := known_chip(name)) is not None:
+        return Peak(DATA_SHEETS[chip][number_type == "float32"], f"the data sheet of {chip}")
+    return Peak(_fastest_product(device, number_type, torch.get_num_threads()), "the fastest matrix product")
+
+
+@lru_cache
+def _fastest_product(device: torch.device, number_type: NumberType, threads: int) -> float:
+    """In FLOP/s; once for each setting, it takes a tenth of a second."""
+    dtype = torch.bfloat16 if number_type == "bfloat16" else torch.float32
+    fastest = 0.0
+    for m, k, n in SHAPES[device.type]:
+        a, b = torch.ones(m, k, dtype=dtype, device=device), torch.ones(n, k, dtype=dtype, device=device)
+        with fast_float32_products(device):
+            for _ in range(TIMES):
+                started = _now(device)
+                torch.nn.functional.linear(a, b)
+                fastest = max(fastest, 2 * m * k * n / (_now(device) - started))
+    return fastest
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,509 @@
+"""The training loop: settings, one step, validation, and stopping without losing anything.
+
+What a step does is a function of the seed and of the step's number: its sequences, whose neighbors are
+dropped, the dropout. Weights, optimizer and a few counts are therefore all that a checkpoint needs.
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retro_model.core.config import Config, setting
+from retro_model.core.devices import fast_float32_products, keep_freed_memory, resolve_number_type
+from retro_model.core.errors import ConfigError, TrainingError
+from retro_model.core.prefetch import ahead
+from retro_model.core.progress import Progress
+from retro_model.core.rows import NO_ROW, IntArray
+from retro_model.network.model import RETRO
+from retro_model.training.checkpoints import Checkpoints, Row, Saved, TrainingState
+from retro_model.training.distributed import ALONE, World
+from retro_model.training.optimizer import (
+    DROPOUT,
+    NEIGHBOR_DROPOUT,
+    RANDOM_NEIGHBORS,
+    autocast,
+    gradient_norm_clipped,
+    learning_rate,
+    make_optimizer,
+    optimizer_tensors,
+    random_numbers,
+    reseed,
+    restore_optimizer,
+    set_learning_rate,
+)
+from retro_model.training.sequences import Batch, PackedSequences
+from retro_model.training.sharding import (
+    alike,
+    checkpoint_activations,
+    gradients_stay,
+    replicate,
+    shard,
+    whole_weights,
+)
+from retro_model.training.throughput import peak, products
+
+Log = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrainConfig(Config, section="train"):
+    """How the network is trained. A step is one update of the weights."""
+
+    steps: int = setting(800, minimum=1)
+    batch_size: int = setting(4, minimum=1)  # sequences of a step
+    accumulation: int = setting(1, minimum=1)  # portions of a step that are computed one after the other
+    lr: float = setting(4e-3, above=0.0)
+    schedule: str = setting("cosine", choices=("cosine", "constant"))
+    warmup: int = setting(30, minimum=0)  # steps
+    final_lr: float = setting(0.1, minimum=0.0, maximum=1.0)  # share of lr at the end of the cosine
+    weight_decay: float = setting(0.1, minimum=0.0)
+    clip: float = setting(1.0, minimum=0.0)  # greatest norm of the gradient; 0: any
+    neighbor_dropout: float = setting(0.1, minimum=0.0, maximum=1.0)  # share of sequences without neighbors
+    random_neighbors: float = setting(0.0, minimum=0.0, maximum=1.0)  # share of chunks with random ones instead
+    validate_every: int = setting(200, minimum=1)  # steps
+    validate_sequences: int = setting(32, minimum=0)  # spread over the split; 0: all
+    number_type: str = setting("auto", choices=("auto", "float32", "bfloat16"))
+    compile: bool = setting(False)
+    checkpoint_activations: bool = setting(False)  # less memory, a third more time
+    processes: int = setting(0, minimum=0)  # that share a step; 0: one for each GPU, or one
+    shard: bool = setting(False)  # each process holds a part of the weights only
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size % self.accumulation:
+            allowed = f"a divisor of train.batch_size = {self.batch_size}"
+            raise ConfigError(f"train.accumulation: found {self.accumulation}, expected {allowed}")
+        if self.warmup > self.steps:
+            allowed = f"at most train.steps = {self.steps}"
+            raise ConfigError(f"train.warmup: found {self.warmup}, expected {allowed}")
+
+    def of_baseline(self) -> "TrainConfig":
+        """The same for the plain decoder, which the settings of retrieval do not concern."""
+        return replace(self, neighbor_dropout=0.0, random_neighbors=0.0)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the outcome: all but how the work is spread, which a run that goes on may change."""
+        return {name: value for name, value in vars(self).items() if name not in ("processes", "shard")}
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What came out.
+
+    `history` has a row for each validation and `metrics` sums up: equal for equal inputs. `timings`
+    are of this process: they never are. Weights are whole, and those of process 0 only.
+    """
+
+    metrics: dict[str, float]
+    history: list[Row]
+    timings: dict[str, float]
+    best_weights: dict[str, Tensor]
+    last_weights: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The data of one update of the weights."""
+
+    rows: IntArray  # (batch_size, L): the chunk rows of all processes
+    portions: list[Batch]  # of this process, to be computed one after the other
+    num_labels: int  # of all processes
+
+
+class Trainer:
+    """One training run: a network, its data, its optimizer and how far it has come.
+
+    Without neighbors in the data it trains the plain decoder. `checkpoints` may be None: then a run
+    that is stopped is lost. Of several processes each has a trainer with the same arguments but `world`.
+    """
+
+    def __init__(
+        self,
+        model: RETRO,
+        training: PackedSequences,
+        validation: PackedSequences,
+        config: TrainConfig,
+        *,
+        seed: int,
+        world: World = ALONE,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
+        self.training, self.validation, self.config, self.seed = training, validation, config, seed
+        self.world, self.checkpoints = world, checkpoints
+        self.number_type = resolve_number_type(config.number_type, world.device)
+        if world.device.type == "cpu":
+            keep_freed_memory()
+        self.share = _share(config, world)
+        self.sharded = config.shard and world.size > 1
+        self.frozen = not model.embedding.weight.requires_grad
+        self.validation_rows = _spread(validation.ordered_rows(), config.validate_sequences)
+        self.state = TrainingState()
+        self.best_weights: dict[str, Tensor] = {}
+        saved = self._saved()
+        if saved is not None:
+            self.state = saved.state
+            self.best_weights = saved.best_weights if world.main else {}
+            model.load_state_dict(saved.weights)
+        self.model = model.to(world.device)
+        self.compute_loss = self._laid_out()
+        self.optimizer = make_optimizer(self.model, config.lr, config.weight_decay)
+        if saved is not None:
+            restore_optimizer(self.model, self.optimizer, saved.optimizer)
+
+    def _saved(self) -> Saved | None:
+        """Where an earlier run of the same settings and inputs stopped, as every process reads it."""
+        if self.checkpoints is None:
+            return None
+        if self.world.main:
+            self.checkpoints.prune()
+        self.world.wait_for_all()
+        saved = self.checkpoints.load()
+        step = 0 if saved is None else saved.state.step
+        if not step == self.world.largest(step) == -self.world.largest(-step):
+            raise TrainingError(
+                f"{self.checkpoints.folder}: the processes found different checkpoints, this one step {step}, expected "
+                "one step for all; give all machines one shared folder, then start again"
+            )
+        return saved
+
+    def _laid_out(self) -> Callable[..., Tensor]:
+        """What computes the loss: the model, laid out over memory and processes as the settings say."""
+        if self.config.checkpoint_activations:
+            checkpoint_activations(self.model)
+        if self.config.compile:
+            self.model.compile()
+        if self.sharded:
+            shard(self.model, self.world)
+        elif self.world.size > 1:
+            return replicate(self.model, self.world)
+        return self.model
+
+    def data(self, step: int) -> Step:
+        """What a step reads: a function of the seed and the step, and of which process this is."""
+        config, training = self.config, self.training
+        rows = training.training_rows(self.seed, step * config.batch_size, config.batch_size)
+        chances = random_numbers(self.seed, step, NEIGHBOR_DROPOUT).random(config.batch_size)
+        # A frozen decoder learns nothing from a sequence without neighbors, and need not.
+        without = chances < (0.0 if self.frozen else config.neighbor_dropout)
+        cut = (np.split(x, config.accumulation) for x in (rows, without, self._random_neighbors(step, rows)))
+        portions = zip(*cut, strict=True)
+        return Step(rows, [self._portion(*portion) for portion in portions], training.count_labels(rows))
+
+    def _random_neighbors(self, step: int, rows: IntArray) -> IntArray:
+        """Database rows (B, L, knn) for the chunks that read random neighbors in a step, -1 for all others."""
+        training, random = self.training, random_numbers(self.seed, step, RANDOM_NEIGHBORS)
+        drawn = np.full((*rows.shape, training.knn), NO_ROW)
+        if training.database is not None:
+            chosen = random.random(rows.shape) < self.config.random_neighbors
+            drawn[chosen] = random.integers(training.database.rows, size=drawn.shape)[chosen]
+        return drawn
+
+    def _portion(self, rows: IntArray, without: npt.NDArray[np.bool_], replaced: IntArray) -> Batch:
+        """This process's part of a portion that all share."""
+        mine = slice(self.world.rank * self.share, (self.world.rank + 1) * self.share)
+        batch = self.training.batch(rows[mine], without=without[mine], replaced=replaced[mine])
+        if batch.retrieved is None or not (self.sharded or self.frozen):
+            return batch
+        # What is trained must run: if all else is frozen always, if it is cut among processes with any of them.
+        if self.frozen or (self.training.neighbor_ids(rows[~without]) != NO_ROW).any():
+            return alike(batch, self.training.pad_id)
+        return batch
+
+    def step(self, data: Step) -> Row:
+        """One update of the weights; the mean loss of the labels and what else is worth a record.
+
+        Raises TrainingError, before the weights change, when loss or gradient is not finite.
+        """
+        config, state, world = self.config, self.state, self.world
+        rate = learning_rate(
+            state.step,
+            peak=config.lr,
+            steps=config.steps,
+            warmup=config.warmup,
+            schedule=config.schedule,
+            floor=config.final_lr,
+        )
+        set_learning_rate(self.optimizer, rate)
+        self.model.train()
+        reseed(self.seed, state.step, DROPOUT, world.rank)
+        total = torch.zeros((), device=world.device)
+        for number, portion in enumerate(data.portions, start=1):
+            weight = portion.num_labels / data.num_labels
+            with gradients_stay(self.compute_loss) if number < len(data.portions) else nullcontext():
+                loss = self._loss(portion.to(world.device)) * weight
+                torch.autograd.backward(loss * world.size)  # gradients become their mean over the processes
+            total += loss.detach()
+        norm = gradient_norm_clipped(self.model.parameters(), config.clip)
+        mean_loss, gradient_norm = torch.stack([world.sum(total), norm]).tolist()
+        if not (np.isfinite(mean_loss) and np.isfinite(gradient_norm)):
+            raise self._not_finite(mean_loss, gradient_norm, data.rows)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        state.step += 1
+        state.tokens += data.num_labels
+        state.positions += data.rows.size * self.training.chunk_size
+        state.interval_loss += mean_loss * data.num_labels
+        state.interval_tokens += data.num_labels
+        return {"loss": mean_loss, "learning_rate": rate, "grad_norm": gradient_norm}
+
+    def _loss(self, batch: Batch) -> Tensor:
+        with autocast(self.number_type, self.world.device):
+            loss: Tensor = self.compute_loss(
+                batch.seq,
+                batch.retrieved,
+                return_loss=True,
+                labels=batch.labels,
+                documents=batch.documents,
+            )
+        return loss
+
+    def _not_finite(self, loss: float, gradient_norm: float, rows: IntArray) -> TrainingError:
+        return TrainingError(
+            f"step {self.state.step + 1}: loss {loss}, gradient norm {gradient_norm}, expected finite "
+            f"numbers; train chunks {', '.join(map(_row_range, rows))}; last good checkpoint: {self._last_good()}; "
+            f"try a lower train.lr, a longer train.warmup or train.number_type float32"
+        )
+
+    def _last_good(self) -> Path | str:
+        latest = self.checkpoints.latest() if self.checkpoints is not None else None
+        return latest or "none"
+
+    def validate(self) -> Row:
+        """Adds a row to the history; keeps the weights if they are the best so far."""
+        state = self.state
+        row: Row = {"step": state.step, "train_loss": state.interval_loss / max(state.interval_tokens, 1)}
+        if self.validation.neighbors is None:
+            row |= self._validation_loss("none", "")
+        else:
+            row |= self._validation_loss("own", "")
+            row |= self._validation_loss("none", "_off")
+            row |= self._validation_loss("shuffled", "_shuffled")
+        state.interval_loss, state.interval_tokens = 0.0, 0
+        state.history.append(row)
+        if state.best is None or row["valid_loss"] < state.best["valid_loss"]:
+            state.best, self.best_weights = row, self._weights()
+        return row
+
+    @torch.no_grad()
+    def _validation_loss(self, neighbors: Literal["own", "shuffled", "none"], suffix: str) -> Row:
+        """The mean loss of the labels in nats, and what that is in bits a byte of text."""
+        self.model.eval()
+        sums = torch.zeros(3, dtype=torch.float64)  # of losses, labels and bytes
+        for rows in self._validation_portions():
+            batch = self.validation.batch(rows, neighbors)
+            if self.sharded and batch.retrieved is not None:
+                batch = alike(batch, self.validation.pad_id)
+            batch = batch.to(self.world.device)
+            with autocast(self.number_type, self.world.device):
+                losses = self.model.token_losses(batch.seq, batch.retrieved, batch.labels, batch.documents)
+            portion = [float(losses.double().sum()), batch.num_labels, int(batch.bytes.sum())]
+            sums += torch.tensor(portion, dtype=torch.float64)
+        loss, num_labels, num_bytes = self.world.sum(sums.to(self.world.device)).tolist()
+        if not np.isfinite(loss):
+            raise TrainingError(
+                f"validation after step {self.state.step}: loss {loss}, expected a finite number; last good "
+                f"checkpoint: {self._last_good()}; try a lower train.lr or a longer train.warmup"
+            )
+        found = {f"valid_loss{suffix}": loss / num_labels}
+        if not suffix:
+            found["valid_bits_per_byte"] = loss / np.log(2) / max(num_bytes, 1)
+        return found
+
+    def _validation_portions(self) -> Iterator[IntArray]:
+        """This process's part of the validation sequences; as many portions as the others have."""
+        rows, together = self.validation_rows, self.share * self.world.size
+        if self.world.size > 1 and len(rows) % together:
+            rows = np.concatenate([rows, np.full((-len(rows) % together, rows.shape[1]), NO_ROW)])
+        for first in range(self.world.rank * self.share, len(rows), together):
+            yield rows[first : first + self.share]
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The whole weights, in process 0."""
+        if not (self.world.main or self.sharded):
+            return {}
+        weights = whole_weights(self.model)  # if they are cut among the processes, all must ask
+        return weights if self.world.main else {}
+
+    def save(self) -> Path | None:
+        """Writes a checkpoint, if there is a place for it."""
+        if self.checkpoints is None or not (self.world.main or self.sharded):
+            return None
+        weights, optimizer = self._weights(), optimizer_tensors(self.model, self.optimizer)
+        if not self.world.main:
+            return None
+        return self.checkpoints.save(self.state, weights, optimizer, self.best_weights)
+
+    def run(self, title: str, log: Log, log_every: int, checkpoint_every: int) -> TrainingResult:
+        """Trains to the last step. Neither interval changes what comes out."""
+        config, main = self.config, self.world.main
+        clock = _Clock(self.state)
+        bar = Progress(title, config.steps, unit="step", done=self.state.step) if main else nullcontext()
+        with (
+            fast_float32_products(self.world.device),
+            torch.random.fork_rng(),
+            _StopSignals(self.checkpoints is not None) as stop,
+            bar as shown,
+        ):
+            for data in ahead(map(self.data, range(self.state.step, config.steps))):
+                record = self.step(data)
+                validates = self._done or self.state.step % config.validate_every == 0
+                if validates:
+                    with clock.apart():
+                        record |= _without_step(self.validate())
+                if shown is not None:
+                    shown.update(1, f"loss {record['loss']:.3f}, {clock.rate():,.0f} tokens/s")
+                if main and (validates or self.state.step % log_every == 0):
+                    log(self.state.step, {**record, **self._speed(clock.lap())})
+                stopped = self.world.largest(stop.asked)
+                if self._done or stopped or self.state.step % checkpoint_every == 0:
+                    with clock.apart():
+                        path = self.save()
+                if stopped:
+                    if main:
+                        print(f"{title}: stops after step {self.state.step:,}, saved in {path}", file=sys.stderr)
+                    stop.obey(stopped, main)
+        return self._result(clock)
+
+    @property
+    def _done(self) -> bool:
+        return self.state.step == self.config.steps
+
+    def _speed(self, tokens_per_second: float) -> Row:
+        """Labels a second, and which share of the hardware's peak the products are that this takes."""
+        neighbors = self.training.knn if self.training.neighbors is not None else 0
+        length = self.training.seq_len
+        a_token = products(self.model.config, 1, length, neighbors) / length
+        most = peak(self.world.device, self.number_type).rate * self.world.size
+        return {"tokens_per_second": tokens_per_second, "peak_share": tokens_per_second * a_token / most}
+
+    def _result(self, clock: "_Clock") -> TrainingResult:
+        state, best = self.state, self.state.best
+        assert best is not None, "the last step validates"
+        metrics = {
+            **{name: value for name, value in best.items() if name != "step"},
+            "best_step": best["step"],
+            "tokens_seen": state.tokens,
+            "real_token_share": state.tokens / state.positions,
+            "num_weights": sum(parameter.numel() for parameter in self.model.parameters()),
+        }
+        timings = {**self._speed(clock.rate()), "seconds": clock.seconds()}
+        if self.world.main and timings["tokens_per_second"]:  # a finished run that is found again trains nothing
+            self._tell(timings)
+        return TrainingResult(metrics, state.history, timings, self.best_weights, self._weights())
+
+    def _tell(self, timings: Row) -> None:
+        most = peak(self.world.device, self.number_type)
+        print(
+            f"trained at {timings['tokens_per_second']:,.0f} tokens/s, {timings['peak_share']:.0%} of "
+            f"{self.world.size * most.rate / 1e9:,.0f} GFLOP/s ({most.source})",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _share(config: TrainConfig, world: World) -> int:
+    """How many sequences of a portion each process takes; ConfigError where they do not share it evenly."""
+    portion = config.batch_size // config.accumulation
+    if portion % world.size:
+        raise ConfigError(
+            f"train.batch_size: found {config.batch_size} in {config.accumulation} portions, expected a multiple of "
+            f"{config.accumulation * world.size} for {world.size} processes"
+        )
+    return portion // world.size
+
+
+def _spread(rows: IntArray, count: int) -> IntArray:
+    """`count` of the sequences, at equal distances; all of them for 0 or where there are fewer."""
+    if count == 0 or count >= len(rows):
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
+
+
+def _row_range(rows: IntArray) -> str:
+    real = rows[rows != NO_ROW]
+    return f"{real[0]}-{real[-1]}"
+
+
+def _without_step(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != "step"}
+
+
+class _Clock:
+    """Counts labels a second, leaving validation and saving apart."""
+
+    def __init__(self, state: TrainingState) -> None:
+        self.state = state
+        self.started = self.lap_started = time.monotonic()
+        self.first_tokens = self.lap_tokens = state.tokens
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def rate(self) -> float:
+        """Labels a second since the start of this process."""
+        return (self.state.tokens - self.first_tokens) / max(self.seconds(), 1e-9)
+
+    def lap(self) -> float:
+        """Labels a second since the last call."""
+        now = time.monotonic()
+        rate = (self.state.tokens - self.lap_tokens) / max(now - self.lap_started, 1e-9)
+        self.lap_started, self.lap_tokens = now, self.state.tokens
+        return rate
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What runs in the block does not count."""
+        before = time.monotonic()
+        yield
+        spent = time.monotonic() - before
+        self.started += spent
+        self.lap_started += spent
+
+
+class _StopSignals:
+    """Holds Ctrl-C and SIGTERM back until the step is done and saved; a second one acts at once."""
+
+    def __init__(self, active: bool) -> None:
+        self.active = active and threading.current_thread() is threading.main_thread()
+        self.asked = 0  # the signal's number
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM) if self.active else ():
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self.previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = number
+        self._restore()
+
+    def obey(self, number: int, main: bool) -> None:
+        """Does what the signal would have done, which came to this process or to another that trains with it."""
+        self._restore()
+        if not main:
+            sys.exit(128 + number)
+        signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        while self.previous:
+            signal.signal(*self.previous.popitem())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+        if kind is None and self.asked:  # while the last step was saved
+            signal.raise_signal(self.asked)

@@ -1,0 +1,115 @@
+"""Training that starts from a trained model: RETROfit (section 4.2.3), or simply more training.
+
+    retrofit = RetrofitConfig(init_from="models/baseline", freeze="decoder")
+    start_from(model, retrofit.model(), retrofit.freeze)
+
+A plain decoder gives its weights to the decoder of a model with retrieval, whose encoder and cross-attention
+keep their new weights; a model with retrieval gives all of its weights. With a frozen decoder only the
+encoder and the cross-attention are trained, and without neighbors the model equals the one it started from.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retro_model.core.artifacts import Artifact
+from retro_model.core.config import Config, optional_path, setting
+from retro_model.core.errors import ConfigError, MismatchError
+from retro_model.network.config import RETROConfig
+from retro_model.network.model import RETRO
+from retro_model.training.trainer import TrainConfig
+
+# Settings of the network that its plain decoder does not have.
+_OF_RETRIEVAL = {"enc_dim", "enc_depth", "enc_cross_attn_layers", "dec_cross_attn_layers", "enc_scale_residual"}
+_OF_RETRIEVAL |= {"copy_tokens", "cross_attn_sink"}
+
+
+@dataclass(frozen=True)
+class RetrofitConfig(Config, section="retrofit"):
+    """Which trained model RETRO starts from, and how it is trained then.
+
+    `init_from` is a model's folder; with an empty folder, or no name, RETRO is trained from new weights by the
+    settings of `train` alone. Otherwise `steps` and `lr` take the place of those in `train`.
+    """
+
+    init_from: str = setting("")
+    freeze: str = setting("decoder", choices=("nothing", "decoder"))
+    steps: int = setting(400, minimum=1)
+    lr: float = setting(4e-3, above=0.0)
+
+    def model(self) -> Artifact | None:
+        """The model to start from; None for new weights.
+
+        Raises ConfigError where there is no such folder, MissingArtifactError where it holds no finished model.
+        """
+        path = optional_path("retrofit.init_from", self.init_from)
+        return None if path is None else Artifact.open(path, "model")
+
+    def applied_to(self, config: TrainConfig) -> TrainConfig:
+        """The settings of a training that starts from a model."""
+        return replace(config, steps=self.steps, lr=self.lr, warmup=min(config.warmup, self.steps))
+
+
+def start_from(model: RETRO, start: Artifact, freeze: str) -> None:
+    """Gives `model` the weights of `start`, and freezes ("decoder") those that a plain decoder has, too.
+
+    Raises MismatchError, with the key of the settings, where the two are networks of different shapes.
+    """
+    base = RETRO.from_pretrained(start.folder)
+    if base.config.retrieval and not model.config.retrieval:
+        raise MismatchError(f"{start.folder}: a model with retrieval, expected a plain decoder for a plain decoder")
+    _check_shapes(model.config, base.config, start.folder)
+    _take_weights(model, base, freeze == "decoder")
+
+
+def retrofit(base: RETRO, *, freeze: bool = True, **overrides: Any) -> RETRO:
+    """A model with retrieval around a decoder that was trained without (RETROfit, section 4.2.3).
+
+    `overrides` are the fields of RETROConfig that belong to retrieval: those of the encoder and of
+    cross-attention, and dropout. Encoder and cross-attention are new, the rest is a copy of `base`; without
+    neighbors the logits are exactly those of `base`. With `freeze` only what is new is trained.
+    """
+    if base.config.retrieval:
+        raise ConfigError("retrofit needs a model with retrieval=False: this one has retrieval already")
+    allowed = _OF_RETRIEVAL | {"enc_attn_dropout", "enc_ff_dropout", "dec_attn_dropout", "dec_ff_dropout"}
+    if others := sorted(set(overrides) - allowed):
+        raise ConfigError(f"retrofit cannot change {others[0]}: it belongs to the decoder that is there")
+    model = RETRO.from_config(replace(base.config, retrieval=True, **overrides))
+    reference = base.embedding.weight
+    model.to(device=reference.device, dtype=reference.dtype)
+    _take_weights(model, base, freeze)
+    return model
+
+
+def _take_weights(model: RETRO, base: RETRO, freeze: bool) -> None:
+    """Copies the weights of `base`; all that a plain decoder has is frozen or not, all else is trained."""
+    model.load_state_dict({**model.state_dict(), **base.state_dict()})
+    decoder = _decoder_names(model.config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (freeze and name in decoder))
+
+
+def _check_shapes(config: RETROConfig, base: RETROConfig, folder: Path) -> None:
+    """All that gives a weight its shape or a decoder its function must be the same."""
+    free = {"retrieval", "max_seq_len", *(name for name in vars(config) if name.endswith("dropout"))}
+    for name, found in vars(base).items():
+        expected = getattr(config, name)
+        if name in free or (name in _OF_RETRIEVAL and not base.retrieval) or found == expected:
+            continue
+        raise MismatchError(
+            f"{folder}: made with {name} {found}, expected {expected}; set {_key(name)} to {found}, or start from "
+            "another model (retrofit.init_from)"
+        )
+
+
+def _key(name: str) -> str:
+    elsewhere = {"num_tokens": "the tokenizer's vocabulary", "pad_id": "the tokenizer's padding"}
+    return elsewhere.get(name, name if name == "chunk_size" else f"model.{name}")
+
+
+def _decoder_names(config: RETROConfig) -> set[str]:
+    """The weights of the plain decoder of this shape."""
+    with torch.device("meta"):
+        return set(RETRO.from_config(replace(config, retrieval=False)).state_dict())
