@@ -43,10 +43,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measured import measured
 
+from retro_model.core.arrays import Float64Array
 from retro_model.core.artifacts import Artifact
 from retro_model.core.devices import fast_float32_products
 from retro_model.evaluation.scoring import Scorer, choose_spans
-from retro_model.evaluation.statistics import FloatArray, bits_per_byte, bootstrap_sums, interval, sum_by_document
+from retro_model.evaluation.statistics import bits_per_byte, bootstrap_sums, interval, sum_by_document
 from retro_model.network.config import ModelConfig
 from retro_model.network.model import RETRO
 from retro_model.training.run import build_model, train_model
@@ -213,17 +214,17 @@ class TestDocuments:
         self.nearest = ids[self.scorer.rows][:, : bench.params.knn]
         self.bytes = sum_by_document(self.scorer.bytes, self.scorer.documents)
 
-    def losses(self, run: Run, retrieval: bool = False) -> FloatArray:
+    def losses(self, run: Run, retrieval: bool = False) -> Float64Array:
         """The summed nats of each document."""
         model = RETRO.from_pretrained(self.bench.folder(run) / "model")
         losses = self.scorer.losses(model, self.nearest if retrieval else None)
         return sum_by_document(losses.sum(axis=1), self.scorer.documents)
 
-    def bpb(self, losses: FloatArray) -> float:
+    def bpb(self, losses: Float64Array) -> float:
         """Bits per byte over all documents."""
         return float(bits_per_byte(losses.sum(), self.bytes.sum()))
 
-    def saved(self, losses: FloatArray, other: FloatArray) -> tuple[float, float, float]:
+    def saved(self, losses: Float64Array, other: Float64Array) -> tuple[float, float, float]:
         """What the first saves against the other, in bits per byte, and the 95% interval over documents."""
         sums = bootstrap_sums(np.stack([losses, other, self.bytes], axis=1), SAMPLES, 0)
         return self.bpb(other) - self.bpb(losses), *interval(bits_per_byte(sums[:, 1] - sums[:, 0], sums[:, 2]))

@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measured import measured
 
+from retro_model.core.arrays import IntArray
 from retro_model.core.artifacts import Artifact
 from retro_model.core.devices import fast_float32_products
-from retro_model.core.rows import NO_ROW, IntArray
+from retro_model.core.rows import NO_ROW
 from retro_model.training.run import build_model
 from retro_model.training.sequences import PackedSequences
 from retro_model.training.trainer import Step, Trainer

@@ -33,6 +33,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from retro_model.core.arrays import IntArray
 from retro_model.core.errors import ArtifactError, DamagedArtifactError, MismatchError, MissingArtifactError
 
 DESCRIPTION = "artifact.json"
@@ -437,7 +438,7 @@ class ShardedArray:
             self._maps = maps
         return self._maps
 
-    def __getitem__(self, rows: "int | slice | npt.NDArray[np.integer[Any]]") -> npt.NDArray[Any]:
+    def __getitem__(self, rows: "int | slice | IntArray") -> npt.NDArray[Any]:
         """The rows asked for, in memory: a number gives one, a slice or an integer array gives many."""
         if isinstance(rows, slice):
             return self._slice(*rows.indices(len(self)))

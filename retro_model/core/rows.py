@@ -3,14 +3,12 @@
 A row of a chunk artifact holds the M tokens of a chunk and the one after them. A neighbor is named by its row.
 """
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
+from retro_model.core.arrays import IntArray
 from retro_model.core.artifacts import Artifact
 
-IntArray = npt.NDArray[np.integer[Any]]
 NO_ROW = -1  # in place of a row: no neighbor, or padding
 
 

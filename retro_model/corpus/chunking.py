@@ -24,6 +24,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from retro_model.core.arrays import BoolArray
 from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, whole_folder
 from retro_model.core.errors import DocumentError
 from retro_model.core.prefetch import ahead
@@ -139,7 +140,7 @@ class CutDocuments:
     documents: Sequence[Document | SourceText]
     encoded: Encoded
     chunks: Chunks
-    kept: npt.NDArray[np.bool_]  # (documents,)
+    kept: BoolArray  # (documents,)
 
     @classmethod
     def of(
@@ -179,7 +180,7 @@ class CutDocuments:
                 },
             )
 
-    def counts(self, chosen: npt.NDArray[np.bool_]) -> dict[str, int]:
+    def counts(self, chosen: BoolArray) -> dict[str, int]:
         """What the chosen documents (documents,) have in all; those without a token are counted apart."""
         counted = self.kept & chosen
         return {

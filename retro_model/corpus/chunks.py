@@ -11,11 +11,10 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from retro_model.core.arrays import IntArray
 from retro_model.core.artifacts import Artifact
 from retro_model.core.errors import DamagedArtifactError
-from retro_model.core.rows import IntArray
 from retro_model.corpus.tokenizer import Tokenizer
 
 DOCUMENTS = "documents.jsonl"
@@ -107,7 +106,7 @@ def _place(chunks: Artifact, chunk: int, entry: dict[str, Any]) -> Place:
     return Place(entry["document"], entry["source"], entry["record"], chunk - first, start, stop)
 
 
-def chunk_text(tokenizer: Tokenizer, rows: npt.NDArray[np.integer[Any]]) -> list[str]:
+def chunk_text(tokenizer: Tokenizer, rows: IntArray) -> list[str]:
     """The texts of chunks' input tokens, rows (n, M): what is embedded, for stored and for new text alike.
 
     Special ids are left out, and so are the halves of characters that a byte-level tokenizer leaves at

@@ -31,6 +31,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
+from retro_model.core.arrays import BoolArray
 from retro_model.core.artifacts import Artifact, ArtifactWriter, whole_folder
 from retro_model.core.config import Config, setting
 from retro_model.core.errors import ConfigError, SourceError
@@ -75,7 +76,7 @@ class Encoded:
         texts: Sequence[str],
         encodings: list[Encoding],
         token_bytes: npt.NDArray[np.int64] | None,
-        lossy: npt.NDArray[np.bool_] | None = None,
+        lossy: BoolArray | None = None,
     ) -> None:
         lengths = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(encodings))
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -207,7 +208,7 @@ class Tokenizer:
     def _token_bytes(self) -> npt.NDArray[np.int64] | None:
         return bytes_of_tokens(self._backend)
 
-    def _lossy(self, texts: Sequence[str], encodings: list[Encoding]) -> npt.NDArray[np.bool_]:
+    def _lossy(self, texts: Sequence[str], encodings: list[Encoding]) -> BoolArray:
         """Which texts come back changed (case, accents, unknown characters); white space is no loss."""
         rows = [encoding.ids for encoding in encodings]
         pairs = zip(texts, self._backend.decode_batch(rows, skip_special_tokens=True), strict=True)

@@ -29,6 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retro_model.core.arrays import Float32Array
 from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, rows_per_part, whole_folder
 from retro_model.core.config import Config, setting
 from retro_model.core.devices import resolve_device, resolve_number_type
@@ -210,7 +211,7 @@ class Encoder:
         ids = ids.reshape(len(encodings), self.config.max_tokens)  # also of no texts
         return Tokenized(ids, lengths, sum(bool(encoding.overflowing) for encoding in encodings))
 
-    def vectors(self, tokenized: Tokenized) -> npt.NDArray[np.float32]:
+    def vectors(self, tokenized: Tokenized) -> Float32Array:
         """The vectors (n, dim) of tokenized texts, batch by batch."""
         vectors = np.empty((len(tokenized), self.dim), dtype=np.float32)
         for start in range(0, len(tokenized), self.batch_size):
@@ -218,12 +219,12 @@ class Encoder:
             vectors[start:stop] = self._forward(tokenized.ids[start:stop], tokenized.lengths[start:stop])
         return vectors
 
-    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+    def embed(self, texts: Sequence[str]) -> Float32Array:
         """One vector (n, dim) a text."""
         return self.vectors(self.tokenize(texts))
 
     @torch.inference_mode()
-    def _forward(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    def _forward(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Float32Array:
         num_rows = len(ids)
         filled = np.arange(-(-num_rows // self.rows_alike) * self.rows_alike) % num_rows  # repeats rows
         ids_BT = torch.from_numpy(ids[filled]).to(self.device)
@@ -232,7 +233,7 @@ class Encoder:
         vectors_BD = pool(self._states(ids_BT, mask_BT), mask_BT, self.config.pooling)
         if self.config.normalize:
             vectors_BD = torch.nn.functional.normalize(vectors_BD, dim=-1)
-        vectors: npt.NDArray[np.float32] = vectors_BD[:num_rows].cpu().numpy()
+        vectors: Float32Array = vectors_BD[:num_rows].cpu().numpy()
         return vectors
 
     @torch.no_grad()
@@ -374,7 +375,7 @@ def embed_rows(
         yield stored_vectors(encoder.vectors(tokenized), encoder), tokenized.num_truncated
 
 
-def stored_vectors(vectors: npt.NDArray[np.float32], encoder: Encoder) -> npt.NDArray[np.float16]:
+def stored_vectors(vectors: Float32Array, encoder: Encoder) -> npt.NDArray[np.float16]:
     """The vectors as they are stored and compared: half precision.
 
     Raises SourceError where that leaves a number that is not finite.

@@ -1,10 +1,10 @@
 """What chunks share with other text, in tokens in a row: with their neighbors, and with all of the train split."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from retro_model.core.arrays import BoolArray, IntArray
 from retro_model.core.artifacts import Artifact
 from retro_model.core.rows import NO_ROW, retrieved_tokens
 from retro_model.evaluation.inputs import Inputs
@@ -13,9 +13,6 @@ from retro_model.evaluation.scoring import Scorer
 from retro_model.evaluation.shared_runs import share_a_run
 from retro_model.evaluation.statistics import DIGITS
 from retro_model.evaluation.subsets import LEAKAGE_NEIGHBORS, SHARED_WITH_TRAIN
-
-IntArray = npt.NDArray[np.integer[Any]]
-BoolArray = npt.NDArray[np.bool_]
 
 # From so many tokens in a row on, a chunk is counted as one that shares much with what is read beside it.
 LONG_RUN = 8

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from retro_model.core.arrays import BoolArray, Float64Array
 from retro_model.core.artifacts import SPLITS, Artifact
 from retro_model.core.errors import ConfigError
 from retro_model.core.progress import Progress
@@ -24,15 +24,12 @@ from retro_model.evaluation.inputs import Inputs, Searching, cut_anew, searched_
 from retro_model.evaluation.scoring import Scorer, Span
 from retro_model.network.model import RETRO
 
-IntArray = npt.NDArray[np.integer[Any]]
-FloatArray = npt.NDArray[np.float64]
-
 
 @dataclass(frozen=True)
 class Compared:
     """Summed nats (rows,) on the chunk rows of the evaluation, the number of labels, and what was compared."""
 
-    row_losses: FloatArray
+    row_losses: Float64Array
     num_labels: int
     name: str
     knn: int  # 0: it has no retrieval
@@ -84,9 +81,7 @@ class Comparison:
             lossy_documents=lossy,
         )
 
-    def _losses(
-        self, chunks: Artifact, inputs: Inputs | None, spans: Sequence[Span]
-    ) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+    def _losses(self, chunks: Artifact, inputs: Inputs | None, spans: Sequence[Span]) -> tuple[Float64Array, BoolArray]:
         """Nats (rows, M) of the labels in `spans`, and which of them are labels."""
         model = RETRO.from_pretrained(self.model.folder, device=self.device)
         database = None if inputs is None else inputs.database
@@ -104,7 +99,7 @@ class Comparison:
             losses = scorer.losses(model, neighbors, shown)
         return losses.astype(np.float64), scorer.is_label
 
-    def _score_cut_anew(self, inputs: Inputs, spans: Sequence[Span]) -> tuple[FloatArray, int, int]:
+    def _score_cut_anew(self, inputs: Inputs, spans: Sequence[Span]) -> tuple[Float64Array, int, int]:
         folder, facts = self.model.folder / "tokenizer", self.model.facts
         splits = SPLITS if facts["retrieval"] else ("test",)
         cut = cut_anew(inputs, self.data, folder, facts["chunk_size"], splits, self.work)
@@ -124,7 +119,7 @@ class _Laid:
         here = document_texts(inputs.chunks, inputs.tokenizer)
         texts = {item.number: item.text for item in here if item.number in numbers}
         documents = chunks["documents"][:]
-        self.pieces: list[tuple[Span, FloatArray, bool, str]] = []  # rows, bytes before each of our rows, whole, text
+        self.pieces: list[tuple[Span, Float64Array, bool, str]] = []  # rows, bytes before each of our rows, whole, text
         for number, span in numbers.items():
             bounds = np.concatenate([[0], np.cumsum(inputs.chunks["bytes"][span.first : span.stop], dtype=np.int64)])
             first, stop = np.searchsorted(documents, [number, number + 1])
@@ -138,7 +133,7 @@ class _Laid:
         """Rows of the other cut that hold the text of our spans, in order."""
         return [span for span, *_ in self.pieces]
 
-    def lay(self, losses: FloatArray, is_label: npt.NDArray[np.bool_]) -> tuple[FloatArray, int]:
+    def lay(self, losses: Float64Array, is_label: BoolArray) -> tuple[Float64Array, int]:
         """The losses (rows of the other cut, M) summed over our rows, and the number of labels that lie in them."""
         laid, num_labels, start = [], 0, 0
         for span, bounds, whole, text in self.pieces:
@@ -156,7 +151,7 @@ class _Laid:
         return np.concatenate(laid), num_labels
 
 
-def lay_on_rows(losses: FloatArray, ends: FloatArray, bounds: FloatArray, whole: bool) -> FloatArray:
+def lay_on_rows(losses: Float64Array, ends: Float64Array, bounds: Float64Array, whole: bool) -> Float64Array:
     """The losses of tokens that end at the bytes `ends` as sums over rows between the bytes `bounds`.
 
     A token that lies in two rows counts in both, by its bytes there; one without a byte counts in the
@@ -165,7 +160,7 @@ def lay_on_rows(losses: FloatArray, ends: FloatArray, bounds: FloatArray, whole:
     sizes = np.diff(ends, prepend=0)
     spelled = sizes > 0
     through = np.concatenate([[0.0], np.cumsum(losses[spelled])])
-    rows: FloatArray = np.diff(np.interp(bounds, np.concatenate([[0.0], ends[spelled]]), through))
+    rows: Float64Array = np.diff(np.interp(bounds, np.concatenate([[0.0], ends[spelled]]), through))
     places = np.searchsorted(bounds[1:], ends[~spelled], side="right")
     here = (places < len(rows)) | whole
     np.add.at(rows, np.minimum(places[here], len(rows) - 1), losses[~spelled][here])

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from retro_model.core.artifacts import Artifact, write_json, write_whole
@@ -64,9 +63,6 @@ from retro_model.evaluation.statistics import (
 from retro_model.evaluation.subsets import LEAKAGE_NEIGHBORS, leakage_curve, metrics_of_parts, overlap_curve
 from retro_model.inference.retriever import Retriever
 from retro_model.network.model import RETRO
-
-IntArray = npt.NDArray[np.integer[Any]]
-FloatArray = npt.NDArray[np.floating[Any]]
 
 # Held-out chunks that retrieval is timed on: so many at once, and the first of them one after the other.
 TIMED_CHUNKS, TIMED_ALONE = 256, 16

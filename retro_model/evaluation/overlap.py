@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-IntArray = npt.NDArray[np.integer[Any]]
+from retro_model.core.arrays import IntArray
 
 # Table cells at once: few enough for the processor's cache, enough to hide numpy's cost of a call.
 CELLS_AT_ONCE = 1 << 18

@@ -8,12 +8,11 @@ which of their tokens the model looked at when it predicted those that became mu
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from retro_model.core.arrays import FloatArray, IntArray
 from retro_model.core.devices import fast_float32_products
 from retro_model.core.rows import NO_ROW, retrieved_tokens
 from retro_model.corpus.chunks import describe_rows
@@ -23,9 +22,6 @@ from retro_model.evaluation.report.html import CHEAPER_BITS, Look, Neighbor, Pas
 from retro_model.evaluation.scoring import Scorer
 from retro_model.network.attention_maps import neighbor_attention_maps
 from retro_model.network.model import RETRO
-
-IntArray = npt.NDArray[np.integer[Any]]
-FloatArray = npt.NDArray[np.floating[Any]]
 
 NEIGHBORS_SHOWN = 4
 SHORTEST_RUN_SHOWN = 2  # one common token says nothing

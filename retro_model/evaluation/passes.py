@@ -7,11 +7,12 @@ database. Nothing is searched again.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from retro_model.core.arrays import Float64Array, FloatArray, IntArray
 from retro_model.core.progress import Progress
 from retro_model.core.rows import NO_ROW
 from retro_model.evaluation.inputs import Inputs
@@ -19,9 +20,6 @@ from retro_model.evaluation.scoring import Part, Scorer
 from retro_model.evaluation.statistics import COLUMNS, DIGITS, Curve, bits_per_byte
 from retro_model.network.model import RETRO
 from retro_model.training.copying import Rule, best_weight, mixed_losses, rule_of_rows
-
-IntArray = npt.NDArray[np.integer[Any]]
-FloatArray = npt.NDArray[np.floating[Any]]
 
 # What of the database is left in the sweep over its size: documents by a hash of their numbers.
 DATABASE_SHARES = (0.1, 1 / 3, 1.0)
@@ -48,7 +46,7 @@ class Scored:
     """What came of the passes, by their names."""
 
     losses: dict[str, FloatArray]  # of KEPT alone, nats (rows, M)
-    row_losses: dict[str, npt.NDArray[np.float64]]  # of every pass, nats (rows,)
+    row_losses: dict[str, Float64Array]  # of every pass, nats (rows,)
     timings: dict[str, float]
 
 
@@ -124,7 +122,7 @@ def sweep_curves(scored: Scored, scorer: Scorer, inputs: Inputs, ks: Sequence[in
 class Mixed:
     """The plain decoder mixed with the bigram rule, and what the rule alone gets right."""
 
-    row_losses: npt.NDArray[np.float64]  # nats (rows,)
+    row_losses: Float64Array  # nats (rows,)
     weight: float  # of the rule
     hits_own: float  # share of the labels, with the neighbors of the column `on`
     hits_random: float  # with those of the column `random`
@@ -174,7 +172,7 @@ def neighbors_of_share(ids: IntArray, documents: IntArray, share: float) -> npt.
     return left.astype(np.int64)
 
 
-def _hash_shares(numbers: IntArray) -> npt.NDArray[np.float64]:
+def _hash_shares(numbers: IntArray) -> Float64Array:
     """A hash of each number, from 0 to 1 (the mixing of splitmix64)."""
     mixed = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

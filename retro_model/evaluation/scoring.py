@@ -8,12 +8,13 @@ has the loss that its window would give it alone.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from retro_model.core.arrays import BoolArray, FloatArray, IntArray
 from retro_model.core.artifacts import Artifact
 from retro_model.core.devices import fast_float32_products
 from retro_model.core.errors import TrainingError
@@ -21,9 +22,6 @@ from retro_model.core.progress import Progress
 from retro_model.core.rows import NO_ROW, retrieved_tokens
 from retro_model.network.model import RETRO
 from retro_model.training.sequences import PackedSequences
-
-IntArray = npt.NDArray[np.integer[Any]]
-FloatArray = npt.NDArray[np.floating[Any]]
 
 # What of each neighbor the network is shown: the retrieved chunk, the chunk after it, or both.
 Part = Literal["both", "neighbor", "continuation"]
@@ -48,7 +46,7 @@ class Layout(NamedTuple):
     """Sequences of L chunks (S, L): which row each chunk is, -1 for none, and whether it is scored."""
 
     rows: npt.NDArray[np.int64]
-    scored: npt.NDArray[np.bool_]
+    scored: BoolArray
 
 
 # ---- what is scored --------------------------------------------------------------------------------

@@ -7,14 +7,13 @@ so a billion runs against a hundred thousand give one false match with a chance 
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from retro_model.core.arrays import BoolArray, IntArray
 from retro_model.core.artifacts import Artifact
 
-IntArray = npt.NDArray[np.integer[Any]]
 Hashes = npt.NDArray[np.uint64]
 
 # Chunks of the split whose runs are in memory at once.
@@ -24,7 +23,7 @@ FACTOR = 0x9E3779B97F4A7C15  # of the polynomial hash: odd, so that no token is 
 FILTER_BITS = 22  # of the table that sorts out most runs before the exact search
 
 
-def share_a_run(labels_CM: IntArray, split: Artifact, length: int) -> npt.NDArray[np.bool_]:
+def share_a_run(labels_CM: IntArray, split: Artifact, length: int) -> BoolArray:
     """Whether each chunk holds `length` tokens in a row that stand in a row in a document of the split: (C,).
 
     The end of a document is a token, padding is none. Runs of the split may cross its chunks.
@@ -44,7 +43,7 @@ def share_a_run(labels_CM: IntArray, split: Artifact, length: int) -> npt.NDArra
         candidates = hashes[possible[hashes >> shift]]
         places = np.minimum(np.searchsorted(wanted, candidates), len(wanted) - 1)
         found[places[wanted[places] == candidates]] = True
-    shared: npt.NDArray[np.bool_] = (whole_CW & np.isin(hashes_CW, wanted[found])).any(axis=1)
+    shared: BoolArray = (whole_CW & np.isin(hashes_CW, wanted[found])).any(axis=1)
     return shared
 
 

@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-IntArray = npt.NDArray[np.integer[Any]]
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
+from retro_model.core.arrays import BoolArray, Float64Array, IntArray
 
 # Every column that there can be, in the order in which they are shown; the last two only where asked for.
 COLUMNS = ("baseline", "mixed", "off", "on", "random", "on_train", "compared")
@@ -60,7 +58,7 @@ def bits_per_byte(loss_sum: Any, byte_sum: Any) -> Any:
     return loss_sum / math.log(2) / byte_sum
 
 
-def sum_by_document(values: npt.NDArray[Any], documents: IntArray) -> FloatArray:
+def sum_by_document(values: npt.NDArray[Any], documents: IntArray) -> Float64Array:
     """The sum of each document's rows, in the order of the documents."""
     _, numbers = np.unique(documents, return_inverse=True)
     return np.bincount(numbers, weights=values.astype(np.float64)).astype(np.float64)
@@ -80,7 +78,7 @@ def resampled_units(documents: IntArray) -> IntArray:
     return pieces.reshape(-1)
 
 
-def bootstrap_sums(values: FloatArray, samples: int, seed: int) -> FloatArray:
+def bootstrap_sums(values: Float64Array, samples: int, seed: int) -> Float64Array:
     """Sums (samples, columns) of `values` (documents, columns) over documents drawn with replacement.
 
     All columns of a sample are of the same documents, which makes differences between them paired.
@@ -96,7 +94,7 @@ def bootstrap_sums(values: FloatArray, samples: int, seed: int) -> FloatArray:
     return sums
 
 
-def interval(samples: FloatArray) -> tuple[float, float]:
+def interval(samples: Float64Array) -> tuple[float, float]:
     """The middle 95% of the samples."""
     low, high = np.percentile(samples, [2.5, 97.5])
     return float(low), float(high)
@@ -113,11 +111,11 @@ class Scores:
     documents: IntArray  # (rows,)
     bytes: IntArray  # (rows,)
     is_label: BoolArray  # (rows, M)
-    saved: FloatArray
-    row_losses: dict[str, FloatArray] = field(default_factory=dict)
+    saved: Float64Array
+    row_losses: dict[str, Float64Array] = field(default_factory=dict)
     num_labels: dict[str, int] = field(default_factory=dict)
 
-    def add(self, column: str, row_losses: FloatArray, num_labels: int) -> None:
+    def add(self, column: str, row_losses: Float64Array, num_labels: int) -> None:
         """Adds a column; `num_labels` is of its own tokenizer."""
         assert column in COLUMNS and row_losses.shape == self.bytes.shape, column
         self.row_losses[column], self.num_labels[column] = row_losses, num_labels
@@ -140,7 +138,7 @@ class Scores:
         """exp of the mean loss of a label."""
         return math.exp(self.row_losses[column].sum() / self.num_labels[column])
 
-    def bootstrap(self, samples: int, seed: int, rows: BoolArray | slice = slice(None)) -> dict[str, FloatArray]:
+    def bootstrap(self, samples: int, seed: int, rows: BoolArray | slice = slice(None)) -> dict[str, Float64Array]:
         """Bits per byte of each column over resampled documents, or pieces where documents are few.
 
         Over all rows, or over the given ones.
@@ -165,7 +163,7 @@ class Scores:
 # ---- the flat figures ------------------------------------------------------------------------------
 
 
-def metrics_of(scores: Scores, resampled: Mapping[str, FloatArray]) -> dict[str, float | int]:
+def metrics_of(scores: Scores, resampled: Mapping[str, Float64Array]) -> dict[str, float | int]:
     """The flat figures of the whole text; gains are bits per byte saved, positive is better.
 
     `saved_share_vs_baseline` is the gain over the baseline as a part of the baseline's bits.
@@ -187,7 +185,7 @@ def metrics_of(scores: Scores, resampled: Mapping[str, FloatArray]) -> dict[str,
     return {name: round(value, DIGITS) for name, value in metrics.items()}
 
 
-def helped_and_hurt(saved: FloatArray) -> tuple[float, float]:
+def helped_and_hurt(saved: Float64Array) -> tuple[float, float]:
     """The shares of tokens whose loss retrieval lowered, and raised, noticeably."""
     if not len(saved):
         return 0.0, 0.0
@@ -197,7 +195,7 @@ def helped_and_hurt(saved: FloatArray) -> tuple[float, float]:
 # ---- curves ----------------------------------------------------------------------------------------
 
 
-def columns_curve(scores: Scores, resampled: Mapping[str, FloatArray]) -> Curve:
+def columns_curve(scores: Scores, resampled: Mapping[str, Float64Array]) -> Curve:
     """Bits per byte of all columns with their intervals."""
     rows = []
     for column in scores.columns:
@@ -206,7 +204,7 @@ def columns_curve(scores: Scores, resampled: Mapping[str, FloatArray]) -> Curve:
     return Curve(("column", "test_bpb", "low", "high", "test_perplexity"), tuple(rows))
 
 
-def gains_curve(scores: Scores, resampled: Mapping[str, FloatArray]) -> Curve:
+def gains_curve(scores: Scores, resampled: Mapping[str, Float64Array]) -> Curve:
     """The bits per byte that one column saves against another, with their intervals."""
     rows = []
     for one, other in scores.differences:

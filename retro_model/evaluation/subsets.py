@@ -6,15 +6,12 @@ share no long run with the train split, and without the one document that gained
 paired bootstrap over the documents of that part.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from retro_model.core.arrays import BoolArray, IntArray
 from retro_model.evaluation.statistics import DIGITS, Curve, Scores, helped_and_hurt, interval, rounded, sum_by_document
-
-IntArray = npt.NDArray[np.integer[Any]]
-BoolArray = npt.NDArray[np.bool_]
 
 # The gains that are shown of every part: what retrieval gives, and what having it is worth.
 GAINS_OF_PARTS = (("on", "off"), ("on", "baseline"))

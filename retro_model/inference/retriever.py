@@ -12,13 +12,13 @@ precalculated for it.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retro_model.core.arrays import Float32Array, IntArray
 from retro_model.core.artifacts import Artifact
 from retro_model.core.errors import ConfigError, MismatchError
 from retro_model.core.rows import NO_ROW, retrieved_tokens
@@ -27,8 +27,6 @@ from retro_model.corpus.tokenizer import Tokenizer
 from retro_model.embedding.embed import EmbedConfig, Encoder, stored_vectors
 from retro_model.search.neighbors import Database
 
-IntArray = npt.NDArray[np.integer[Any]]
-
 
 @dataclass(frozen=True)
 class Retrieved:
@@ -36,7 +34,7 @@ class Retrieved:
 
     tokens: npt.NDArray[np.int64]  # (B, K, 2 * M): neighbor and continuation; pad where there is none
     ids: npt.NDArray[np.int64]  # (B, K): rows of the database; -1 where there is none
-    distances: npt.NDArray[np.float32]  # (B, K): squared L2; inf where there is none
+    distances: Float32Array  # (B, K): squared L2; inf where there is none
 
 
 class Retriever:

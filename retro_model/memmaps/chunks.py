@@ -8,16 +8,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from retro_model.core.arrays import IntArray
 from retro_model.core.artifacts import one_at_a_time, whole_files
 from retro_model.core.errors import ConfigError, DocumentError
 from retro_model.corpus.chunking import batches, cut
 from retro_model.corpus.documents import CorpusConfig
 from retro_model.corpus.readers import FLAWS, Entry, matching_files, read_entries
-from retro_model.memmaps.encoder import (
-    AnyPath,
-    IntArray,
-    open_tokenizer,
-)
+from retro_model.memmaps.encoder import AnyPath, open_tokenizer
 from retro_model.memmaps.files import check_counts, check_seq_len
 
 TEXT_FIELD = "text"  # of records

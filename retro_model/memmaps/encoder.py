@@ -21,14 +21,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retro_model.core.arrays import Float32Array, IntArray
 from retro_model.core.errors import ConfigError, SourceError
 from retro_model.corpus.chunks import chunk_text
 from retro_model.corpus.tokenizer import Tokenizer, load
 from retro_model.embedding.embed import EmbedConfig, Encoder, Tokenized, find_encoder
 
 AnyPath = str | PathLike[str]
-IntArray = npt.NDArray[np.integer[Any]]
-FloatArray = npt.NDArray[np.float32]
 
 DEFAULT_BERT = "bert-base-cased"
 DEFAULT_DIM = 768
@@ -180,6 +179,6 @@ class ChunkEmbedder:
             )
         return self.encoder.tokenize(chunk_text(self.tokenizer, rows))
 
-    def embed(self, rows: IntArray) -> FloatArray:
+    def embed(self, rows: IntArray) -> Float32Array:
         """The vectors (n, dim) of chunks (n, M)."""
         return self.encoder.vectors(self.read(rows))

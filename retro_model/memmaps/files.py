@@ -22,16 +22,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from retro_model.core.arrays import BoolArray, IntArray
 from retro_model.core.artifacts import open_raw
 from retro_model.core.errors import ConfigError, MismatchError
 from retro_model.core.rows import NO_ROW
 
-IntArray = npt.NDArray[np.integer[Any]]
 
-
-def ends_document(rows: IntArray, eos_id: int, pad_id: int) -> npt.NDArray[np.bool_]:
+def ends_document(rows: IntArray, eos_id: int, pad_id: int) -> BoolArray:
     """Which chunk rows (n, M + 1) are the last ones of their documents (n,)."""
-    ends: npt.NDArray[np.bool_] = (rows == eos_id).any(axis=-1) | (rows[..., -1] == pad_id)
+    ends: BoolArray = (rows == eos_id).any(axis=-1) | (rows[..., -1] == pad_id)
     return ends
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retro_model.core.arrays import Float32Array, IntArray
 from retro_model.core.artifacts import one_at_a_time, open_raw, read_record, whole_files, write_record
 from retro_model.core.errors import ConfigError, SourceError
 from retro_model.core.prefetch import ahead
@@ -23,13 +24,7 @@ from retro_model.core.progress import Progress
 from retro_model.core.rows import NO_ROW
 from retro_model.embedding.embed import Tokenized
 from retro_model.memmaps.autofaiss_arguments import IndexSettings, index_settings
-from retro_model.memmaps.encoder import (
-    DEFAULT_DIM,
-    AnyPath,
-    ChunkEmbedder,
-    FloatArray,
-    IntArray,
-)
+from retro_model.memmaps.encoder import DEFAULT_DIM, AnyPath, ChunkEmbedder
 from retro_model.memmaps.files import check_counts
 from retro_model.search.build import BuiltIndex, build_index
 from retro_model.search.distances import import_faiss, write_index
@@ -50,7 +45,7 @@ class SearchableChunks:
     path: Path
     rows: IntArray  # (n, M + 1), read-only
     embedder: ChunkEmbedder
-    vectors: FloatArray  # (n, dim), read-only
+    vectors: Float32Array  # (n, dim), read-only
     vectors_digest: str
     faiss_index: Any
     index_facts: Mapping[str, Any]
@@ -120,7 +115,7 @@ def chunks_to_index_and_embed(
     number_type: str = "float32",
     device: str = "auto",
     **index_kwargs: Any,
-) -> tuple[Any, FloatArray]:
+) -> tuple[Any, Float32Array]:
     """A faiss index over the chunks (squared L2), and their vectors: a read-only float32 memmap (chunks, dim).
 
     Both lie beside the chunks (see the top of this module), and are used again while chunks, encoder and
@@ -251,7 +246,7 @@ def _reusable(path: Path, made_from: Mapping[str, Any], title: str, force: bool)
     return record
 
 
-def _made_vectors(rows: IntArray, embedder: ChunkEmbedder, path: Path, force: bool) -> tuple[FloatArray, str]:
+def _made_vectors(rows: IntArray, embedder: ChunkEmbedder, path: Path, force: bool) -> tuple[Float32Array, str]:
     """The vectors in the file `path`, and its digest."""
     facts = embedder.encoder.facts()
     del facts["encoder_name"]  # another name for the same encoder makes the same vectors
@@ -266,7 +261,7 @@ def _made_vectors(rows: IntArray, embedder: ChunkEmbedder, path: Path, force: bo
 
 
 def _made_index(
-    vectors: FloatArray, vectors_digest: str, settings: IndexSettings, path: Path, force: bool
+    vectors: Float32Array, vectors_digest: str, settings: IndexSettings, path: Path, force: bool
 ) -> tuple[Any, Mapping[str, Any], str]:
     """The faiss index in the file `path`, what `Index` must know of it, and the file's digest."""
     made_from = {"vectors": vectors_digest, **settings.facts()}
@@ -331,7 +326,7 @@ def _threads(number: int | None) -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def _built_index(vectors: FloatArray, settings: IndexSettings) -> BuiltIndex:
+def _built_index(vectors: Float32Array, settings: IndexSettings) -> BuiltIndex:
     """The index over the vectors; what it cannot be is told with what was asked for."""
     try:
         with _threads(settings.threads):

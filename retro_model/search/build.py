@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from retro_model.core.arrays import Float32Array
 from retro_model.core.artifacts import Artifact, ArtifactWriter, save_array, whole_folder
 from retro_model.core.errors import ArtifactError, ConfigError
 from retro_model.core.progress import Progress
@@ -28,7 +29,6 @@ from retro_model.search.distances import (
     RECALL_QUERIES,
     ROWS_PER_BLOCK,
     SHAPING_FACTS,
-    FloatArray,
     Vectors,
     as_float32,
     float_blocks,
@@ -176,7 +176,7 @@ class BuiltIndex(NamedTuple):
     facts: dict[str, Any]
 
 
-def build_index(vectors: FloatArray, config: IndexConfig, probes: int | None = None) -> BuiltIndex:
+def build_index(vectors: Float32Array, config: IndexConfig, probes: int | None = None) -> BuiltIndex:
     """An index over the rows of `vectors`, in their order, for whoever keeps no artifacts.
 
     `probes` is how many lists a search visits; None: as many as reach the target recall, for queries that

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retro_model.core.arrays import Float32Array
 from retro_model.core.artifacts import ShardedArray
 
-FloatArray = npt.NDArray[np.float32]
 IdArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 Vectors = ShardedArray | npt.NDArray[Any]  # rows of half or single precision, on disk or in memory
 
 ROWS_PER_BLOCK = 65_536  # added to an index, or compared by brute force, at once
@@ -58,13 +57,13 @@ def write_index(index: Any, path: Path) -> None:
 # ---- stored vectors ------------------------------------------------------------------------------------
 
 
-def float_blocks(vectors: Vectors) -> Iterator[FloatArray]:
+def float_blocks(vectors: Vectors) -> Iterator[Float32Array]:
     """The rows in order, as float32, ROWS_PER_BLOCK at a time."""
     for start in range(0, len(vectors), ROWS_PER_BLOCK):
         yield as_float32(vectors[start : start + ROWS_PER_BLOCK])
 
 
-def as_float32(rows: npt.NDArray[Any], into: FloatArray | None = None) -> FloatArray:
+def as_float32(rows: npt.NDArray[Any], into: Float32Array | None = None) -> Float32Array:
     """Stored rows (n, dim), of half or single precision, in single precision; `into` this array, where given."""
     if into is None:
         into = np.empty(rows.shape, dtype=np.float32)
@@ -78,13 +77,13 @@ def as_float32(rows: npt.NDArray[Any], into: FloatArray | None = None) -> FloatA
     return into
 
 
-def sample_rows(vectors: Vectors, num_rows: int, seed: int) -> FloatArray:
+def sample_rows(vectors: Vectors, num_rows: int, seed: int) -> Float32Array:
     """`num_rows` rows drawn without repetition, or all there are, in random order."""
     rows = np.random.default_rng(seed).choice(len(vectors), min(num_rows, len(vectors)), replace=False)
     return as_float32(vectors[rows])
 
 
-def largest_square(block: FloatArray) -> float:
+def largest_square(block: Float32Array) -> float:
     """The largest squared norm of any row."""
     return float(np.einsum("nd,nd->n", block, block).max())
 
@@ -92,7 +91,7 @@ def largest_square(block: FloatArray) -> float:
 # ---- distances -----------------------------------------------------------------------------------------
 
 
-def pair_distances(queries: FloatArray, vectors: FloatArray, places: IdArray) -> FloatArray:
+def pair_distances(queries: Float32Array, vectors: Float32Array, places: IdArray) -> Float32Array:
     """Squared L2 distances (n, k) of `queries` (n, dim) to the rows `places` (n, k) of `vectors`.
 
     Each is computed for itself, so that it does not depend on what else is asked. inf where a place
@@ -112,7 +111,7 @@ def pair_distances(queries: FloatArray, vectors: FloatArray, places: IdArray) ->
     return distances
 
 
-def rounding_margin(queries: FloatArray, largest_norm: float) -> FloatArray:
+def rounding_margin(queries: Float32Array, largest_norm: float) -> Float32Array:
     """How far (n, 1) a distance that faiss reports can be from the one of `pair_distances`, at the most.
 
     faiss takes |q|^2 + |y|^2 - 2qy for many queries at once. Its three sums of `dim` float32 terms are
@@ -122,7 +121,7 @@ def rounding_margin(queries: FloatArray, largest_norm: float) -> FloatArray:
     return np.asarray(queries.shape[1] * np.finfo(np.float32).eps * norms, dtype=np.float32)
 
 
-def exact_distances(queries: FloatArray, vectors: Vectors, k: int) -> FloatArray:
+def exact_distances(queries: Float32Array, vectors: Vectors, k: int) -> Float32Array:
     """The k smallest distances (n, k) of each query to all rows, in order, by brute force."""
     faiss = import_faiss()
     nearest = np.full((len(queries), k), np.inf, dtype=np.float32)
@@ -132,7 +131,7 @@ def exact_distances(queries: FloatArray, vectors: Vectors, k: int) -> FloatArray
     return nearest
 
 
-def stored_distances(queries: FloatArray, vectors: Vectors, ids: IdArray) -> FloatArray:
+def stored_distances(queries: Float32Array, vectors: Vectors, ids: IdArray) -> Float32Array:
     """`pair_distances` (n, k) of `queries` to the rows `ids` (n, k) of the stored `vectors`.
 
     Memory is taken once, not for each block: fresh pages cost more than what is done with them.
@@ -190,7 +189,7 @@ def _take_rows(vectors: Vectors, rows: IdArray, into: npt.NDArray[Any]) -> None:
         np.take(shards[number], rows[start:stop] - number * size, axis=0, out=into[start:stop], mode="clip")
 
 
-def smallest(distances: FloatArray, ids: IdArray, k: int) -> tuple[FloatArray, IdArray]:
+def smallest(distances: Float32Array, ids: IdArray, k: int) -> tuple[Float32Array, IdArray]:
     """The k smallest (n, k) of each row of `distances` (n, c) with their `ids`, by (distance, id).
 
     Where a distance is inf the id becomes -1; so does what a row has too little of.

@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retro_model.core.arrays import BoolArray, Float32Array
 from retro_model.core.artifacts import Artifact
 from retro_model.core.errors import ConfigError, DamagedArtifactError
 from retro_model.search.distances import (
-    BoolArray,
-    FloatArray,
     IdArray,
     import_faiss,
     largest_square,
@@ -35,7 +34,7 @@ from retro_model.search.distances import (
 from retro_model.search.keys import code_of, num_lists
 
 INDEX_FILE = "knn.index"
-Found = tuple[FloatArray, IdArray]  # distances and ids
+Found = tuple[Float32Array, IdArray]  # distances and ids
 Arrays = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 
 LISTS_SURPLUS = 8  # centroids fetched beyond those wanted, so that rounding rarely leaves a doubt
@@ -91,7 +90,7 @@ class Centroids:
         self._searched = _to_gpu(self._quantizer) if gpu else self._quantizer
         self._turn = threading.Lock()  # on the GPU one search at a time
 
-    def nearest(self, queries: FloatArray, count: int) -> tuple[FloatArray, IdArray]:
+    def nearest(self, queries: Float32Array, count: int) -> tuple[Float32Array, IdArray]:
         """Distances and numbers (n, count) of the lists whose centroids are nearest to each row."""
         fetched = min(len(self._vectors), count + LISTS_SURPLUS)
         if self._searched is not self._quantizer and fetched <= GPU_MOST:
@@ -112,7 +111,7 @@ class Centroids:
                 )
         return distances, lists
 
-    def add(self, vectors: FloatArray, ids: IdArray) -> None:
+    def add(self, vectors: Float32Array, ids: IdArray) -> None:
         """Adds rows to the index that the centroids are of; a 4-bit one is not packed for fast scan yet."""
         lists = self.nearest(vectors, 1)[1][:, 0]
         swig_ptr = import_faiss().swig_ptr
@@ -120,10 +119,10 @@ class Centroids:
         self._index.add_core(len(vectors), *map(swig_ptr, arrays))
 
 
-def _flat_rows(index: Any) -> FloatArray:
+def _flat_rows(index: Any) -> Float32Array:
     """The rows of an exact index, where they lie."""
     faiss = import_faiss()
-    rows: FloatArray = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
+    rows: Float32Array = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
     return rows
 
 
@@ -156,12 +155,12 @@ class Searcher:
             first, second = zip(*pool.map(work, shares), strict=True)
         return np.concatenate(first), np.concatenate(second)
 
-    def search(self, queries: FloatArray, k: int, probes: int) -> Found:
+    def search(self, queries: Float32Array, k: int, probes: int) -> Found:
         """See `Index.search`."""
         queries = np.ascontiguousarray(queries)
         return self.in_threads(lambda rows: self._search(queries[rows], k, probes), len(queries))
 
-    def _search(self, queries: FloatArray, k: int, probes: int) -> Found:
+    def _search(self, queries: Float32Array, k: int, probes: int) -> Found:
         on_gpu = self._on_gpu is not None and max(k, probes) <= GPU_MOST
         index: Any = self._on_gpu if on_gpu else self._index
         if self._centroids is None:
@@ -177,7 +176,7 @@ class Searcher:
         return distances, ids
 
 
-def _search_lists(index: Any, queries: FloatArray, k: int, lists: IdArray, to_lists: FloatArray) -> Found:
+def _search_lists(index: Any, queries: Float32Array, k: int, lists: IdArray, to_lists: Float32Array) -> Found:
     """The k nearest rows in `lists` (n, probes) of each query.
 
     `index.nprobe` is not set for that: threads that search one index visit different numbers of lists.
@@ -238,7 +237,7 @@ class Index:
             )
         return cls(index, facts, gpu)
 
-    def search(self, queries: FloatArray, k: int, probes: int | None = None) -> Found:
+    def search(self, queries: Float32Array, k: int, probes: int | None = None) -> Found:
         """The k nearest rows of each query: distances (n, k) and ids (n, k), nearest first.
 
         An id of -1, at distance inf, means that the lists visited hold no more rows. Distances are
@@ -248,12 +247,12 @@ class Index:
         return self._searcher.search(queries, k, self.probes if probes is None else probes)
 
 
-Search = Callable[[FloatArray, int], Found]
+Search = Callable[[Float32Array, int], Found]
 
 
 def nearest_by_code(
     search: Search,
-    queries: FloatArray,
+    queries: Float32Array,
     count: int,
     surplus: int,
     num_rows: int,

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from retro_model.core.arrays import BoolArray, Float32Array, IntArray
 from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, ShardedArray, rows_per_part, whole_folder
 from retro_model.core.config import Config, setting
 from retro_model.core.progress import Progress
@@ -29,8 +29,6 @@ from retro_model.search.distances import (
     RECALL_QUERIES,
     ROWS_PER_BLOCK,
     SHAPING_FACTS,
-    BoolArray,
-    FloatArray,
     IdArray,
     Vectors,
     as_float32,
@@ -44,8 +42,6 @@ from retro_model.search.distances import (
 )
 from retro_model.search.index import Index, gpu_build, nearest_by_code
 from retro_model.search.keys import code_of
-
-IntArray = npt.NDArray[np.integer[Any]]
 
 QUERIES_PER_BATCH = 1024
 # Candidates fetched beyond those wanted, at first: the own document's share in most corpora. With 64 wanted
@@ -82,8 +78,8 @@ class Database:
         return cls(Index.open(index, device), embeddings["vectors"], chunks["documents"][:])
 
     def nearest(
-        self, queries: FloatArray, query_documents: IntArray, k: int, surplus: int = SURPLUS
-    ) -> tuple[IdArray, FloatArray]:
+        self, queries: Float32Array, query_documents: IntArray, k: int, surplus: int = SURPLUS
+    ) -> tuple[IdArray, Float32Array]:
         """Ids (n, k) and distances (n, k) of each query's k nearest, as defined at the top of this module.
 
         `query_documents` (n,) names the document whose chunks a query must not get, -1 for none. An id
@@ -95,8 +91,8 @@ class Database:
         )
 
     def _nearest(
-        self, queries: FloatArray, query_documents: IntArray, k: int, surplus: int
-    ) -> tuple[IdArray, FloatArray]:
+        self, queries: Float32Array, query_documents: IntArray, k: int, surplus: int
+    ) -> tuple[IdArray, Float32Array]:
         ids, distances = _no_neighbors(len(queries), k)
         among = self._among_lists if self.index.rescored is None else self._among_codes
         pending, probes = np.arange(len(queries)), self.index.probes
@@ -109,8 +105,8 @@ class Database:
         return ids, distances
 
     def _among_lists(
-        self, queries: FloatArray, query_documents: IntArray, k: int, surplus: int, probes: int
-    ) -> tuple[IdArray, FloatArray]:
+        self, queries: Float32Array, query_documents: IntArray, k: int, surplus: int, probes: int
+    ) -> tuple[IdArray, Float32Array]:
         """The k nearest in `probes` lists of each query, fetching more and more until they are certain."""
         ids, distances = _no_neighbors(len(queries), k)
         pending, fetched = np.arange(len(queries)), k + surplus
@@ -133,13 +129,13 @@ class Database:
 
     def _best(
         self,
-        queries: FloatArray,
-        reported: FloatArray,
+        queries: Float32Array,
+        reported: Float32Array,
         candidates: IdArray,
         excluded: BoolArray,
-        margin: FloatArray,
+        margin: Float32Array,
         k: int,
-    ) -> tuple[IdArray, FloatArray]:
+    ) -> tuple[IdArray, Float32Array]:
         """The k nearest of the `candidates` (n, c), which are in the order of the `reported` distances.
 
         Only those are scored again that rounding could bring among the k nearest: none, where nothing is
@@ -157,8 +153,8 @@ class Database:
         return ids, distances
 
     def _among_codes(
-        self, queries: FloatArray, query_documents: IntArray, k: int, surplus: int, probes: int
-    ) -> tuple[IdArray, FloatArray]:
+        self, queries: Float32Array, query_documents: IntArray, k: int, surplus: int, probes: int
+    ) -> tuple[IdArray, Float32Array]:
         """The k nearest of the candidates by code in `probes` lists of each query."""
         assert self.index.rescored is not None
         count = min(max(self.index.rescored, CODES_PER_NEIGHBOR * k), self.index.rows)
@@ -179,19 +175,19 @@ class Database:
         excluded: BoolArray = none | (self.documents[np.where(none, 0, candidates)] == query_documents[:, None])
         return excluded
 
-    def _margin(self, queries: FloatArray) -> FloatArray:
+    def _margin(self, queries: Float32Array) -> Float32Array:
         if self.index.alone:
             return np.zeros((len(queries), 1), dtype=np.float32)
         return rounding_margin(queries, self.index.largest_norm)
 
-    def _distances(self, queries: FloatArray, ids: IdArray) -> FloatArray:
+    def _distances(self, queries: Float32Array, ids: IdArray) -> Float32Array:
         """Distances (n, c) of the stored vectors; inf where an id is -1."""
         if self.index.stored is not None:
             return pair_distances(queries, self.index.stored, ids)
         return stored_distances(queries, self.vectors, ids)
 
 
-def _no_neighbors(num_queries: int, k: int) -> tuple[IdArray, FloatArray]:
+def _no_neighbors(num_queries: int, k: int) -> tuple[IdArray, Float32Array]:
     return np.full((num_queries, k), NO_ROW, dtype=np.int64), np.full((num_queries, k), np.inf, dtype=np.float32)
 
 
@@ -377,8 +373,8 @@ def _recall(
 
 
 def _exact_elsewhere(
-    queries: FloatArray, query_documents: IntArray, vectors: ShardedArray, documents: ShardedArray, k: int
-) -> tuple[FloatArray, float]:
+    queries: Float32Array, query_documents: IntArray, vectors: ShardedArray, documents: ShardedArray, k: int
+) -> tuple[Float32Array, float]:
     """The k smallest distances (n, k) to rows of other documents, by brute force, and the largest squared norm."""
     nearest, largest = np.full((len(queries), k), np.inf, dtype=np.float32), 0.0
     start = 0

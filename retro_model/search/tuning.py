@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from retro_model.core.arrays import Float32Array
 from retro_model.core.errors import ConfigError
 from retro_model.search.distances import (
     RECALL_AT,
-    FloatArray,
     IdArray,
     Vectors,
     exact_distances,
@@ -47,7 +47,7 @@ def choose_effort(
     key: str,
     index: Any,
     vectors: Vectors,
-    queries: FloatArray,
+    queries: Float32Array,
     largest_norm: float,
     target_recall: float,
     gpu: bool = False,
@@ -64,8 +64,8 @@ def choose_effort(
         return Effort(None, None, 1.0, _milliseconds(lambda: searcher.search(queries, k, 1), len(queries)))
     exact = exact_distances(queries, vectors, k)[:, -1:] + rounding_margin(queries, largest_norm)
 
-    def nearest(probes: int, rescored: int | None) -> FloatArray:
-        def search(rows: FloatArray, count: int) -> tuple[FloatArray, IdArray]:
+    def nearest(probes: int, rescored: int | None) -> Float32Array:
+        def search(rows: Float32Array, count: int) -> tuple[Float32Array, IdArray]:
             return searcher.search(rows, count, probes)
 
         if rescored is None:

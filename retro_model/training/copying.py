@@ -11,18 +11,15 @@ trained RETRO should beat (`mixed_losses`).
 Letters: C chunks, M tokens of a chunk, K neighbors, R tokens of a neighbor.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from retro_model.core.arrays import BoolArray, Float64Array, FloatArray, IntArray
 from retro_model.core.artifacts import Artifact
 from retro_model.core.rows import NO_ROW, retrieved_tokens
 from retro_model.training.sequences import PackedSequences
-
-IntArray = npt.NDArray[np.integer[Any]]
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
 
 # The weights of the rule that are tried. Not 1: what the rule does not know would cost infinitely much.
 WEIGHTS = tuple(step / 50 for step in range(50))
@@ -34,7 +31,7 @@ CHUNKS_AT_ONCE = 1024
 class Rule(NamedTuple):
     """The rule's predictions, each (C, M); a padding label has none."""
 
-    probability: FloatArray  # that the rule gives the label: its share of the matches, 0 without a match
+    probability: Float64Array  # that the rule gives the label: its share of the matches, 0 without a match
     matched: BoolArray  # whether the current token stands in what is read, with a token after it
     right: BoolArray  # whether the most frequent follower (of equally frequent ones the smallest id) is the label
 
@@ -112,9 +109,9 @@ def rule_of_rows(
 # ---- mixed with a network ---------------------------------------------------------------------------
 
 
-def mixed_losses(losses_CM: npt.NDArray[np.floating[Any]], rule: Rule, weight: float) -> FloatArray:
+def mixed_losses(losses_CM: FloatArray, rule: Rule, weight: float) -> Float64Array:
     """The losses in nats of (1 - weight) * the network + weight * the rule; the network's where nothing matches."""
-    mixed: FloatArray = losses_CM.astype(np.float64)
+    mixed: Float64Array = losses_CM.astype(np.float64)
     if weight > 0:
         with np.errstate(divide="ignore"):  # the log of a probability of 0 is -inf, which adds nothing
             of_rule = np.log(weight) + np.log(rule.probability[rule.matched])
@@ -122,7 +119,7 @@ def mixed_losses(losses_CM: npt.NDArray[np.floating[Any]], rule: Rule, weight: f
     return mixed
 
 
-def best_weight(losses_CM: npt.NDArray[np.floating[Any]], rule: Rule) -> float:
+def best_weight(losses_CM: FloatArray, rule: Rule) -> float:
     """Which of WEIGHTS gives the lowest loss; of equally good ones the smallest."""
     sums = [float(mixed_losses(losses_CM, rule, weight).sum()) for weight in WEIGHTS]
     return WEIGHTS[int(np.argmin(sums))]

@@ -22,9 +22,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retro_model.core.arrays import BoolArray, IntArray
 from retro_model.core.artifacts import Artifact
 from retro_model.core.errors import ConfigError
-from retro_model.core.rows import NO_ROW, IntArray, retrieved_tokens
+from retro_model.core.rows import NO_ROW, retrieved_tokens
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class PackedSequences:
         self,
         rows: IntArray,
         neighbors: Literal["own", "shuffled", "none"] = "own",
-        without: npt.NDArray[np.bool_] | None = None,
+        without: BoolArray | None = None,
         replaced: IntArray | None = None,
     ) -> Batch:
         """The sequences of the given rows (B, L), of which -1 is padding.

@@ -16,16 +16,16 @@ from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retro_model.core.arrays import BoolArray, IntArray
 from retro_model.core.config import Config, setting
 from retro_model.core.devices import fast_float32_products, keep_freed_memory, resolve_number_type
 from retro_model.core.errors import ConfigError, TrainingError
 from retro_model.core.prefetch import ahead
 from retro_model.core.progress import Progress
-from retro_model.core.rows import NO_ROW, IntArray
+from retro_model.core.rows import NO_ROW
 from retro_model.network.model import RETRO
 from retro_model.training.checkpoints import Checkpoints, Row, Saved, TrainingState
 from retro_model.training.distributed import ALONE, World
@@ -44,14 +44,7 @@ from retro_model.training.optimizer import (
     set_learning_rate,
 )
 from retro_model.training.sequences import Batch, PackedSequences
-from retro_model.training.sharding import (
-    alike,
-    checkpoint_activations,
-    gradients_stay,
-    replicate,
-    shard,
-    whole_weights,
-)
+from retro_model.training.sharding import alike, checkpoint_activations, gradients_stay, replicate, shard, whole_weights
 from retro_model.training.throughput import peak, products
 
 Log = Callable[[int, Mapping[str, float]], None]
@@ -210,7 +203,7 @@ class Trainer:
             drawn[chosen] = random.integers(training.database.rows, size=drawn.shape)[chosen]
         return drawn
 
-    def _portion(self, rows: IntArray, without: npt.NDArray[np.bool_], replaced: IntArray) -> Batch:
+    def _portion(self, rows: IntArray, without: BoolArray, replaced: IntArray) -> Batch:
         """This process's part of a portion that all share."""
         mine = slice(self.world.rank * self.share, (self.world.rank + 1) * self.share)
         batch = self.training.batch(rows[mine], without=without[mine], replaced=replaced[mine])
