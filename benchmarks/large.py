@@ -26,7 +26,7 @@ from retro_model.sample import STANDARD_LIBRARY, SampleConfig, find_package, wri
 from retro_model.search.build import make_index
 from retro_model.search.keys import IndexConfig
 from retro_model.search.neighbors import NeighborsConfig, make_neighbors
-from retro_model.training.run import train_model
+from retro_model.training.run import TrainingRun, train_model
 from retro_model.training.trainer import TrainConfig, TrainingResult
 
 MAKE_BENCH: dict[str, list[str]] = {"full": [], "quick": []}  # hours on a CPU; on a GPU, run it as above
@@ -102,7 +102,7 @@ def train(work: Path, setting: Setting, device: str) -> dict[str, TrainingResult
     """Both models, trained for the same steps."""
     results = {}
     for name, config in (("baseline", setting.train.of_baseline()), ("retro", setting.train)):
-        results[name] = train_model(
+        run = TrainingRun(
             work / "chunks",
             work / "neighbors" if name == "retro" else None,
             work / "tokenizer",
@@ -116,6 +116,7 @@ def train(work: Path, setting: Setting, device: str) -> dict[str, TrainingResult
             device=device,
             checkpoint_every=500,
         )
+        results[name] = train_model(run)
     return results
 
 

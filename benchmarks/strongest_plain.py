@@ -50,9 +50,10 @@ from retro_model.evaluation.scoring import Scorer, choose_spans
 from retro_model.evaluation.statistics import bits_per_byte, bootstrap_sums, interval, sum_by_document
 from retro_model.network.config import ModelConfig
 from retro_model.network.model import RETRO
-from retro_model.training.run import build_model, train_model
+from retro_model.training.run import TrainingRun, build_model, train_model
 from retro_model.training.sequences import PackedSequences
 from retro_model.training.trainer import TrainConfig, Trainer
+from retro_model.training.warm_start import RetrofitConfig
 from stages.common.params import read_params
 
 MAKE_BENCH: dict[str, list[str]] = {"full": [], "quick": []}  # it takes longer than all the others together
@@ -124,13 +125,13 @@ class Bench:
         params, folder = self.params, self.folder(run)
         retrieval = run.name == "retro"
         base = None if run.base is None else str(self.folder(run.base) / "model")
-        train_model(
+        training = TrainingRun(
             self.data / "chunks",
             self.data / "neighbors" if retrieval else None,
             self.data / "tokenizer",
             run.model,
             run.train,
-            None if base is None else replace(params.retrofit, init_from=base),
+            RetrofitConfig() if base is None else replace(params.retrofit, init_from=base),
             knn=params.knn,
             seq_len=params.seq_len,
             seed=run.seed,
@@ -138,6 +139,7 @@ class Bench:
             work_folder=folder / "work",
             log_every=10**9,
         )
+        train_model(training)
 
     def valid_loss(self, run: Run) -> float:
         """The best validation loss of a run."""

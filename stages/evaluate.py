@@ -5,7 +5,7 @@ from pathlib import Path
 from retro_model.core.artifacts import Artifact
 from retro_model.core.devices import resolve_device
 from retro_model.core.errors import MismatchError, SourceError
-from retro_model.evaluation.evaluate import evaluate_models, time_retrieval
+from retro_model.evaluation.evaluate import EvaluationRun, evaluate_models, time_retrieval
 from retro_model.evaluation.inputs import Searching
 from stages.common.harness import record_timing, run_stage, work_folder
 from stages.common.params import flat_params, read_params
@@ -28,12 +28,17 @@ def main() -> None:
         embed_batch_size=params.runtime.embed_batch_size or None,
         engine=params.runtime.make_engine(),
     )
-    tracked = {"evaluate": params.evaluate, "embed": params.embed, "index": params.index, "neighbors": params.neighbors}
+    settings = {
+        "evaluate": params.evaluate,
+        "embed": params.embed,
+        "index": params.index,
+        "neighbors": params.neighbors,
+    }
     with (
-        work_folder("evaluate", [data / "chunks", data / "tokenizer"], tracked) as work,
-        evaluation_run(models[0].fingerprint, flat_params(), digests) as (model_run, run),
+        work_folder("evaluate", [data / "chunks", data / "tokenizer"], settings) as work,
+        evaluation_run(models[0].fingerprint, flat_params(), digests) as (model_run, tracked),
     ):
-        result = evaluate_models(
+        run = EvaluationRun(
             data,
             baseline,
             retro,
@@ -49,10 +54,11 @@ def main() -> None:
             device=resolve_device(params.runtime.device).type,
             batch_size=params.runtime.evaluate_batch_size,
         )
+        result = evaluate_models(run)
         print(*result.lines(), sep="\n", flush=True)
         timings = {**result.timings, **_retrieval_timings(data, searching, params.knn)}
-        run.log_metrics(timings)
-        for place in (run, model_run):  # the child has every evaluation, the model's own run the newest
+        tracked.log_metrics(timings)
+        for place in (tracked, model_run):  # the child has every evaluation, the model's own run the newest
             place.log_metrics(result.metrics)
             place.log_folder(plots, "evaluate")
             place.log_file(report, "evaluate")

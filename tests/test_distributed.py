@@ -148,7 +148,7 @@ sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
 from pathlib import Path
 import dataclasses
 from test_training import MODEL, TRAIN
-from retro_model.training.run import train_model
+from retro_model.training.run import TrainingRun, train_model
 
 if __name__ == "__main__":
     when, folder, processes, shard, *inputs = sys.argv[1:]
@@ -165,8 +165,9 @@ if __name__ == "__main__":
     train = dataclasses.replace(TRAIN, processes=int(processes), shard=shard == "True")
     chunks, neighbors, tokenizer = map(Path, inputs)
     try:
-        train_model(chunks, neighbors, tokenizer, MODEL, train, knn=2, seq_len={SEQ_LEN}, seed=0, threads=1,
-                    out_folder=folder / "retro", work_folder=folder / "work", log=log, log_every=1, checkpoint_every=3)
+        run = TrainingRun(chunks, neighbors, tokenizer, MODEL, train, knn=2, seq_len={SEQ_LEN}, seed=0,
+                          out_folder=folder / "retro", work_folder=folder / "work", log_every=1, checkpoint_every=3)
+        train_model(run, log, threads=1)
     except KeyboardInterrupt:
         sys.exit(130)
 """

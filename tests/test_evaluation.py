@@ -31,7 +31,13 @@ from retro_model.evaluation.by_overlap import (
     runs_shared_with_nearest,
     runs_shared_with_read,
 )
-from retro_model.evaluation.evaluate import EvaluateConfig, EvaluationResult, evaluate_models, spans_with_text
+from retro_model.evaluation.evaluate import (
+    EvaluateConfig,
+    EvaluationResult,
+    EvaluationRun,
+    evaluate_models,
+    spans_with_text,
+)
 from retro_model.evaluation.inputs import Inputs, Searching
 from retro_model.evaluation.overlap import longest_shared_run, longest_shared_runs
 from retro_model.evaluation.passages import (
@@ -109,7 +115,7 @@ class World:
         arguments |= {name: changes.pop(name) for name in tuple(changes) if name in arguments}
         none = {name: str(self.root / "none") for name in ("compare", "database")}
         searching = Searching(CorpusConfig(), EmbedConfig(), IndexConfig(), NeighborsConfig(stored=STORED))
-        return evaluate_models(
+        run = EvaluationRun(
             self.root,
             self.root / "baseline",
             self.root / "retro",
@@ -121,6 +127,7 @@ class World:
             out_report=out / "reports/evaluate.html",
             **arguments,
         )
+        return evaluate_models(run)
 
 
 def texts(seed: int, lengths: Sequence[int]) -> list[str]:

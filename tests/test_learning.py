@@ -14,7 +14,7 @@ from retro_model.evaluation.scoring import Scorer, choose_spans
 from retro_model.evaluation.statistics import metrics_of
 from retro_model.network.config import ModelConfig
 from retro_model.network.model import RETRO
-from retro_model.training.run import train_model
+from retro_model.training.run import TrainingRun, train_model
 from retro_model.training.trainer import TrainConfig, TrainingResult
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Learned:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     woven = write_woven(folder, num_documents=400)
-    result = train_model(
+    run = TrainingRun(
         woven.chunks,
         woven.neighbors,
         woven.tokenizer,
@@ -54,6 +54,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Learned:
         seed=0,
         out_folder=folder / "retro",
     )
+    result = train_model(run)
     torch.set_num_threads(threads)
     return Learned(woven, folder / "retro", result)
 

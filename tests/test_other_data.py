@@ -21,7 +21,13 @@ from retro_model.corpus.documents import Corpus
 from retro_model.corpus.tokenizer import Tokenizer
 from retro_model.embedding.embed import EmbedConfig
 from retro_model.evaluation.comparison import lay_on_rows
-from retro_model.evaluation.evaluate import EvaluateConfig, EvaluationResult, evaluate_models, time_retrieval
+from retro_model.evaluation.evaluate import (
+    EvaluateConfig,
+    EvaluationResult,
+    EvaluationRun,
+    evaluate_models,
+    time_retrieval,
+)
 from retro_model.evaluation.inputs import Inputs, Searching, cut_anew, swapped_database
 from retro_model.evaluation.scoring import Scorer, choose_spans
 from retro_model.network.model import RETRO
@@ -71,7 +77,7 @@ def evaluate(
 ) -> EvaluationResult:
     values = {"compare": str(run / "none"), "database": str(run / "none"), "sweep_knn": (), "passages": 2}
     seq_len, knn = changes.pop("seq_len", 32), changes.pop("knn", 2)
-    return evaluate_models(
+    evaluation = EvaluationRun(
         data or run / "data",
         baseline or run / "models/baseline",
         retro or run / "models/retro",
@@ -85,6 +91,7 @@ def evaluate(
         out_report=out / "report.html",
         work_folder=out / "work",
     )
+    return evaluate_models(evaluation)
 
 
 @pytest.fixture(scope="module")

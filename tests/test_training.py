@@ -34,7 +34,7 @@ from retro_model.network.model import RETRO
 from retro_model.training.checkpoints import Checkpoints
 from retro_model.training.distributed import ALONE, World
 from retro_model.training.optimizer import learning_rate, make_optimizer
-from retro_model.training.run import build_model, train_model
+from retro_model.training.run import TrainingRun, build_model, train_model
 from retro_model.training.sequences import PackedSequences
 from retro_model.training.trainer import TrainConfig, Trainer, TrainingResult
 from retro_model.training.warm_start import RetrofitConfig, start_from
@@ -81,7 +81,9 @@ def run(woven: Woven, folder: Path, train: TrainConfig = TRAIN, **arguments: Any
     options: dict[str, Any] = {"knn": 2, "seq_len": SEQ_LEN, "seed": 0, "out_folder": folder / "retro"}
     neighbors = arguments.pop("neighbors", woven.neighbors)
     model = arguments.pop("model", MODEL)
-    return train_model(woven.chunks, neighbors, woven.tokenizer, model, train, **{**options, **arguments})
+    called = {name: arguments.pop(name) for name in ("log", "threads") if name in arguments}
+    settings = {**options, **arguments}
+    return train_model(TrainingRun(woven.chunks, neighbors, woven.tokenizer, model, train, **settings), **called)
 
 
 def make_trainer(
@@ -122,7 +124,7 @@ def undisturbed(woven: Woven, tmp_path_factory: pytest.TempPathFactory) -> Outco
     [
         (ModelConfig, {"dim_head": 7}, "model.dim_head: found 7, expected an even number"),
         (ModelConfig, {"dec_depth": 4, "dec_cross_attn_layers": (2, 5)}, r"found \[2, 5\].*dec_depth = 4"),
-        (ModelConfig, {"enc_cross_attn_layers": (2,)}, r"model.enc_cross_attn_layers: found \[2\]"),
+        (ModelConfig, {"enc_cross_attn_layers": (3,)}, r"model.enc_cross_attn_layers: found \[3\]"),
         (ModelConfig, {"dec_cross_attn_layers": (2, 2)}, "different layers from 1"),
         (ModelConfig, {"dec_ff_dropout": 1.0}, "model.dec_ff_dropout: found 1.0, expected >= 0.0 and < 1.0"),
         (TrainConfig, {"batch_size": 4, "accumulation": 3}, "train.accumulation: found 3.*batch_size = 4"),
@@ -503,7 +505,7 @@ import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
 from pathlib import Path
 from test_training import MODEL, TRAIN
-from retro_model.training.run import train_model
+from retro_model.training.run import TrainingRun, train_model
 """
 
 
@@ -520,8 +522,9 @@ def log(step, record):
 if when == "saving":
     retro_model.training.checkpoints.write_json = die
 folders = [Path(folder) for folder in {[str(woven.chunks), str(woven.neighbors), str(woven.tokenizer)]!r}]
-train_model(*folders, MODEL, TRAIN, knn=2, seq_len={SEQ_LEN}, seed=0, out_folder=work.parent / "retro",
-            work_folder=work, log=log, threads=1, log_every=1, checkpoint_every=3)
+run = TrainingRun(*folders, MODEL, TRAIN, knn=2, seq_len={SEQ_LEN}, seed=0, out_folder=work.parent / "retro",
+                  work_folder=work, log_every=1, checkpoint_every=3)
+train_model(run, log, threads=1)
 """
     work = tmp_path / "work"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -594,8 +597,9 @@ def log(step, record):
     if step == 7:
         resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
-    train_model(*folders, MODEL, TRAIN, knn=2, seq_len={SEQ_LEN}, seed=0, out_folder=work.parent / "retro",
-                work_folder=work, log=log, threads=1, log_every=1, checkpoint_every=3)
+    run = TrainingRun(*folders, MODEL, TRAIN, knn=2, seq_len={SEQ_LEN}, seed=0, out_folder=work.parent / "retro",
+                      work_folder=work, log_every=1, checkpoint_every=3)
+    train_model(run, log, threads=1)
 except OSError as error:
     sys.exit(f"errno {{error.errno}}")
 """

@@ -1,6 +1,7 @@
 """What retrieval gave, on documents that no training saw (sections 2.6 and 4 of the paper).
 
-    result = evaluate_models(Path("data"), Path("models/baseline"), Path("models/retro"), config, ...)
+    run = EvaluationRun(Path("data"), Path("models/baseline"), Path("models/retro"), config, ...)
+    result = evaluate_models(run)
     result.metrics["gain_on_vs_off"]          # bits per byte that retrieval saves
 
 Columns over the same documents: `baseline`, the decoder trained without retrieval; `mixed`, that decoder
@@ -18,20 +19,21 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from retro_model.core.arrays import IntArray
 from retro_model.core.artifacts import Artifact, write_json, write_whole
 from retro_model.core.config import Config, optional_path, setting
 from retro_model.core.devices import resolve_number_type
 from retro_model.core.errors import ConfigError, DocumentError
 from retro_model.corpus.chunks import document_names
 from retro_model.evaluation.by_overlap import Shared, find_shared, read_run_metrics
-from retro_model.evaluation.comparison import Comparison
+from retro_model.evaluation.comparison import Compared, Comparison
 from retro_model.evaluation.inputs import Inputs, Searching, swapped_database
 from retro_model.evaluation.passages import attention_of_rows, build_passages, choose_passages
 from retro_model.evaluation.passes import (
@@ -117,92 +119,140 @@ class EvaluationResult:
             yield f"evaluate: careful: the tokenizer spells {lossy:,} test documents only in part; bits are too low"
 
 
-def evaluate_models(
-    data_folder: Path,
-    baseline_folder: Path,
-    retro_folder: Path,
-    config: EvaluateConfig,
-    searching: Searching,
-    *,
-    knn: int,
-    seq_len: int,
-    seed: int,
-    out_metrics: Path,
-    out_plots: Path,
-    out_report: Path,
-    work_folder: Path,
-    device: str = "cpu",
-    batch_size: int = 8,
-) -> EvaluationResult:
-    """Evaluates both models on the test split: `out_metrics`, `out_plots`/evaluate_* and `out_report`.
+@dataclass(frozen=True)
+class EvaluationRun:
+    """An evaluation: what it reads, its settings, and where it writes.
 
-    `data_folder` holds tokenizer, chunks and neighbors as the stages write them. `searching` is how another
-    database is searched, and what is made for that lies in `work_folder`. Equal inputs give equal files;
-    what differs between batch sizes lies behind the digits that are written.
+    `data_folder` holds tokenizer, chunks and neighbors as the stages write them. `searching` says how another
+    database is searched; what is made for that lies in `work_folder`.
+    """
+
+    data_folder: Path
+    baseline_folder: Path
+    retro_folder: Path
+    config: EvaluateConfig
+    searching: Searching
+    _: KW_ONLY
+    knn: int
+    seq_len: int
+    seed: int
+    out_metrics: Path
+    out_plots: Path
+    out_report: Path
+    work_folder: Path
+    device: str = "cpu"
+    batch_size: int = 8
+
+
+def evaluate_models(run: EvaluationRun) -> EvaluationResult:
+    """Evaluates both models on the test split: writes `out_metrics`, `out_plots`/evaluate_* and `out_report`.
+
+    Equal inputs give equal files; what differs between batch sizes lies behind the digits that are written.
 
     Raises an ArtifactError where the inputs do not belong together, ConfigError for a `knn` or a sweep
     that is not stored, DocumentError where there is nothing to score or to retrieve from, TrainingError
     where a loss is not finite.
     """
     started = time.perf_counter()
-    compared_folder = optional_path("evaluate.compare", config.compare)
-    documents = optional_path("evaluate.database", config.database)
-    train = Inputs.open(data_folder)
-    valid, train_rows = (train.of_split(data_folder, split) for split in ("valid", "train"))
-    models = _open_models({"baseline": baseline_folder, "retro": retro_folder}, train, device)
-    _check_knn(train.neighbors, knn, config)
-    number_type = resolve_number_type(config.number_type, torch.device(device))
-    options: dict[str, Any] = {"device": device, "batch_size": batch_size, "number_type": number_type}
-    comparison = None
-    if compared_folder is not None:  # opened and scored first: what is wrong with it is said before hours of work
-        comparison = Comparison(compared_folder, data_folder, searching, work_folder / "compare", **options)
-    inputs, counts = train, Counter[str]()
-    if documents is not None:
-        inputs, counts = swapped_database(documents, data_folder, searching, work_folder / "database")
-    spans = spans_with_text(inputs.chunks, config.max_chunks, seed)
-    scorer = Scorer(inputs.chunks, inputs.database, spans, seq_len, **options)
-    on_train = None if documents is None else Scorer(train.chunks, train.database, spans, seq_len, **options)
-    valid_spans = spans_with_text(valid.chunks, config.max_chunks, seed)
-    valid_scorer = Scorer(valid.chunks, valid.database, valid_spans, seq_len, **options)
-    passes = [*columns(inputs, train, scorer, on_train, knn, seed), *sweeps(inputs, scorer, config.sweep_knn, knn)]
-    passes.append(Pass(VALID, "baseline", valid_scorer, None))
-    compared = None if comparison is None else comparison.score(inputs, spans)
-    scored = score_all(models, passes)
-    mixed = mix_with_rule(scored, inputs, scorer, valid, valid_scorer, knn, seed)
-    shared = find_shared(inputs, train, train_rows, scorer, knn, seed)
-    background = Background(
-        chunks=inputs.chunks,
-        database_chunks=inputs.database.rows,
-        knn=knn,
-        seq_len=seq_len,
-        leakage_neighbors=min(LEAKAGE_NEIGHBORS, train.neighbors["ids"].shape[1]),
-        documents=None if documents is None else documents.name,
-        counts=counts,
-        compared=compared,
-        **_start_of(retro_folder, baseline_folder, train),
-    )
-    metrics, curves = _figures(inputs, scorer, scored, mixed, shared, background, config, seed)
-    passages = _passages(models["retro"], inputs, scorer, scored, config.passages, knn, seed)
+    opened = _Opened.open(run)
+    inputs, train, scorer, knn, seed = opened.inputs, opened.train, opened.scorer, run.knn, run.seed
+    passes = [*columns(inputs, train, scorer, opened.on_train, knn, seed)]
+    passes += [*sweeps(inputs, scorer, run.config.sweep_knn, knn), Pass(VALID, "baseline", opened.valid_scorer, None)]
+    scored = score_all(opened.models, passes)
+    mixed = mix_with_rule(scored, inputs, scorer, opened.valid, opened.valid_scorer, knn, seed)
+    shared = find_shared(inputs, train, opened.train_rows, scorer, knn, seed)
+    background = opened.background()
+    metrics, curves = _figures(opened, scored, mixed, shared)
+    passages = _passages(opened, scored)
     page = make_page(metrics, curves, passages, background)
-    write_json(out_metrics, metrics)
+    write_json(run.out_metrics, metrics)
     for name, curve in curves.items():
-        write_whole(out_plots / f"evaluate_{name}.csv", to_csv(curve))
-    draw_charts(page.charts, out_plots)
-    write_whole(out_report, render(page))
+        write_whole(run.out_plots / f"evaluate_{name}.csv", to_csv(curve))
+    draw_charts(page.charts, run.out_plots)
+    write_whole(run.out_report, render(page))
     return EvaluationResult(metrics, curves, {**scored.timings, "seconds": time.perf_counter() - started})
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """All that an evaluation reads, opened and checked."""
+
+    run: EvaluationRun
+    models: Mapping[str, RETRO]
+    train: Inputs  # test chunks with neighbors from the train chunks
+    valid: Inputs
+    train_rows: Inputs
+    inputs: Inputs  # test chunks with neighbors from the database: of the train chunks, or another one
+    documents: Path | None  # the other database
+    counts: Counter[str]  # what was kept of it
+    scorer: Scorer
+    valid_scorer: Scorer
+    on_train: Scorer | None  # beside another database, the neighbors from the train chunks
+    compared: Compared | None
+
+    @classmethod
+    def open(cls, run: EvaluationRun) -> "_Opened":
+        """Opens the inputs; another database is searched here, and another model scored."""
+        config, seed = run.config, run.seed
+        compared_folder = optional_path("evaluate.compare", config.compare)
+        documents = optional_path("evaluate.database", config.database)
+        train = Inputs.open(run.data_folder)
+        valid, train_rows = (train.of_split(run.data_folder, split) for split in ("valid", "train"))
+        models = _open_models({"baseline": run.baseline_folder, "retro": run.retro_folder}, train, run.device)
+        _check_knn(train.neighbors, run.knn, config)
+        number_type = resolve_number_type(config.number_type, torch.device(run.device))
+        options: dict[str, Any] = {"device": run.device, "batch_size": run.batch_size, "number_type": number_type}
+        comparison = None
+        if compared_folder is not None:  # opened first, so that what is wrong with it is said before hours of work
+            work = run.work_folder / "compare"
+            comparison = Comparison(compared_folder, run.data_folder, run.searching, work, **options)
+        inputs, counts = train, Counter[str]()
+        if documents is not None:
+            work = run.work_folder / "database"
+            inputs, counts = swapped_database(documents, run.data_folder, run.searching, work)
+        spans = spans_with_text(inputs.chunks, config.max_chunks, seed)
+        valid_spans = spans_with_text(valid.chunks, config.max_chunks, seed)
+        return cls(
+            run=run,
+            models=models,
+            train=train,
+            valid=valid,
+            train_rows=train_rows,
+            inputs=inputs,
+            documents=documents,
+            counts=counts,
+            scorer=Scorer(inputs.chunks, inputs.database, spans, run.seq_len, **options),
+            valid_scorer=Scorer(valid.chunks, valid.database, valid_spans, run.seq_len, **options),
+            on_train=None if documents is None else Scorer(train.chunks, train.database, spans, run.seq_len, **options),
+            compared=None if comparison is None else comparison.score(inputs, spans),
+        )
+
+    @property
+    def nearest(self) -> IntArray:
+        """The neighbors that RETRO reads with each scored row: (rows, knn)."""
+        nearest: IntArray = self.inputs.neighbors["ids"][self.scorer.rows][:, : self.run.knn]
+        return nearest
+
+    def background(self) -> Background:
+        """What the report says about the inputs."""
+        return Background(
+            chunks=self.inputs.chunks,
+            database_chunks=self.inputs.database.rows,
+            knn=self.run.knn,
+            seq_len=self.run.seq_len,
+            leakage_neighbors=min(LEAKAGE_NEIGHBORS, self.train.neighbors["ids"].shape[1]),
+            documents=None if self.documents is None else self.documents.name,
+            counts=self.counts,
+            compared=self.compared,
+            **_start_of(self.run.retro_folder, self.run.baseline_folder, self.train),
+        )
+
+
 def _figures(
-    inputs: Inputs,
-    scorer: Scorer,
-    scored: Scored,
-    mixed: Mixed,
-    shared: Shared,
-    background: Background,
-    config: EvaluateConfig,
-    seed: int,
+    opened: _Opened, scored: Scored, mixed: Mixed, shared: Shared
 ) -> tuple[dict[str, float | int], dict[str, Curve]]:
     """The flat figures and the curves."""
+    run, inputs, scorer = opened.run, opened.inputs, opened.scorer
     saved = (scored.losses["off"].astype(np.float64) - scored.losses["on"]) / math.log(2)
     scores = Scores(scorer.documents, scorer.bytes, scorer.is_label, saved)
     num_labels = int(scorer.is_label.sum())
@@ -210,22 +260,22 @@ def _figures(
         if column in scored.row_losses:
             scores.add(column, scored.row_losses[column], num_labels)
     scores.add("mixed", mixed.row_losses, num_labels)
-    if background.compared is not None:
-        scores.add("compared", background.compared.row_losses, background.compared.num_labels)
-    drawn = (config.bootstrap_samples, seed)
+    if opened.compared is not None:
+        scores.add("compared", opened.compared.row_losses, opened.compared.num_labels)
+    drawn = (run.config.bootstrap_samples, run.seed)
     resampled = scores.bootstrap(*drawn)
     metrics = metrics_of(scores, resampled)
     metrics |= metrics_of_parts(scores, shared.nearest, shared.with_train, *drawn)
     metrics |= _rule_metrics(mixed, metrics) | read_run_metrics(shared)
     metrics |= {"test_lossy_documents": inputs.chunks.facts["lossy_documents"], "database_chunks": inputs.database.rows}
-    if counts := background.counts:
+    if counts := opened.counts:
         metrics |= {f"database_documents_{name}": counts[name] for name in ("kept", "held_out")}
     curves = {
         "columns": columns_curve(scores, resampled),
         "gains": gains_curve(scores, resampled),
         "leakage": leakage_curve(scores, shared.nearest, *drawn),
         "overlap": overlap_curve(scores, shared.read, *drawn),
-        **sweep_curves(scored, scorer, inputs, config.sweep_knn, background.knn),
+        **sweep_curves(scored, scorer, inputs, run.config.sweep_knn, run.knn),
         "documents": documents_curve(scores, document_names(inputs.chunks, scorer.documents)),
     }
     return metrics, curves
@@ -294,12 +344,11 @@ def _check_knn(neighbors: Artifact, knn: int, config: EvaluateConfig) -> None:
 # ---- passages ----------------------------------------------------------------------------------------
 
 
-def _passages(
-    model: RETRO, inputs: Inputs, scorer: Scorer, scored: Scored, num: int, knn: int, seed: int
-) -> tuple[Passage, ...]:
-    nearest = inputs.neighbors["ids"][scorer.rows][:, :knn]
+def _passages(opened: _Opened, scored: Scored) -> tuple[Passage, ...]:
+    """Passages of the report: where retrieval gave most, where it cost most, and some at random."""
+    run, inputs, scorer, nearest = opened.run, opened.inputs, opened.scorer, opened.nearest
     saved = scored.row_losses["off"] - scored.row_losses["on"]
-    chosen = choose_passages(scorer, saved, nearest, num, seed)
+    chosen = choose_passages(scorer, saved, nearest, run.config.passages, run.seed)
     return tuple(
         build_passages(
             chosen,
@@ -308,7 +357,7 @@ def _passages(
             scored.losses["on"],
             nearest,
             inputs.neighbors["distances"][scorer.rows],
-            attention_of_rows(model, scorer, nearest, [place for _, place in chosen]),
+            attention_of_rows(opened.models["retro"], scorer, nearest, [place for _, place in chosen]),
             inputs.tokenizer,
         )
     )

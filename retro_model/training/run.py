@@ -1,9 +1,10 @@
 """Training, with retrieval or without: the settings, the loop, and the folder of the model that came out.
 
-    result = train_model(
+    run = TrainingRun(
         Path("data/chunks"), Path("data/neighbors"), Path("data/tokenizer"), model_config, train_config,
         knn=2, seq_len=512, seed=0, out_folder=Path("models/retro"), work_folder=work,
     )
+    result = train_model(run)
 
 What a step does is a function of the seed and of the step's number: its sequences, whose neighbors are
 dropped, the dropout. So a run that was stopped continues from its last checkpoint in `work_folder` as if
@@ -17,7 +18,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,79 +53,51 @@ def _log_nothing(step: int, record: Mapping[str, float]) -> None:
     pass
 
 
-def train_model(
-    chunks_folder: Path,
-    neighbors_folder: Path | None,
-    tokenizer_folder: Path,
-    model_config: ModelConfig,
-    train_config: TrainConfig,
-    retrofit: RetrofitConfig | None = None,
-    *,
-    knn: int,
-    seq_len: int,
-    seed: int,
-    out_folder: Path,
-    work_folder: Path | None = None,
-    log: Log = _log_nothing,
-    device: str = "cpu",
-    threads: int | None = None,
-    log_every: int = 10,
-    checkpoint_every: int = 100,
-) -> TrainingResult:
+def train_model(run: "TrainingRun", log: Log = _log_nothing, threads: int | None = None) -> TrainingResult:
     """Trains on the split "train", validates on "valid", and writes `out_folder` with the best weights.
 
-    Without `neighbors_folder` it trains the baseline: the same decoder and data, no retrieval. `retrofit` names
-    a trained model to start from, and how to train then; None is new weights. With `work_folder` a run that was
-    stopped continues there, and the last weights are left in `work_folder/last`. `log` gets a record every
-    so often: loss, learning_rate, grad_norm, tokens_per_second, peak_share, and where validated train_loss,
-    valid_loss, valid_loss_off (no neighbors) and valid_loss_shuffled (those of other chunks).
+    `log` gets a record every `log_every` steps: loss, learning_rate, grad_norm, tokens_per_second, peak_share, and
+    where validated train_loss, valid_loss, valid_loss_off (no neighbors) and valid_loss_shuffled (those of other
+    chunks).
 
-    Several processes (`train_config.processes`) are started here, unless torchrun has started them; then
-    each calls this, and only process 0 logs, saves and writes. With them `device` is cpu or cuda.
+    Several processes (`train_config.processes`) are started here, unless torchrun has started them; then each of
+    them calls this, and only process 0 logs, saves and writes. With them `device` is cpu or cuda.
 
-    Raises MismatchError or ConfigError where settings and artifacts do not fit together, and
-    TrainingError for a loss or gradient that is not finite, or a process that is gone.
+    Raises MismatchError or ConfigError where settings and artifacts do not fit together, and TrainingError for a
+    loss or gradient that is not finite, or a process that has died.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    run = _Run(
-        chunks_folder=chunks_folder,
-        neighbors_folder=neighbors_folder,
-        tokenizer_folder=tokenizer_folder,
-        model_config=model_config,
-        train_config=train_config,
-        retrofit=retrofit or RetrofitConfig(),
-        knn=knn,
-        seq_len=seq_len,
-        seed=seed,
-        out_folder=out_folder,
-        work_folder=work_folder,
-        log_every=log_every,
-        checkpoint_every=checkpoint_every,
-    )
-    sequences = train_config.batch_size // train_config.accumulation
-    processes = resolve_processes(train_config.processes, device, sequences)
-    with together(processes, device, run.train) as world:
+    sequences = run.train_config.batch_size // run.train_config.accumulation
+    processes = resolve_processes(run.train_config.processes, run.device, sequences)
+    with together(processes, run.device, run.train) as world:
         return run.train(world, log)
 
 
 @dataclass(frozen=True)
-class _Run:
-    """The arguments of `train_model`, as each process gets them."""
+class TrainingRun:
+    """A training: what it reads, its settings, and where it writes.
+
+    Without `neighbors_folder` it trains the baseline: the same decoder and data, no retrieval. `retrofit` names a
+    trained model to start from, and how to train then; by default the weights are new. With `work_folder` a run
+    that was stopped continues there, and the last weights are left in `work_folder/last`.
+    """
 
     chunks_folder: Path
     neighbors_folder: Path | None
     tokenizer_folder: Path
     model_config: ModelConfig
     train_config: TrainConfig
-    retrofit: RetrofitConfig
+    retrofit: RetrofitConfig = field(default_factory=RetrofitConfig)
+    _: KW_ONLY
     knn: int
     seq_len: int
     seed: int
     out_folder: Path
-    work_folder: Path | None
-    log_every: int
-    checkpoint_every: int
+    work_folder: Path | None = None
+    device: str = "cpu"
+    log_every: int = 10  # steps
+    checkpoint_every: int = 100  # steps
 
     def train(self, world: World, log: Log = _log_nothing) -> TrainingResult:
         """Trains, and in process 0 writes the models."""

@@ -1,13 +1,13 @@
 """What the stages baseline and train share: one trainer, one MLflow run, one set of outputs."""
 
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 from retro_model.core.artifacts import Artifact, write_csv, write_json
 from retro_model.core.devices import resolve_device
 from retro_model.training.distributed import is_main_process
-from retro_model.training.run import train_model
+from retro_model.training.run import TrainingRun, train_model
+from retro_model.training.warm_start import RetrofitConfig
 from stages.common.harness import record_timing, recorded_timings, work_folder, work_path
 from stages.common.params import flat_params
 from stages.tracking.runs import training_run
@@ -27,37 +27,37 @@ def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int,
         inputs |= {start.folder: "model"} if start else {}
     tracked = {name: value for name, value in vars(params).items() if name != "runtime"}
     tracked["train"] = params.train.identity()
-    train = partial(
-        train_model,
+    run = TrainingRun(
         chunks,
         neighbors,
         tokenizer,
         params.model,
         params.train,
-        params.retrofit if neighbors is not None else None,
+        params.retrofit if neighbors is not None else RetrofitConfig(),
         knn=knn,
         seq_len=params.seq_len,
         seed=params.seed,
         out_folder=out,
+        work_folder=work_path(stage, list(inputs), tracked),
         device=resolve_device(params.runtime.device).type,
     )
     if not is_main_process():
-        train(work_folder=work_path(stage, list(inputs), tracked))
+        train_model(run)
         return
     with work_folder(stage, list(inputs), tracked) as work:
         digests = {
             path.as_posix(): Artifact.open(path, kind, verify=False).fingerprint for path, kind in inputs.items()
         }
-        with training_run(stage, work.name, flat_params(), digests) as run:
-            result = train(work_folder=work, log=run.log_step)
+        with training_run(stage, work.name, flat_params(), digests) as tracked_run:
+            result = train_model(run, tracked_run.log_step)
             write_json(Path(f"metrics/{stage}.json"), result.metrics)
             write_csv(Path(f"plots/{stage}.csv"), result.history)
-            run.log_metrics(result.metrics, step=int(result.history[-1]["step"]))
+            tracked_run.log_metrics(result.metrics, step=int(result.history[-1]["step"]))
             if neighbors is not None:
-                run.log_metrics(_retrieval_timings(neighbors / "train"))
-            run.log_folder(out, "best")
-            run.log_folder(work / "last", "last")
-            run.log_model(out, Artifact.open(out, "model", verify=False).fingerprint, result.metrics)
+                tracked_run.log_metrics(_retrieval_timings(neighbors / "train"))
+            tracked_run.log_folder(out, "best")
+            tracked_run.log_folder(work / "last", "last")
+            tracked_run.log_model(out, Artifact.open(out, "model", verify=False).fingerprint, result.metrics)
     record_timing(f"{stage}.training", **result.timings)
 
 
