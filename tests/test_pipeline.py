@@ -156,6 +156,21 @@ def test_a_changed_module_runs_the_stages_that_import_from_its_package(project: 
         assert project.repro() == []
 
 
+def test_dvc_commit_keeps_what_older_code_has_made(project: Project) -> None:
+    """After an upgrade `dvc repro` would delete the embeddings and make them again; docs/upgrading.md says this."""
+    file = project.root / "retro_model" / "embedding" / "embed.py"
+    before, made = file.read_bytes(), locked_hashes(project, "embed")
+    file.write_bytes(before + b"\n# the code of a newer version\n")
+    try:
+        assert "embed:" in project.run("dvc", "status").stdout
+        project.run("dvc", "commit", "-f", "embed")
+        assert project.repro() == ["evaluate"], "it embeds queries by that code; its outputs are quick to make"
+        assert locked_hashes(project, "embed") == made
+    finally:
+        file.write_bytes(before)
+        assert project.repro() == []
+
+
 def test_the_cache_holds_what_its_names_say(project: Project) -> None:
     """After all stages, training and evaluation included: nothing was written into a cached file."""
     objects = [path for path in (project.root / ".dvc" / "cache" / "files" / "md5").rglob("*") if path.is_file()]
