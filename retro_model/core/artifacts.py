@@ -107,12 +107,12 @@ def _held(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes `text` to `path` in one step: readers see the old file or the new one."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes text (as UTF-8) or bytes to `path` in one step: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

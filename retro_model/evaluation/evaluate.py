@@ -47,7 +47,7 @@ from retro_model.evaluation.passes import (
     sweep_curves,
     sweeps,
 )
-from retro_model.evaluation.report.charts import draw_charts
+from retro_model.evaluation.report.charts import draw
 from retro_model.evaluation.report.content import Background, make_page
 from retro_model.evaluation.report.html import Passage, render
 from retro_model.evaluation.report.sections import rule_in_words
@@ -168,8 +168,10 @@ def evaluate_models(run: EvaluationRun) -> EvaluationResult:
     write_json(run.out_metrics, metrics)
     for name, curve in curves.items():
         write_whole(run.out_plots / f"evaluate_{name}.csv", to_csv(curve))
-    draw_charts(page.charts, run.out_plots)
-    write_whole(run.out_report, render(page))
+    drawings = {chart.name: draw(chart) for chart in page.charts}
+    for name, drawing in drawings.items():
+        write_whole(run.out_plots / f"evaluate_{name}.png", drawing.png)
+    write_whole(run.out_report, render(page, drawings))
     return EvaluationResult(metrics, curves, {**scored.timings, "seconds": time.perf_counter() - started})
 
 

@@ -1,57 +1,150 @@
-"""The report's charts as PNG files, for slides and for MLflow. Equal charts give equal bytes with one matplotlib."""
+"""Charts, drawn with matplotlib. One drawing is saved as a PNG file and as the SVG in the page.
+
+Equal charts give equal bytes with one version of matplotlib. A drawing uses neither pyplot nor a display, and
+ignores the user's matplotlib settings.
+"""
 
 import io
-import os
-from collections.abc import Sequence
-from pathlib import Path
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from retro_model.evaluation.report.html import Chart
+from markupsafe import Markup
 
-# The report's colors on light paper, by the number that a series has.
-COLORS = ("#2166c2", "#c8791b", "#6c757f", "#93459b", "#1b8a78", "#c23b4e")
-INCHES, DOTS_PER_INCH = (6.4, 4.0), 150
+from retro_model.evaluation.report.printable import printable
 
-
-def draw_charts(charts: Sequence[Chart], folder: Path) -> None:
-    """Writes evaluate_<name>.png for each chart."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for chart in charts:
-        partial = folder / f"evaluate_{chart.name}.png.partial"
-        try:
-            partial.write_bytes(chart_png(chart))
-            os.replace(partial, partial.with_suffix(""))
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def chart_png(chart: Chart) -> bytes:
-    """The chart as a PNG image."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+# The light colors of style.css, by the names of its variables: text and lines, then series 0 to 5.
+PALETTE = {"ink": "#1d2126", "soft": "#5d6670", "rule": "#dcdfe3"}
+PALETTE |= {"s0": "#2166c2", "s1": "#c8791b", "s2": "#6c757f", "s3": "#93459b", "s4": "#1b8a78", "s5": "#c23b4e"}
+INCHES, DOTS_PER_INCH = (5.4, 3.6), 180
+POINTS_PER_INCH = 72  # SVG coordinates are points
+COUNT_SIZE, COUNT_OFFSET = 8, 17  # points
+MOST_STEPS = 6  # between the numbers of the vertical axis
+SETTINGS: dict[str, Any] = {
+    "text.parse_math": False,  # a dollar sign is a dollar sign
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "text.color": PALETTE["ink"],
+    "axes.labelcolor": PALETTE["soft"],
+    "axes.edgecolor": PALETTE["soft"],
+    "xtick.color": PALETTE["soft"],
+    "ytick.color": PALETTE["soft"],
+    "grid.color": PALETTE["rule"],
+    "axes.facecolor": "none",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "xtick.minor.pad": COUNT_OFFSET,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.handlelength": 1.2,
+    "legend.columnspacing": 1.2,
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of a chart: a value at each of the chart's places, its interval there, and which of six colors."""
+
+    name: str
+    values: tuple[float, ...]
+    color: int = 0
+    intervals: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """At least one line over at least one place; places are evenly spaced, whatever their labels.
+
+    `name` becomes part of the file name. `counts` are printed small below the places and say how much data each one
+    has; `count_label` says what is counted. Points are not `joined` where the places have no order.
+    """
+
+    name: str
+    title: str
+    caption: str
+    x_label: str
+    y_label: str
+    places: tuple[str, ...]
+    series: tuple[Series, ...]
+    counts: tuple[str, ...] = ()
+    count_label: str = ""
+    joined: bool = True
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A drawn chart: the bytes of a PNG image with the title, and an SVG element without it for the page."""
+
+    png: bytes
+    svg: Markup
+
+
+def draw(chart: Chart) -> Drawing:
+    """Plot the chart once and save it in both formats."""
+    from matplotlib import style
+
+    png, svg = io.BytesIO(), io.StringIO()
+    # A few settings exist as rcParams only; the context restores them. The salt keeps ids of two charts apart.
+    with style.context(["default", SETTINGS | {"svg.hashsalt": chart.name}]):
+        figure = plot(chart)
+        figure.savefig(svg, format="svg", facecolor="none", metadata={"Date": None})
+        figure.axes[0].set_title(printable(chart.title), loc="left")  # in the page it is a heading
+        figure.savefig(png, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    return Drawing(png.getvalue(), _svg_element(svg.getvalue(), chart))
+
+
+def plot(chart: Chart) -> "Figure":
+    """The figure of a chart, without its title."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=INCHES, layout="constrained")
     axes = figure.subplots()
-    places = range(len(chart.places))
-    for line in chart.series:
-        color = COLORS[line.color]
-        style = "-" if chart.joined else "none"
-        axes.plot(places, line.values, marker="o", markersize=4.5, linestyle=style, color=color, label=line.name)
-        for place, (low, high) in zip(places, line.intervals, strict=False):
-            axes.plot([place, place], [low, high], color=color, linewidth=1.5)
-    counts = chart.counts or [""] * len(chart.places)
-    axes.set_xticks(places, [f"{label}\n{count}".strip() for label, count in zip(chart.places, counts, strict=True)])
-    axes.set_xlim(-0.5, len(chart.places) - 0.5)
-    axes.set_title(chart.title, loc="left", fontsize=12)
-    axes.set_xlabel(chart.x_label + (f"\n({chart.count_label})" if chart.counts else ""))
-    axes.set_ylabel(chart.y_label)
-    axes.grid(axis="y", color="#dcdfe3", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.ticklabel_format(axis="y", useOffset=False)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(left=False)
-    if len(chart.series) > 1:
-        axes.legend(frameon=False, fontsize=9)
-    stream = io.BytesIO()
-    canvas.print_png(stream, metadata={"Software": None})  # type: ignore[no-untyped-call]
-    return stream.getvalue()
+    places, lines = range(len(chart.places)), []
+    for series in chart.series:  # unclipped: in HTML a clip path would need a url()
+        look: dict[str, Any] = {"color": PALETTE[f"s{series.color}"], "clip_on": False}
+        style = "o-" if chart.joined else "o"
+        lines += axes.plot(places, series.values, style, label=printable(series.name), **look)
+        if series.intervals:
+            axes.vlines(places, *zip(*series.intervals, strict=True), **look)
+    bottom, top = axes.get_ylim()
+    if bottom <= 0 <= top:
+        axes.axhline(0, color=PALETTE["soft"], linewidth=0.8, zorder=0.9, clip_on=False)
+    axes.set_xlim(-0.5, len(places) - 0.5)
+    axes.set_xticks(places, [printable(label) for label in chart.places])
+    if chart.counts:  # as minor ticks at the same places
+        axes.xaxis.remove_overlapping_locs = False
+        axes.set_xticks(places, [printable(count) for count in chart.counts], minor=True, fontsize=COUNT_SIZE)
+    axes.set_xlabel(printable(chart.x_label + (f" ({chart.count_label})" if chart.counts else "")))
+    axes.set_ylabel(printable(chart.y_label))
+    axes.grid(axis="y", clip_on=False)
+    axes.ticklabel_format(axis="y", style="plain", useOffset=False)
+    axes.locator_params(axis="y", nbins=MOST_STEPS)  # by itself the number depends on the room that a title leaves
+    if len(lines) > 1:
+        figure.legend(handles=lines, loc="outside lower left", ncols=len(lines))
+    return figure
+
+
+def _svg_element(file: str, chart: Chart) -> Markup:
+    """The drawing in matplotlib's SVG file as an element for HTML, in the colors of the page's style."""
+    drawing = file[file.index("<g ") : file.rindex("</svg>")]  # without the XML head and matplotlib's style sheet
+    drawing = re.sub(r"<[^>]*>", _adapt_tag, drawing)  # text has no < or >, so only tags change
+    label = ", ".join([chart.title, *(series.name for series in chart.series if len(chart.series) > 1)])
+    width, height = (f"{inches * POINTS_PER_INCH:g}" for inches in INCHES)
+    head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(width, height, printable(label))
+    return head + Markup(drawing + "</svg>")  # noqa: S704 (matplotlib has escaped the texts)
+
+
+def _adapt_tag(tag: re.Match[str]) -> str:
+    """A tag of the drawing without fonts and without group ids, which repeat in each chart; colors as CSS variables."""
+    adapted = re.sub(r'^<g id="[^"]*"', "<g", tag[0])
+    adapted = re.sub(r" font-family: [^;\"]*;?", "", adapted)
+    for name, color in PALETTE.items():
+        adapted = adapted.replace(color, f"var(--{name})")
+    return adapted

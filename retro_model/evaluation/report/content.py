@@ -1,11 +1,12 @@
-"""The evaluation's figures in words, tables and charts: what reports/evaluate.html says."""
+"""Turns the evaluation's figures into the words, tables and charts of reports/evaluate.html."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from retro_model.core.artifacts import Artifact
 from retro_model.evaluation.comparison import Compared
-from retro_model.evaluation.report.html import Chart, Passage, Report, Series, Table
+from retro_model.evaluation.report.charts import Chart, Series
+from retro_model.evaluation.report.html import Passage, Report, Table
 from retro_model.evaluation.report.sections import (
     leakage_table,
     notes_on_overlap,
@@ -26,7 +27,7 @@ MEANING = {
     "on_train": "RETRO, with neighbors from the train chunks",
     "compared": "another trained model",
 }
-# Of the columns that charts have a line for: `random` has none.
+# The columns that have a line in charts, and the number of its color; `random` has no line.
 COLORS = {"on": 0, "off": 1, "baseline": 2, "mixed": 3, "on_train": 4, "compared": 5}
 GAINS = {
     "gain_on_vs_off": ("on, against off", "the same model with and without its neighbors"),
@@ -43,9 +44,10 @@ PART_NAMES = {"none": "nothing", "neighbor": "neighbor", "continuation": "contin
 
 @dataclass(frozen=True)
 class Background:
-    """What the figures are of, as far as the page says it.
+    """The setup of the evaluation, as far as the page describes it.
 
-    `documents` is the name of the other database, if there is one, and `counts` what came of its documents.
+    `documents` names the external database, if there is one; `counts` says how many of its documents were read,
+    kept and dropped.
     """
 
     chunks: Artifact
@@ -57,11 +59,11 @@ class Background:
     counts: Mapping[str, int]
     compared: Compared | None
     started: bool  # RETRO started from a trained model
-    started_from_baseline: bool  # from the very baseline that it is compared with
-    started_elsewhere: bool  # from a model that was trained on other chunks
+    started_from_baseline: bool  # that model is the baseline of this evaluation
+    started_elsewhere: bool  # that model was trained on other chunks
 
     def meaning(self, column: str) -> str:
-        """What a column is, in a few words."""
+        """A short description of a column."""
         if column == "on" and self.documents:
             return f"RETRO, with neighbors from {self.documents}"
         if column == "mixed" and self.documents:
@@ -78,7 +80,7 @@ def make_page(
     passages: Sequence[Passage],
     background: Background,
 ) -> Report:
-    """The report for a person to read, from the figures that are written."""
+    """The report that a person reads, from the same figures that are written to files."""
     knn, source = background.knn, f" from {background.documents}" if background.documents else ""
     size = (
         f"{metrics['test_documents']:,} documents, {metrics['test_chunks']:,} chunks, "
@@ -102,20 +104,15 @@ def make_page(
 
 
 def headline(metrics: Mapping[str, float | int]) -> str:
-    """The result in words; an interval that holds 0 is no difference."""
+    """The result in words; an interval that contains 0 counts as no difference."""
     on, off, baseline = (metrics[f"test_bpb_{column}"] for column in ("on", "off", "baseline"))
+    documents = metrics["test_documents"]
     return (
-        f"Held-out text ({_documents_in_words(metrics)}) costs {on:.4f} bits per byte with retrieval, {off:.4f} "
-        f"without, and {baseline:.4f} "
-        f"in a decoder that never had it: {_verdict(metrics, 'gain_on_vs_off', 'retrieval')} against the "
-        f"same model without neighbors, and {_verdict(metrics, 'gain_on_vs_baseline', 'it')} against the "
-        f"baseline.{_word_of_caution(metrics)}"
+        f"Held-out text ({documents:,} document{'' if documents == 1 else 's'}) costs {on:.4f} bits per byte with "
+        f"retrieval, {off:.4f} without, and {baseline:.4f} in a decoder that never had it: "
+        f"{_verdict(metrics, 'gain_on_vs_off', 'retrieval')} against the same model without neighbors, and "
+        f"{_verdict(metrics, 'gain_on_vs_baseline', 'it')} against the baseline.{_word_of_caution(metrics)}"
     )
-
-
-def _documents_in_words(metrics: Mapping[str, float | int]) -> str:
-    number = metrics["test_documents"]
-    return f"{number:,} document{'' if number == 1 else 's'}"
 
 
 def _word_of_caution(metrics: Mapping[str, float | int]) -> str:

@@ -1,4 +1,4 @@
-"""Where the gain comes from, in words and tables: copying, overlap, single documents, text known by heart."""
+"""Tables and notes on where the gain comes from: copying, overlap, single documents, memorized text."""
 
 from collections.abc import Iterator, Mapping
 
@@ -11,7 +11,7 @@ from retro_model.evaluation.subsets import ALPHAS, OVERLAP_CLASSES, SHARED_WITH_
 
 
 def parts_table(metrics: Mapping[str, float | int]) -> Table:
-    """Whether the gain outlasts what could explain it away: one document, overlap, text known by heart."""
+    """The gain without what could explain it away: the best document, overlap, text of the train split."""
     little, shared = metrics["share_chunks_little_overlap"], metrics["share_chunks_shared_32"]
     parts = (
         ("without_best", "without the document that gained most", "each column without its own"),
@@ -51,7 +51,7 @@ def _gain_of_part(gain: float, low: float | None, high: float | None) -> str:
 
 
 def leakage_table(curve: Curve, num_neighbors: int) -> Table:
-    """What is saved over chunks that share little with their `num_neighbors` nearest neighbors, or more."""
+    """The gain by how much chunks share with their `num_neighbors` nearest neighbors."""
     rows = []
     for row in curve.rows:
         cells = dict(zip(curve.head, row, strict=True))
@@ -68,7 +68,7 @@ def leakage_table(curve: Curve, num_neighbors: int) -> Table:
 
 
 def overlap_table(curve: Curve) -> Table:
-    """What is saved by what a chunk shares with the neighbors that were read beside it."""
+    """The gain by how many tokens a chunk shares with the neighbors that were read with it."""
     rows = []
     for first, chunks, baseline, off, on, *gains, helped, hurt in curve.rows:
         figures = (f"{baseline:.4f}", f"{off:.4f}", f"{on:.4f}", _gain_of_part(*gains[:3]), _gain_of_part(*gains[3:]))
@@ -84,18 +84,18 @@ def overlap_table(curve: Curve) -> Table:
 
 
 def overlap_name(first: int) -> str:
-    """The class of overlap that begins at so many tokens, in words."""
+    """The range of shared tokens that starts at `first`, in words."""
     later = [start for start in OVERLAP_CLASSES if start > first]
     return f"{first} to {later[0] - 1}" if later else f"{first} or more"
 
 
 def percent(part: float) -> str:
-    """A share with one digit at most behind the point."""
+    """A share as a percentage with at most one decimal."""
     return f"{part:.1%}".replace(".0%", "%")
 
 
 def signed(value: float) -> str:
-    """Four digits with a sign that is as wide as a plus."""
+    """Four decimals and a sign; the minus sign is as wide as the plus."""
     return f"{value:+.4f}".replace("-", "\u2212")
 
 
@@ -103,7 +103,7 @@ def signed(value: float) -> str:
 
 
 def rule_in_words(metrics: Mapping[str, float | int]) -> str:
-    """What copying without a network gives, and how much of that RETRO gained."""
+    """What copying without a network saves, and how much of that RETRO saves."""
     gain, low, high = (metrics[f"gain_mixed_vs_baseline{end}"] for end in ("", "_low", "_high"))
     words = (
         f"copying alone (the bigram rule) is right for {metrics['rule_hits_own']:.1%} of the tokens, with random "
@@ -116,7 +116,7 @@ def rule_in_words(metrics: Mapping[str, float | int]) -> str:
 
 
 def notes_on_overlap(metrics: Mapping[str, float | int]) -> Iterator[str]:
-    """Whether the gain is more than copying, and how training's neighbors differ from those read here."""
+    """Whether the gain is more than copying, and whether training read neighbors with more overlap."""
     titles = {"gain_on_vs_off": "against off", "gain_on_vs_baseline": "against the baseline"}
     names = {name: f"{name}_little_overlap" for name in titles}
     if all(name in metrics for name in names.values()):
@@ -145,7 +145,7 @@ def notes_on_overlap(metrics: Mapping[str, float | int]) -> Iterator[str]:
 
 
 def _copying_in_words(metrics: Mapping[str, float | int], names: Mapping[str, str], titles: Mapping[str, str]) -> str:
-    """That what is gained is copying, where the chunks of little overlap do not show a gain of their own."""
+    """Says that the gain is copying, where chunks with little overlap do not show a gain of their own."""
     copied = [
         titles[name] for name in names if metrics[f"{name}_low"] > 0 and metrics.get(f"{names[name]}_low", 0) <= 0
     ]
