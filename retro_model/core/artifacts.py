@@ -1,4 +1,4 @@
-"""The one home of the files that stages exchange. docs/artifacts.md describes the bytes.
+"""The one home of the files that stages exchange. docs/formats.md describes the bytes.
 
 An artifact is a folder: numpy shards of equal length (`tokens-00000.npy`), other files, and
 `artifact.json`, written last, with shapes, types, a sha256 of every file and the facts that later
