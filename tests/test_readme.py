@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from fixtures import tiny_corpus, tiny_encoder
+from small_run import small_run, write_model
 
 from stages.common.params import read_yaml
 
@@ -54,7 +56,6 @@ def test_the_readme_links_every_page() -> None:
 
 
 def test_every_python_block_is_run_by_a_test() -> None:
-    """Those below, and test_pipeline.py's `Retriever.open`."""
     tested = ("torch.randint", "chunks_to_precalculated_knn_(", "TrainingWrapper(", "Retriever.open")
     assert len({program(which) for which in tested}) == len(re.findall(r"^ *```python$", TEXT, flags=re.MULTILINE))
 
@@ -68,6 +69,22 @@ def test_the_network_in_ten_lines_runs() -> None:
         check=True,
     )
     assert 9.0 < float(done.stdout) < 11.0  # ln 20,000 = 9.9
+
+
+def test_a_model_writes_with_its_retriever(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    shutil.rmtree(run / "models/retro")
+    write_model(run / "models/retro", run / "data", retrieval=True, seq_len=256)
+    done = subprocess.run(  # the tiny encoder is no package, so here its folder has to be named
+        [sys.executable, "-c", program("Retriever.open").replace('open("data")', 'open("data", encoder="encoder")')],
+        cwd=run,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Return the indices of the largest" in done.stdout
 
 
 def test_the_functions_over_raw_files_run(tmp_path: Path) -> None:
