@@ -27,7 +27,7 @@ import numpy.typing as npt
 from retro_model.core.arrays import BoolArray
 from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, whole_folder
 from retro_model.core.errors import DocumentError
-from retro_model.core.prefetch import ahead
+from retro_model.core.prefetch import prefetch
 from retro_model.corpus.chunks import DOCUMENTS, DocumentTable, SourceText, read_documents
 from retro_model.corpus.documents import Corpus, CorpusConfig, Document
 from retro_model.corpus.tokenizer import Encoded, Tokenizer, utf8_size
@@ -267,7 +267,7 @@ def make_chunks(
         whole_folder(folder) as whole,
         (engine or Engine()).open(job) as running,
     ):
-        totals = _gather(running.make(ahead(_parts(corpus)), work), whole, running.facts, f"{corpus.path}", name)
+        totals = _gather(running.make(prefetch(_parts(corpus)), work), whole, running.facts, f"{corpus.path}", name)
     for line in corpus.report.lines():
         print(line, flush=True)
     return _metrics(corpus, totals, chunk_size)

@@ -35,7 +35,7 @@ from retro_model.core.arrays import BoolArray
 from retro_model.core.artifacts import Artifact, ArtifactWriter, whole_folder
 from retro_model.core.config import Config, setting
 from retro_model.core.errors import ConfigError, SourceError
-from retro_model.core.prefetch import ahead
+from retro_model.core.prefetch import prefetch
 from retro_model.corpus.documents import Corpus, CorpusConfig
 
 FILE = "tokenizer.json"
@@ -166,7 +166,7 @@ class Tokenizer:
 
     def encode_batches(self, batches: Iterable[Sequence[str]]) -> Iterator[Encoded]:
         """`encode_batch` of each batch; while one is used, the ids of those after it are looked for."""
-        return starmap(self._encoded, ahead((texts, self._encodings(texts)) for texts in batches))
+        return starmap(self._encoded, prefetch((texts, self._encodings(texts)) for texts in batches))
 
     def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
         """What the library knows of each text; offsets, which cost time, only where they are needed."""

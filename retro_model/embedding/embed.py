@@ -34,7 +34,7 @@ from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, rows_pe
 from retro_model.core.config import Config, setting
 from retro_model.core.devices import resolve_device, resolve_number_type
 from retro_model.core.errors import ConfigError, SourceError
-from retro_model.core.prefetch import ahead
+from retro_model.core.prefetch import prefetch
 from retro_model.core.progress import Progress
 from retro_model.corpus.chunks import chunk_text
 from retro_model.corpus.tokenizer import Tokenizer
@@ -371,7 +371,7 @@ def embed_rows(
     def prepare(first: int) -> Tokenized:
         return encoder.tokenize(chunk_text(tokenizer, tokens[first : min(first + size, stop)][:, :-1]))
 
-    for tokenized in ahead(map(prepare, range(start, stop, size))):
+    for tokenized in prefetch(map(prepare, range(start, stop, size))):
         yield stored_vectors(encoder.vectors(tokenized), encoder), tokenized.num_truncated
 
 
@@ -491,4 +491,4 @@ def make_embeddings(
         "truncated_chunks": num_truncated,
         "truncated_share": num_truncated / max(total, 1),
     }
-    return Outcome(metrics, {"chunks_per_second": bar.made / seconds, "chunks_per_batch": float(rows_per_batch)})
+    return Outcome(metrics, {"chunks_per_second": bar.num_new / seconds, "chunks_per_batch": float(rows_per_batch)})
