@@ -39,7 +39,7 @@ from measured import measured
 from training import one_document_a_sequence, open_sequences
 
 from retro_model.core.devices import NumberType, fast_float32_products, keep_freed_memory, resolve_number_type
-from retro_model.core.prefetch import ahead
+from retro_model.core.prefetch import prefetch
 from retro_model.training.optimizer import autocast, make_optimizer, set_learning_rate
 from retro_model.training.run import build_model
 from retro_model.training.sequences import Batch, PackedSequences
@@ -66,7 +66,7 @@ def ours(params: SimpleNamespace, training: PackedSequences) -> tuple[nn.Module,
             yield training.batch(training.training_rows(params.seed, first, size))
             first += size
 
-    return model, loss, ahead(batches())
+    return model, loss, prefetch(batches())
 
 
 def theirs(folder: str, params: SimpleNamespace, training: PackedSequences) -> tuple[nn.Module, Loss, Iterator[Batch]]:
@@ -95,7 +95,7 @@ def theirs(folder: str, params: SimpleNamespace, training: PackedSequences) -> t
             for first in range(0, len(rows) - size + 1, size):
                 yield training.batch(rows[first : first + size])
 
-    return model, loss, ahead(batches())
+    return model, loss, prefetch(batches())
 
 
 @torch.no_grad()

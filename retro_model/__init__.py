@@ -1,6 +1,6 @@
-"""RETRO (Borgeaud et al. 2022): language models that look things up. `from retro_model import RETRO`.
+"""RETRO (Borgeaud et al. 2022): retrieval-enhanced language models. `from retro_model import RETRO`.
 
-Public names load on first use, so that `import retro_model` costs nothing.
+Public names are imported on first use, so that `import retro_model` is fast.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""`python -m retro_model` is the command `retro`."""
+"""`python -m retro_model` runs the command `retro`."""
 
 import sys
 

@@ -1,13 +1,12 @@
-"""Text for a first run without a network: the docstrings of Python's own library and of installed packages.
+"""A sample corpus for a first run without a network: docstrings of the standard library and of installed packages.
 
     write_sample(Path("data/sample"), SampleConfig())
 
-writes one document a module, `sklearn.linear_model._ridge.txt`, with the docstrings of the module, its
-classes and functions in source order. Source files are parsed and never imported, so nothing of them runs.
+writes one document per module, such as `sklearn.linear_model._ridge.txt`, with the docstrings of the module, its
+classes and functions in source order. Source files are parsed, never imported, so none of their code runs.
 
-Examples at a prompt (`>>>`) are left out: what is to be learned here is prose. Packages whose modules
-say the same thing in several places (an argument that many estimators share) are a fair ground for
-retrieval: there is something to find.
+Examples at a prompt (`>>>`) are left out, because the model should learn prose. Packages that repeat text in several
+modules (an argument that many estimators share) suit retrieval, because there is related text to find.
 """
 
 import ast
@@ -28,7 +27,7 @@ from retro_model.core.progress import progress
 STANDARD_LIBRARY = "python"
 MIN_DOCSTRING = 60  # characters; shorter ones repeat the function's name
 PROMPTS = (">>>", "...")
-# Tests, vendored copies of other packages, and what is kept for its age only.
+# Modules that are left out: tests, vendored copies of other packages, legacy code.
 TESTS = ("test", "tests", "testing", "_testing", "idle_test", "conftest")
 VENDORED = ("_vendor", "_vendored", "vendor", "externals", "extern", "ensurepip")
 OLD = ("lib2to3", "idlelib", "turtledemo", "distutils")
@@ -37,11 +36,11 @@ LEFT_OUT = frozenset((*TESTS, *VENDORED, *OLD))
 
 @dataclass(frozen=True)
 class SampleConfig(Config, section="sample"):
-    """Which text: `python` is the standard library, anything else an installed package or a part of one.
+    """Which text to use: `python` is the standard library, other names are installed packages or parts of them.
 
-    Modules with less than `min_bytes` of text are skipped. Of what is left, modules are chosen by a hash
-    of their names until they would exceed `max_bytes`, so that a new release of a package changes what
-    the sample says and hardly how long a run takes.
+    Modules with less than `min_bytes` of text are skipped. The others are taken in the order of a hash of their
+    names as long as they fit into `max_bytes`, so that a new release of a package changes the text of the sample but
+    hardly its size.
     """
 
     packages: tuple[str, ...] = (STANDARD_LIBRARY, "sklearn")
@@ -55,9 +54,9 @@ class SampleConfig(Config, section="sample"):
 
 
 def write_sample(folder: Path, config: SampleConfig) -> dict[str, int]:
-    """Writes the documents into `folder`, which is replaced, and returns how many documents and bytes.
+    """Write the documents into `folder`, which is replaced, and return the numbers of documents and bytes.
 
-    Raises ConfigError for a package that is not installed, DocumentError where no module has text enough.
+    Raises ConfigError for a package that is not installed, DocumentError if no module has enough text.
     """
     roots = {package: find_package(package) for package in config.packages}
     modules = {name: text for package, root in roots.items() for name, text in read_modules(package, root)}
@@ -75,7 +74,10 @@ def write_sample(folder: Path, config: SampleConfig) -> dict[str, int]:
 
 
 def find_package(package: str) -> Path:
-    """Where the package's source is: a folder, or a file for a single module. Nothing is imported."""
+    """Return the path of the package's source, a folder or a single file, without importing it.
+
+    Raises ConfigError if the package is not installed as Python source.
+    """
     if package == STANDARD_LIBRARY:
         return Path(sysconfig.get_paths()["stdlib"])
     first, *parts = package.split(".")
@@ -90,7 +92,7 @@ def find_package(package: str) -> Path:
 
 
 def read_modules(package: str, root: Path) -> Iterator[tuple[str, str]]:
-    """Yields the dotted name and the text of each module below `root`, in the order of their paths."""
+    """Yield the dotted name and the text of each module below `root`, sorted by path."""
     base = root if root.is_dir() else root.parent
     files = sorted(root.rglob("*.py")) if root.is_dir() else [root]
     prefix = () if package == STANDARD_LIBRARY else tuple(package.split("."))
@@ -102,12 +104,12 @@ def read_modules(package: str, root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _wanted(part: str) -> bool:
-    """Whether a folder or file name can be part of a module's name (site-packages cannot) and is no test."""
+    """Return whether a file or folder name is an identifier (site-packages is not) and is not to be left out."""
     return part.isidentifier() and part not in LEFT_OUT and not part.startswith("test_")
 
 
 def choose(modules: Mapping[str, str], config: SampleConfig) -> list[str]:
-    """The names of modules with text enough, up to the bytes allowed, in alphabetical order."""
+    """Return the names of the chosen modules (see SampleConfig), in alphabetical order."""
     sizes = {name: len(text.encode()) for name, text in modules.items()}
     chosen, total = [], 0
     for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
@@ -118,13 +120,13 @@ def choose(modules: Mapping[str, str], config: SampleConfig) -> list[str]:
 
 
 def module_text(source: bytes) -> str:
-    """The docstrings of a module's source in order, each under the name of what it describes.
+    """Return the docstrings of a module's source in order, each under the name of its class or function.
 
-    Empty where there is none, and for a template or for Python 2, which no Python 3 can import either.
+    Empty if there are none, or if Python 3 cannot parse the source (templates, Python 2).
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about other people's escapes
+            warnings.simplefilter("ignore")  # about invalid escapes in the packages' code
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return ""
@@ -145,9 +147,9 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def prose(docstring: str) -> str:
-    """The docstring without its examples at a prompt, and without the heading that stood above them only.
+    """Return the docstring without examples at a prompt, and without headings that only introduce such examples.
 
-    Half surrogates, which no file can hold, become "?".
+    Lone surrogates, which UTF-8 cannot encode, become "?".
     """
     kept = []
     for paragraph in docstring.encode(errors="replace").decode().split("\n\n"):

@@ -1,4 +1,4 @@
-"""Reading ahead changes nothing but the time it takes."""
+"""Prefetching changes nothing but the time it takes."""
 
 import threading
 import time
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from retro_model.core.errors import DocumentError
-from retro_model.core.prefetch import ahead
+from retro_model.core.prefetch import prefetch
 
 
 def test_reading_ahead_changes_nothing_and_hands_errors_on() -> None:
-    assert list(ahead(range(1000))) == list(range(1000))
+    assert list(prefetch(range(1000))) == list(range(1000))
 
     def broken() -> Iterator[int]:
         yield 1
@@ -20,14 +20,14 @@ def test_reading_ahead_changes_nothing_and_hands_errors_on() -> None:
 
     seen = []
     with pytest.raises(DocumentError, match="torn"):
-        for item in ahead(broken()):
+        for item in prefetch(broken()):
             seen.append(item)
     assert seen == [1]
 
 
 def test_reading_ahead_ends_with_its_reader() -> None:
     threads = threading.active_count()
-    reader = ahead(iter(int, 1))  # endless
+    reader = prefetch(iter(int, 1))  # endless
     next(reader)
     reader.close()  # type: ignore[attr-defined]
     assert threading.active_count() == threads
@@ -41,7 +41,7 @@ def test_no_more_than_one_batch_waits() -> None:
             made_so_far.append(number)
             yield number
 
-    for number in ahead(items()):
+    for number in prefetch(items()):
         assert len(made_so_far) <= number + 4
 
 
@@ -52,7 +52,7 @@ def test_what_was_handed_over_is_not_kept() -> None:
         pass
 
     number = 0
-    for item in ahead(Large() for _ in range(20)):
+    for item in prefetch(Large() for _ in range(20)):
         number, held = number + 1, weakref.ref(item)
         del item
         late = time.monotonic() + 10

@@ -300,7 +300,7 @@ def test_a_part_that_does_not_fit_is_a_mistake_in_the_program(tmp_path: Path) ->
     short, following = parts_of(tmp_path, np.arange(30, dtype=np.uint16).reshape(10, 3)[:8], 5)
     with ArtifactWriter(tmp_path / "a", "chunks", 5) as writer:
         writer.adopt(following)
-        with pytest.raises(AssertionError, match="only full shards"):
+        with pytest.raises(AssertionError, match="only the last shard"):
             writer.adopt(short)
     with ArtifactWriter(tmp_path / "b", "chunks", 2) as writer, pytest.raises(AssertionError):
         writer.adopt(short)

@@ -1,4 +1,4 @@
-"""Names for types of arrays."""
+"""Type aliases for numpy arrays."""
 
 from typing import Any
 

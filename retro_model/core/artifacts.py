@@ -1,9 +1,9 @@
-"""The one home of the files that stages exchange. docs/formats.md describes the bytes.
+"""Read and write artifacts, the folders that stages exchange. docs/formats.md describes the format.
 
-An artifact is a folder: numpy shards of equal length (`tokens-00000.npy`), other files, and
-`artifact.json`, written last, with shapes, types, a sha256 of every file and the facts that later
-stages must not decide again. So an artifact is whole or absent; and whatever was truncated, extended
-or changed after it was written is refused.
+An artifact is a folder with numpy shards of equal length (`tokens-00000.npy`), other files, and `artifact.json`,
+which is written last. It holds shapes, types, the sha256 of every file, and facts that later stages read instead
+of deciding them again. So an artifact is either complete or absent, and readers refuse one that was truncated,
+extended or changed after it was written.
 
     with whole_folder(Path("data/chunks")) as folder:        # renamed into place at the end
         with ArtifactWriter(folder / "train", "chunks", rows_per_shard=65536) as writer:
@@ -11,9 +11,9 @@ or changed after it was written is refused.
             writer.facts["chunk_size"] = 64
 
     chunks = Artifact.open(Path("data/chunks/train"), "chunks")
-    chunks["tokens"][ids]                                    # rows, gathered from read-only maps
+    chunks["tokens"][ids]                                    # rows, gathered from read-only memory maps
 
-Equal input gives equal bytes: no clock, host name or absolute path goes in.
+Equal input gives equal bytes: nothing written depends on the clock, the host name or an absolute path.
 """
 
 import csv
@@ -40,17 +40,18 @@ DESCRIPTION = "artifact.json"
 VERSION = 2
 ROWS_PER_SHARD = 1 << 18
 
-# Shards that are made one by one, each a unit of resuming and of distributing: small, but not too many.
+# Limits for shards that are computed one by one and are the units of resuming and distributing: small, but not too
+# many.
 LEAST_ROWS_PER_PART = 1 << 12
 MOST_PARTS = 1 << 12
 
-# Chunks, embeddings and neighbors are three artifacts each, in folders of these names.
+# Chunks, embeddings and neighbors are three artifacts each, in folders with these names.
 SPLITS = ("train", "valid", "test")
 
-# How file systems say that they lock no folders (NFS); there, two writers of one folder are not told.
+# Errors of file systems that cannot lock folders (NFS); there, a second writer of a folder is not detected.
 NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 
-# What makes each format: named in the error when it is not there.
+# The stage that writes each kind of artifact, for error messages.
 MADE_BY = {
     "tokenizer": "tokenizer",
     "chunks": "chunk",
@@ -63,19 +64,18 @@ MADE_BY = {
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `path` that becomes `path` if the block succeeds.
+    """Yield an empty folder beside `path` that replaces `path` if the block succeeds.
 
-    What stood at `path` is replaced. If the block fails, nothing is left of the new folder and the
-    old one is untouched; after a kill, the leftover `*.partial` folder is cleared by the next writer.
-    While one process writes, another that would write the same is refused (ArtifactError).
+    If the block fails, the new folder is deleted and the old one stays unchanged. After a kill, the next writer
+    deletes the leftover `*.partial` folder. Raises ArtifactError if another process is writing the same folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     if partial.exists():
-        with _held(partial):  # a writer holds it; what a kill has left is held by nobody
+        with _locked(partial):  # fails if a writer is running; a killed writer holds no lock
             shutil.rmtree(partial)
     partial.mkdir()
-    with _held(partial):
+    with _locked(partial):
         try:
             yield partial
             if path.exists():
@@ -87,8 +87,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Holds a folder against other processes; ArtifactError where one has it."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a folder against other processes; raises ArtifactError if another process holds the lock."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,7 +108,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes text (as UTF-8) or bytes to `path` in one step: readers see the old file or the new one."""
+    """Write text (as UTF-8) or bytes to `path` atomically: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -119,7 +119,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes `value` as readable JSON, keys in the order given; no NaN, no infinity."""
+    """Write `value` as indented JSON, keys in the given order; raises ValueError for NaN and infinity."""
     write_whole(path, _json(value))
 
 
@@ -128,7 +128,7 @@ def _json(value: object) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Writes rows, which all have the keys of the first one, as a table under a head of those keys."""
+    """Write `rows` as CSV with a header; all rows have the keys of the first one."""
     text = io.StringIO()
     table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     table.writeheader()
@@ -137,20 +137,20 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """What np.save writes, through Python's file: np.save does not notice a disk that is full at its last buffer."""
+    """Write what np.save writes, through a Python file: np.save misses a disk that gets full at its last buffer."""
     with path.open("wb") as stream:
         np.lib.format.write_array(_WriteOnly(stream), array, allow_pickle=False)  # type: ignore[no-untyped-call]
 
 
 class _WriteOnly:
-    """A stream that numpy takes for no file of C."""
+    """Hides the stream's file descriptor, so that numpy calls `write` instead of writing through C's stdio."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.write = stream.write
 
 
 def file_digest(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
+    """Return the sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
 
@@ -163,7 +163,7 @@ def _digest(stream: Any) -> str:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Makes `target` a hard link to `source`, or a copy where the file system has no such links."""
+    """Make `target` a hard link to `source`, or a copy if the file system cannot link them."""
     try:
         os.link(source, target)
     except OSError as error:
@@ -173,7 +173,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def rows_per_part(rows: int) -> int:
-    """How many of `rows` rows one part of the work has: a power of two, and the same for equal `rows`."""
+    """Return how many rows each part of the work has: a power of two that depends on `rows` alone."""
     size = LEAST_ROWS_PER_PART
     while size * MOST_PARTS < rows:
         size *= 2
@@ -181,50 +181,50 @@ def rows_per_part(rows: int) -> int:
 
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
-    """Writes the file that makes a folder an artifact; its last line is a digest of all before."""
-    write_whole(folder / DESCRIPTION, _described(description).decode())
+    """Write artifact.json, which makes a folder an artifact; its last entry is a digest of the others."""
+    write_whole(folder / DESCRIPTION, _serialize_description(description).decode())
 
 
-def _described(description: Mapping[str, Any]) -> bytes:
+def _serialize_description(description: Mapping[str, Any]) -> bytes:
     digest = hashlib.sha256(_json(description).encode()).hexdigest()
     return _json({**description, "digest": digest}).encode()
 
 
 class _Shard:
-    """The file of an array in one shard, written as its rows come; once it is closed, what np.save would write."""
+    """Writes one array's file of a shard row by row; after `close` the file is what np.save would write."""
 
     def __init__(self, path: Path, dtype: str, row_shape: Sequence[int]) -> None:
         self.path = path
         self._dtype, self._row_shape, self._rows = np.dtype(dtype), row_shape, 0
         self._stream = path.open("wb")
-        self._write_head()
+        self._write_header()
 
     def append(self, rows: npt.NDArray[Any]) -> None:
-        """Adds rows of the array's type and shape."""
+        """Append rows of the array's dtype and row shape."""
         self._stream.write(np.ascontiguousarray(rows).data)
         self._rows += len(rows)
 
     def close(self) -> None:
-        """Ends the file. A head leaves room for any number of rows, so that of all rows fits where the first was."""
+        """Write the final number of rows into the header, for which numpy leaves room, and close the file."""
         self._stream.seek(0)
-        self._write_head()
+        self._write_header()
         self._stream.close()
 
     def abandon(self) -> None:
-        """Closes the file as it is."""
-        with suppress(OSError):  # a full disk, which is what ended the writing: its error is on its way
+        """Close the file unfinished."""
+        with suppress(OSError):  # e.g. a full disk; the error that ended the writing is already being raised
             self._stream.close()
 
-    def _write_head(self) -> None:
+    def _write_header(self) -> None:
         shape = (self._rows, *self._row_shape)
-        head = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}  # type: ignore[no-untyped-call]
-        np.lib.format.write_array_header_1_0(self._stream, head)  # type: ignore[no-untyped-call]
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}  # type: ignore[no-untyped-call]
+        np.lib.format.write_array_header_1_0(self._stream, header)  # type: ignore[no-untyped-call]
 
 
 class ArtifactWriter:
-    """Writes an artifact into a new folder, shard by shard; memory holds the rows of one call at the most.
+    """Writes an artifact into a new folder, shard by shard; memory holds at most the rows of one call.
 
-    Used as a context manager: `artifact.json` is written when the block ends without an error.
+    Use it as a context manager: `artifact.json` is written when the block ends without an error.
     """
 
     def __init__(self, folder: Path, kind: str, rows_per_shard: int = ROWS_PER_SHARD) -> None:
@@ -243,11 +243,11 @@ class ArtifactWriter:
 
     @property
     def rows(self) -> int:
-        """How many rows were appended so far."""
+        """Number of rows appended so far."""
         return self._rows
 
     def append(self, **columns: npt.NDArray[Any]) -> None:
-        """Adds rows: every call names the same arrays, and all of one call are equally long."""
+        """Append rows; every call passes the same arrays, all of the same length."""
         lengths = {name: len(column) for name, column in columns.items()}
         assert len(set(lengths.values())) == 1, lengths
         for name, column in columns.items():
@@ -268,24 +268,24 @@ class ArtifactWriter:
                 self._close_shard()
 
     def adopt(self, part: "Artifact") -> None:
-        """Adds all rows of an artifact of one shard, by hard links to its files where the disk allows it.
+        """Append all rows of a one-shard artifact, by hard links to its files if the file system can link them.
 
-        All but the last one adopted have `rows_per_shard` rows.
+        Every adopted part but the last must have `rows_per_shard` rows.
         """
-        assert self._rows % self.rows_per_shard == 0, "only full shards lie before another"
+        assert self._rows % self.rows_per_shard == 0, "only the last shard may be shorter"
         assert part.kind == self.kind and part.rows <= self.rows_per_shard, (part.kind, part.rows)
         number = self._rows // self.rows_per_shard
         for name, array in part.arrays.items():
             known = self._arrays.setdefault(name, array)
             assert known == array, (name, known, array)
-            for path in part[name].paths:  # one, or none of no rows
+            for path in part[name].paths:  # one path, or none if the part has no rows
                 file = _shard_name(name, number)
                 link_or_copy(path, self.folder / file)
                 self._files[file] = part.files[path.name]
         self._rows += part.rows
 
     def add_file(self, name: str) -> None:
-        """Counts a file that the caller wrote below the folder (`/` in names) as part of the artifact."""
+        """Record the digest of a file that the caller wrote below the folder; `name` is relative, with `/`."""
         self._files[name] = file_digest(self.folder / name)
 
     def _close_shard(self) -> None:
@@ -302,7 +302,7 @@ class ArtifactWriter:
     ) -> None:
         try:
             if error is not None:
-                return  # without its description the folder is no artifact
+                return  # without artifact.json the folder is not an artifact
             self._close_shard()
         finally:
             for shard in self._open.values():
@@ -324,8 +324,8 @@ class ArtifactWriter:
 class Artifact:
     """An artifact on disk, opened for reading only.
 
-    `facts` is what its writer recorded, `fingerprint` the sha256 of its description: it stands for
-    every byte, since the description holds the digest of each file.
+    `facts` is what the writer recorded. `fingerprint` is the sha256 of artifact.json; it identifies every byte,
+    because artifact.json holds the digest of each file.
     """
 
     def __init__(self, folder: Path, kind: str, description: Mapping[str, Any], fingerprint: str) -> None:
@@ -335,7 +335,7 @@ class Artifact:
         self.facts: Mapping[str, Any] = description["facts"]
         self.rows: int = description["rows"]
         self.files: Mapping[str, str] = description["sha256"]
-        self.arrays: Mapping[str, dict[str, Any]] = description["arrays"]  # dtype and shape of a row
+        self.arrays: Mapping[str, dict[str, Any]] = description["arrays"]  # name -> dtype and row_shape
         self._arrays = {
             name: ShardedArray(folder, name, self.rows, description["rows_per_shard"], array)
             for name, array in self.arrays.items()
@@ -343,14 +343,13 @@ class Artifact:
 
     @classmethod
     def open(cls, folder: Path | str, kind: str, verify: bool = True) -> "Artifact":
-        """Opens the artifact in `folder`, which must be of the given kind.
+        """Open the artifact in `folder`, which must be of the given kind.
 
-        With `verify` every file is read once and compared with its sha256, which costs about a
-        second a gigabyte. Without, a shard that is cut short or of another shape or type is still
-        refused when it is read; bytes that were changed or added are not noticed.
+        With `verify`, every file is read once and compared with its sha256, at about a second per gigabyte.
+        Without it, reading still refuses a shard that is truncated or has another shape or dtype, but changed or
+        appended bytes go unnoticed.
 
-        Raises MissingArtifactError, DamagedArtifactError, or MismatchError for another kind or
-        version.
+        Raises MissingArtifactError, DamagedArtifactError, or MismatchError for another kind or format version.
         """
         assert kind in MADE_BY, kind
         folder = Path(folder)
@@ -372,7 +371,7 @@ class Artifact:
             raise MismatchError(
                 f"{folder}: format version {found_version}, expected {VERSION}; run `dvc repro` to write it anew"
             )
-        if content != _described({name: value for name, value in description.items() if name != "digest"}):
+        if content != _serialize_description({name: value for name, value in description.items() if name != "digest"}):
             raise _damaged(file, "does not have the bytes that were written (its digest differs)")
         try:
             artifact = cls(folder, kind, description, hashlib.sha256(content).hexdigest())
@@ -392,7 +391,7 @@ class Artifact:
         return self._arrays[name]
 
     def require(self, **facts: Any) -> "Artifact":
-        """Returns itself if every given fact is the recorded one, or raises MismatchError."""
+        """Return self if every given fact equals the recorded one; raises MismatchError otherwise."""
         for name, expected in facts.items():
             found = self.facts.get(name)
             if found != expected:
@@ -404,10 +403,10 @@ class Artifact:
 
 
 class ShardedArray:
-    """Rows that lie in one or more `.npy` files, read through read-only memory maps.
+    """An array stored as rows in one or more `.npy` files, read through read-only memory maps.
 
-    Reading gives new arrays; an index out of range, negative ones included, is an IndexError: -1
-    means "none" in this project and never "the last".
+    Indexing returns new arrays. An index that is negative or too large raises IndexError: in this project -1 means
+    "none", never "the last".
     """
 
     def __init__(self, folder: Path, name: str, rows: int, rows_per_shard: int, array: Mapping[str, Any]) -> None:
@@ -422,7 +421,7 @@ class ShardedArray:
         return self.shape[0]
 
     def shards(self) -> list[npt.NDArray[Any]]:
-        """The shards in order, each a read-only memory map."""
+        """Return the shards in order, each a read-only memory map."""
         if self._maps is None:
             maps = []
             for number, path in enumerate(self.paths):
@@ -439,7 +438,7 @@ class ShardedArray:
         return self._maps
 
     def __getitem__(self, rows: "int | slice | IntArray") -> npt.NDArray[Any]:
-        """The rows asked for, in memory: a number gives one, a slice or an integer array gives many."""
+        """Return rows as an array in memory: one for a number, several for a slice or an integer array."""
         if isinstance(rows, slice):
             return self._slice(*rows.indices(len(self)))
         ids = np.asarray(rows)
@@ -484,17 +483,17 @@ def _short(fact: object) -> str:
     return text if len(text) <= 40 else text[:12] + "..."
 
 
-# ---- raw files: arrays without a header, as the library functions of retro_model.retrieval keep them ----
+# ---- raw files: arrays without a header, as retro_model.retrieval writes them ----
 
 
 def open_raw(
     path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike = np.int32, *, longer: bool = False
 ) -> npt.NDArray[Any]:
-    """The array in `path`, as a read-only memory map of `shape`; the file never changes.
+    """Return the array in `path` as a read-only memory map of `shape`.
 
-    With `longer` it may hold more rows, which are left alone: others preallocate.
+    With `longer`, the file may hold more rows, which are ignored: other programs preallocate files.
 
-    Raises MissingArtifactError where there is no file, MismatchError where it has another size.
+    Raises MissingArtifactError if there is no file, MismatchError if it has another size.
     """
     assert shape[0] > 0, shape
     if not path.is_file():
@@ -512,11 +511,11 @@ def open_raw(
 
 @contextmanager
 def whole_files(*paths: Path) -> Iterator[list[Path]]:
-    """Yields a new path beside each of `paths`, whose files take their places if the block succeeds.
+    """Yield a temporary path beside each of `paths`; the files written there replace `paths` if the block succeeds.
 
-    They do so together: after a kill there are all old files, all new ones, or some are absent. What was
-    recorded of the old ones (`write_record`) goes with them. If the block fails, nothing has changed.
-    Two processes must not do so for one path: see `one_at_a_time`.
+    If the block fails, nothing changes. Old and new files never mix: after a kill, all files are old, all are new,
+    or some are absent. The records of the old files (`write_record`) are deleted with them. Two processes must not
+    replace the same path at a time: see `one_at_a_time`.
     """
     partials = [path.with_name(path.name + ".partial") for path in paths]
     for path in paths:
@@ -535,22 +534,23 @@ def whole_files(*paths: Path) -> Iterator[list[Path]]:
 
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """Waits until no other process is in such a block for `path`; what that one made is then there to be used.
+    """Hold a lock for `path` in this block; wait while another process holds it.
 
-    The lock is a file beside `path`, which goes with the block. Blocks for one path do not nest.
+    After waiting, the file that the other process wrote can be used. The lock is a file beside `path`, which is
+    deleted at the end of the block. Blocks for the same path must not be nested.
     """
     lock = path.with_name(path.name + ".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = False
-    while not held:
+    locked = False
+    while not locked:
         with lock.open("w") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX)
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-            held = _is_at(stream, lock)  # else whoever had it has removed it, and a new one counts
-            if held:
+            locked = _is_at(stream, lock)  # else the previous holder deleted this file: lock the new one
+            if locked:
                 try:
                     yield
                 finally:
@@ -558,7 +558,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def _is_at(stream: IO[Any], path: Path) -> bool:
-    """Whether the open file is the one that lies at `path`."""
+    """Return whether the open file is the file at `path`."""
     try:
         return os.path.samestat(os.fstat(stream.fileno()), path.stat())
     except FileNotFoundError:
@@ -566,23 +566,23 @@ def _is_at(stream: IO[Any], path: Path) -> bool:
 
 
 def write_record(path: Path, made_from: Mapping[str, Any], **facts: Any) -> str:
-    """Records beside the finished file `path` what it was made from; returns the sha256 of its bytes."""
+    """Record in `path`.json what the finished file `path` was made from; return the sha256 of its bytes."""
     digest = file_digest(path)
     write_json(_record_path(path), {"version": VERSION, "made_from": made_from, "facts": facts, "sha256": digest})
     return digest
 
 
 def read_record(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of `path` (`facts`, `sha256`) if the file is whole and was made from just this, else None.
+    """Return the record of `path` (`facts`, `sha256`) if the file is intact and was made from `made_from`, else None.
 
-    None is also the answer for a file or record that is absent, unfinished or damaged: whoever asks then
-    makes it again.
+    None also means that the file or its record is absent, unfinished or damaged; the caller then makes the file
+    again.
     """
     try:
         record = json.loads(_record_path(path).read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    # As JSON has it: a tuple was written as a list.
+    # Compare as JSON, which turns tuples into lists.
     expected = {"version": VERSION, "made_from": json.loads(json.dumps(made_from))}
     if not isinstance(record, dict) or {name: record.get(name) for name in expected} != expected:
         return None

@@ -1,14 +1,14 @@
-"""Frozen settings that check themselves.
+"""Base class of the frozen config dataclasses, which validate their fields.
 
-A component's settings are a frozen dataclass beside the code that they configure:
+Each component's config is defined in the module that uses it:
 
     @dataclass(frozen=True)
     class IndexConfig(Config, section="index"):
         target_recall: float = setting(0.95, above=0.0, maximum=1.0)
 
-Every way of making one is checked (type, range, choices), and the error names the dotted key, what
-was found and what is allowed. `Config.parse` makes one from a mapping such as a section of
-params.yaml and insists on every key, so that a file says all that was used.
+Every construction checks type, range and choices. The error names the dotted key, the value found and the
+allowed values. `Config.parse` builds a config from a mapping such as a section of params.yaml and requires
+every key, so that the file lists every setting in use.
 """
 
 import math
@@ -34,17 +34,18 @@ def setting(
     below: float | None = None,
     choices: tuple[Any, ...] | None = None,
 ) -> Any:
-    """A dataclass field whose value must lie in the given range or be one of `choices`."""
+    """Return a dataclass field whose value must lie in the given range or be one of `choices`."""
     limits = {"minimum": minimum, "maximum": maximum, "above": above, "below": below, "choices": choices}
     return field(default=default, metadata={name: limit for name, limit in limits.items() if limit is not None})
 
 
 def optional_path(key: str, value: str) -> Path | None:
-    """The path of an optional input; None for no name, and for an empty folder, which is how params.yaml says "none".
+    """Return the path of an optional input; None for an empty string or an empty folder (hidden files are ignored).
 
-    DVC refuses an empty path as a dependency, and sees no change of what is not declared as one.
+    params.yaml sets an unused input to an empty folder: every input must be declared as a dependency for DVC to
+    notice changes, and DVC does not accept an empty path as a dependency.
 
-    Raises ConfigError, with the dotted key, where there is nothing at all.
+    Raises ConfigError, with the dotted key, if the path does not exist.
     """
     path = Path(value)
     if not value or (path.is_dir() and all(file.name.startswith(".") for file in path.iterdir())):
@@ -56,7 +57,7 @@ def optional_path(key: str, value: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Config:
-    """Base of all settings; `section` is the prefix under which errors name a key."""
+    """Base of all configs; `section` is the prefix of the dotted keys in error messages."""
 
     section: ClassVar[str] = ""
 
@@ -68,18 +69,18 @@ class Config:
         hints = typing.get_type_hints(type(self))
         for item in fields(self):
             key = self.dotted(item.name)
-            value = _typed(getattr(self, item.name), hints[item.name], key)
+            value = _coerce(getattr(self, item.name), hints[item.name], key)
             object.__setattr__(self, item.name, value)  # a list becomes a tuple, 1 becomes 1.0
             _check_range(value, item.metadata, key)
 
     @classmethod
     def dotted(cls, name: str) -> str:
-        """The dotted name of a field, as params.yaml has it."""
+        """Return the dotted name of a field, as in params.yaml."""
         return f"{cls.section}.{name}" if cls.section else name
 
     @classmethod
     def parse(cls: type[ConfigType], mapping: object) -> ConfigType:
-        """The settings that `mapping` spells out: every key once, none unknown."""
+        """Build the config from `mapping`; raises ConfigError for a missing or an unknown key."""
         where = cls.section or "params"
         if not isinstance(mapping, Mapping):
             raise ConfigError(f"{where}: found {_show(mapping)}, expected a section of keys")
@@ -93,8 +94,8 @@ class Config:
         return cls(**mapping)
 
 
-def _typed(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the type `hint`, where nothing is lost by that; an error otherwise."""
+def _coerce(value: Any, hint: Any, key: str) -> Any:
+    """Convert `value` to the type `hint` if that loses nothing; raises ConfigError otherwise."""
     if hint is Any:
         return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -102,11 +103,11 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         (hint,) = [argument for argument in arguments if argument is not type(None)]
-        return _typed(value, hint, key)
+        return _coerce(value, hint, key)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{key}: found {_show(value)}, expected a list of {_name(arguments[0])}")
-        return tuple(_typed(item, arguments[0], f"{key}[{place}]") for place, item in enumerate(value))
+        return tuple(_coerce(item, arguments[0], f"{key}[{place}]") for place, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

@@ -1,4 +1,4 @@
-"""Where to compute, and in which numbers: what `auto` stands for on this machine."""
+"""Resolve the settings `device` and `number_type`, and tune memory and float32 products on CPUs."""
 
 import ctypes
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from retro_model.core.errors import ConfigError
 
 NumberType = Literal["float32", "bfloat16"]
 
-# What glibc's mallopt is told, by the numbers of malloc.h.
+# Parameter numbers of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `auto`, `cpu` or `cuda` stands for here; `auto` is the GPU where there is one.
+    """Return the device for `auto`, `cpu` or `cuda`; `auto` is the GPU if there is one.
 
-    Raises ConfigError where cuda is asked for and absent.
+    Raises ConfigError for `cuda` on a machine without a GPU.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -29,7 +29,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_number_type(name: str, device: torch.device) -> NumberType:
-    """The type of matrix products: `auto` is bfloat16 where `device` multiplies in it natively, else float32."""
+    """Return the dtype of matrix products; `auto` is bfloat16 if `device` multiplies in it natively, else float32."""
     if name == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -42,27 +42,27 @@ def resolve_number_type(name: str, device: torch.device) -> NumberType:
 
 
 def keep_freed_memory() -> None:
-    """Has this process keep the memory that it frees, up to its peak, for what it allocates next.
+    """Make malloc keep freed memory in this process for later allocations, up to the process's peak.
 
-    By default glibc gives large blocks back to the system, and each step of a network on a CPU gets its
-    activations anew, page by page: a tenth of a training step. Other C libraries are left as they are.
+    By default glibc returns large blocks to the system, so on a CPU every training step allocates its activations
+    anew, page by page; that takes a tenth of the step. Does nothing with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # Before its version 2.35 glibc takes no more than 32 MiB for the first.
+    # Before version 2.35, glibc accepts at most 32 MiB as M_MMAP_THRESHOLD.
     if mallopt is not None and (mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextmanager
 def fast_float32_products(device: torch.device) -> Iterator[None]:
-    """In the block, large float32 products on this CPU are by the library that uses all of it.
+    """Use oneDNN instead of MKL for large float32 matrix products in this block, on AMD CPUs with AVX-512.
 
-    MKL, which torch asks by default, has 256-bit products for AMD's processors, also for those with units of
-    512 bits; oneDNN, which torch asks where it may round to bfloat16, has both and rounds only on AMX units.
-    So where the processor is AMD's, has AVX-512 and no AMX, such leave is given, and the products stay float32.
-    Products with a single row are slower by it, so writing is better left outside.
+    By default torch uses MKL, which runs 256-bit kernels on AMD processors even if they have 512-bit units. oneDNN
+    uses both widths, but torch calls it only if it allows rounding to bfloat16, and oneDNN rounds only on AMX
+    units. So on AMD processors with AVX-512 and without AMX we allow that rounding; products stay float32.
+    Products with a single row get slower, so do not use this for token-by-token generation.
     """
-    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set where torch starts
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set when torch is imported
     has = torch.cpu.get_capabilities()
     before = products.fp32_precision
     if device.type == "cpu" and "AMD" in has.get("cpu_name", "") and has.get("avx512_bw") and not has.get("amx_tile"):

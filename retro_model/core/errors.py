@@ -1,35 +1,34 @@
-"""Everything that retro raises on purpose.
+"""The exceptions that retro raises.
 
     RetroError (ValueError)
-    |-- ConfigError            the user's fault: a param or an argument
-    |-- DocumentError          the corpus's fault: the text that was given
+    |-- ConfigError            an invalid param or argument
+    |-- DocumentError          unusable documents
     |-- SourceError            a tokenizer, an encoder or a model that cannot be loaded
-    |-- TrainingError          the numbers' fault: a loss or a gradient that is not finite
-    `-- ArtifactError          the disk's fault
-        |-- MissingArtifactError   not there, or never finished
-        |-- DamagedArtifactError   there, and not what was written
-        `-- MismatchError          whole, but made from something else
+    |-- TrainingError          a loss or a gradient that is not finite
+    `-- ArtifactError          a problem with files on disk
+        |-- MissingArtifactError   absent or unfinished
+        |-- DamagedArtifactError   changed after it was written
+        `-- MismatchError          intact, but made from other inputs
 
-Every message is one line that says what, where, what was expected, what was found and what to
-do next: a stage prints it instead of a traceback. What only a programmer can get wrong is an
-`assert`.
+Every message is one line that says what failed, where, what was expected, what was found and what to do next;
+a stage prints it instead of a traceback. Programming errors are `assert`s.
 """
 
 
 class RetroError(ValueError):
-    """Base of all errors that a user, a disk or a corpus can cause."""
+    """Base of all errors that users, their data or their disks can cause."""
 
 
 class ConfigError(RetroError):
-    """A param or an argument has the wrong type, is out of range, or does not fit another."""
+    """A param or an argument has the wrong type, is out of range, or contradicts another one."""
 
 
 class DocumentError(RetroError):
-    """The documents cannot be used as they are."""
+    """The documents cannot be read or used."""
 
 
 class SourceError(RetroError):
-    """A named tokenizer, encoder or model cannot be loaded."""
+    """A tokenizer, an encoder or a model cannot be loaded or does not fit its use."""
 
 
 class TrainingError(RetroError):
@@ -37,16 +36,16 @@ class TrainingError(RetroError):
 
 
 class ArtifactError(RetroError):
-    """Base of what can be wrong with a file or folder that a stage wrote."""
+    """Base of the errors about a file or folder that a stage wrote."""
 
 
 class MissingArtifactError(ArtifactError):
-    """The artifact is absent, or the process that wrote it never finished."""
+    """The artifact is absent, or its writer did not finish."""
 
 
 class DamagedArtifactError(ArtifactError):
-    """The artifact's bytes are not those that were written."""
+    """The artifact's bytes differ from those that were written."""
 
 
 class MismatchError(ArtifactError):
-    """The artifact was made from other inputs, or by another format version, than the reader expects."""
+    """The artifact has other inputs or another format version than the reader expects."""

@@ -1,4 +1,4 @@
-"""Items made in a thread while those before them are used."""
+"""Prefetch an iterator in a background thread."""
 
 import queue
 import threading
@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 
 
-def ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The same items in order, the next one or two made while this one is used; errors come where their item would.
+def prefetch(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield the items in order while a background thread computes the next one or two.
 
-    It pays where one side leaves cores idle: reading, checking and cutting are Python, encoding and
-    training are not.
+    An exception of the iterator is raised in place of its item. This pays if one side leaves cores idle: reading,
+    checking and cutting text run in Python on one core, encoding and training use all of them.
     """
     handover: queue.Queue[tuple[list[Any], BaseException | None]] = queue.Queue(maxsize=1)
     stop = threading.Event()
@@ -25,17 +25,17 @@ def ahead(items: Iterable[Item]) -> Iterator[Item]:
             except queue.Full:
                 continue
 
-    def make() -> None:
+    def produce() -> None:
         try:
             for item in items:
                 put(item)
                 if stop.is_set():
                     return
             put(finished)
-        except BaseException as error:  # noqa: BLE001  raised again where the items are used
+        except BaseException as error:  # noqa: BLE001  raised again in the consumer's thread
             put(finished, error)
 
-    thread = threading.Thread(target=make, name="ahead", daemon=True)
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
     thread.start()
     try:
         while True:
@@ -44,7 +44,7 @@ def ahead(items: Iterable[Item]) -> Iterator[Item]:
                 raise error
             if box[0] is finished:
                 return
-            yield box.pop()  # it may be large, and whoever gets it may need only a part: nothing of it stays here
+            yield box.pop()  # keep no reference: the item may be large, and the consumer may free parts of it early
     finally:
         stop.set()
         thread.join()

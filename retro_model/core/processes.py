@@ -1,16 +1,16 @@
-"""What a process does first, whatever it was started for."""
+"""Process setup: the limit of open files, exiting with the parent."""
 
 import multiprocessing
 import os
 import resource
 import threading
 
-# Each shard that is read is an open file, and knn reads several arrays of up to artifacts.MOST_PARTS shards.
+# Each shard being read is an open file, and knn reads several arrays of up to artifacts.MOST_PARTS shards.
 OPEN_FILES = 1 << 16
 
 
 def allow_open_files() -> None:
-    """Lets this process, and those it starts, have OPEN_FILES open files, or as many as the system allows."""
+    """Raise the limit of open files to OPEN_FILES, or as far as the system allows, also for child processes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -18,14 +18,14 @@ def allow_open_files() -> None:
 
 
 def end_with_parent() -> None:
-    """Ends this process as soon as its parent has ended, however that was and whatever this one waits for.
+    """Exit this process as soon as its parent ends, even if the parent was killed or this process is blocked.
 
-    A killed parent tells its children nothing, and they would keep memory and GPUs for good.
+    Without this, the children of a killed parent would run on and keep their memory and GPUs.
     """
-    threading.Thread(target=_end_after_parent, daemon=True).start()
+    threading.Thread(target=_exit_after_parent, daemon=True).start()
 
 
-def _end_after_parent() -> None:
+def _exit_after_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""A sign of life: a bar in a terminal, a plain line every so often elsewhere (CI, queues, logs)."""
+"""Progress on standard error: a bar in a terminal, a line every ten seconds elsewhere (CI, queues, logs)."""
 
 import sys
 import time
@@ -14,9 +14,9 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts `total` units of work under a title; `update(n, note)` says that n more are done.
+    """Shows how many of `total` units of work are done; `update(n, note)` adds n.
 
-    Goes to standard error, and counts from `done` where earlier work is continued.
+    `done` is the number of units that an earlier run finished.
     """
 
     def __init__(self, title: str, total: int | None = None, unit: str = "it", done: int = 0) -> None:
@@ -27,7 +27,7 @@ class Progress:
         self._first = done
 
     def update(self, num: int = 1, note: str = "") -> None:
-        """Counts `num` more units; `note` stands behind the count."""
+        """Count `num` more units; `note` is printed after the count."""
         self.done += num
         if not self._bar.disable:
             self._bar.set_postfix_str(note, refresh=False)
@@ -36,23 +36,23 @@ class Progress:
         now = time.monotonic()
         if now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self._line(now, note)
+            self._print_line(now, note)
 
     @property
-    def made(self) -> int:
-        """Units done since the start, those that were found done left out."""
+    def num_new(self) -> int:
+        """Units done by this run, without those that an earlier run finished."""
         return self.done - self._first
 
     def skip(self, num: int) -> None:
-        """Counts `num` units as done earlier: they say nothing about how fast it goes."""
+        """Count `num` units as done by an earlier run; they do not enter the rate."""
         self.done += num
         self._first += num
         if not self._bar.disable:
             self._bar.initial += num
             self._bar.update(num)
 
-    def _line(self, now: float, note: str) -> None:
-        rate = self.made / max(now - self._started, 1e-9)
+    def _print_line(self, now: float, note: str) -> None:
+        rate = self.num_new / max(now - self._started, 1e-9)
         text = f"{self.title}: {self.done:,}"
         if self.total is not None:
             text += f" of {self.total:,} {self.unit}s, {max(self.total - self.done, 0) / max(rate, 1e-9):.0f} s left"
@@ -70,8 +70,8 @@ class Progress:
 
 
 def progress(items: Iterable[Item], title: str, total: int | None = None, unit: str = "it") -> Iterator[Item]:
-    """Yields the items and shows how many of `total` have been taken."""
-    with Progress(title, total, unit) as shown:
+    """Yield the items and show how many of `total` were consumed."""
+    with Progress(title, total, unit) as bar:
         for item in items:
             yield item
-            shown.update()
+            bar.update()

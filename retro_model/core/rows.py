@@ -1,6 +1,6 @@
-"""Rows of chunks, and what the network sees of a neighbor.
+"""Look up the tokens of retrieved neighbors.
 
-A row of a chunk artifact holds the M tokens of a chunk and the one after them. A neighbor is named by its row.
+A row of a chunk artifact holds the M tokens of a chunk and the token after them. Neighbors are row numbers.
 """
 
 import numpy as np
@@ -9,14 +9,14 @@ import numpy.typing as npt
 from retro_model.core.arrays import IntArray
 from retro_model.core.artifacts import Artifact
 
-NO_ROW = -1  # in place of a row: no neighbor, or padding
+NO_ROW = -1  # no neighbor, or padding
 
 
 def retrieved_tokens(database: Artifact, ids: IntArray) -> npt.NDArray[np.int64]:
-    """What the network sees of the database rows `ids` (..., K): tokens (..., K, 2 * M).
+    """Return the tokens (..., K, 2 * M) that the network reads for the database rows `ids` (..., K).
 
-    A row's M input tokens, then those of the row after it if that is of the same document, else pad.
-    -1 stands for no neighbor and gives pad only.
+    They are the row's M input tokens, then those of the next row if it belongs to the same document, else pad.
+    -1 means no neighbor and gives pad only.
     """
     tokens, documents = database["tokens"], database["documents"]
     num_tokens = tokens.shape[1] - 1

@@ -1,14 +1,14 @@
-"""Chunks: documents as rows of token ids, none of which spans two documents.
+"""Cut documents into chunks: rows of token ids, none of which spans two documents.
 
-A document's stream is s = [begin] + tokens + [end]; its chunk i is the row s[i*M : i*M + M + 1], padded
-on the right. So `row[:-1]` is input and `row[1:]` is label, each text token is a label once, and `end` is
-a label only: it never makes a chunk of its own, which would equal every other document's last one.
+A document's stream is s = [begin] + tokens + [end]; its chunk i is the row s[i*M : i*M + M + 1], padded on the
+right. So `row[:-1]` is input and `row[1:]` is label, and each text token is a label exactly once. `end` never gets
+a chunk of its own, which would be equal for all such documents: after a full last chunk it is a label only.
 
     data/chunks/train
-        tokens-00000.npy      uint16 (int32 beyond 65,536 ids) (chunks, M + 1)
+        tokens-00000.npy      uint16 (int32 for more than 65,536 ids) (chunks, M + 1)
         documents-00000.npy   int32 (chunks,): the document's number, unique over all splits
         bytes-00000.npy       int32 (chunks,): UTF-8 bytes of text that the row's labels cover
-        documents.jsonl       a line a document: where it came from, its first chunk, how many it has
+        documents.jsonl       a line per document: its source, its first chunk, its number of chunks
         artifact.json         chunk length, special ids, the tokenizer's fingerprint, counts
 """
 
@@ -27,21 +27,21 @@ import numpy.typing as npt
 from retro_model.core.arrays import BoolArray
 from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, whole_folder
 from retro_model.core.errors import DocumentError
-from retro_model.core.prefetch import ahead
+from retro_model.core.prefetch import prefetch
 from retro_model.corpus.chunks import DOCUMENTS, DocumentTable, SourceText, read_documents
 from retro_model.corpus.documents import Corpus, CorpusConfig, Document
 from retro_model.corpus.tokenizer import Encoded, Tokenizer, utf8_size
 from retro_model.jobs.engine import Engine, Part, work_or_temporary
 
-BATCH_BYTES = 1 << 20  # of text that is tokenized at once, unless one document is longer
+BATCH_BYTES = 1 << 20  # text tokenized at once; a longer document is a batch of its own
 BATCH_DOCUMENTS = 1 << 12
-PART_BYTES = 1 << 23  # of text that one part of the work has, a second or two of it
+PART_BYTES = 1 << 23  # text in one part of the job, which takes a second or two
 PART_DOCUMENTS = 1 << 17
 ROWS_PER_SHARD = 1 << 18
 
 
 class HasText(Protocol):
-    """Anything with a text."""
+    """Any object with a text."""
 
     @property
     def text(self) -> str:
@@ -52,15 +52,15 @@ Text = TypeVar("Text", bound=HasText)
 
 
 class Chunks(NamedTuple):
-    """Rows of several documents, in order. `counts` (documents,) says how many rows each one has."""
+    """Chunk rows of several documents, in order. `counts` (documents,) is the number of rows of each document."""
 
     rows: npt.NDArray[np.int32]  # (n, M + 1)
-    bytes: npt.NDArray[np.int32]  # (n,)
+    bytes: npt.NDArray[np.int32]  # (n,), UTF-8 bytes that the row's labels cover
     counts: npt.NDArray[np.int64]
 
 
 def cut(encoded: Encoded, chunk_size: int, pad_id: int, begin_id: int, end_id: int) -> Chunks:
-    """The chunk rows of every encoded text, and the bytes that each row's labels cover."""
+    """Cut every encoded text into chunk rows, and count the bytes that each row's labels cover."""
     lengths = np.diff(encoded.starts)
     counts = -(-(lengths + 1) // chunk_size)
     firsts = np.cumsum(counts) - counts
@@ -68,7 +68,7 @@ def cut(encoded: Encoded, chunk_size: int, pad_id: int, begin_id: int, end_id: i
     shift = firsts * chunk_size + 1 - encoded.starts[:-1]
     stream[np.arange(len(encoded.ids)) + np.repeat(shift, lengths)] = encoded.ids
     stream[firsts * chunk_size] = begin_id
-    full = lengths + 1 == counts * chunk_size  # where end falls behind the last input
+    full = lengths + 1 == counts * chunk_size  # the last row's inputs are full, so `end` is only its last label
     stream[(firsts * chunk_size + 1 + lengths)[~full]] = end_id
 
     rows = np.empty((int(counts.sum()), chunk_size + 1), np.int32)
@@ -82,8 +82,8 @@ def _bytes_of_labels(
     encoded: Encoded, counts: npt.NDArray[np.int64], firsts: npt.NDArray[np.int64], chunk_size: int
 ) -> npt.NDArray[np.int32]:
     texts = np.repeat(np.arange(len(counts)), counts)
-    places = np.arange(len(texts)) - np.repeat(firsts, counts)
-    covered = encoded.bytes_covered(texts, (places + 1) * chunk_size)
+    positions = np.arange(len(texts)) - np.repeat(firsts, counts)
+    covered = encoded.bytes_covered(texts, (positions + 1) * chunk_size)
     before = np.concatenate([[0], covered[:-1]])
     before[firsts] = 0
     sizes: npt.NDArray[np.int32] = (covered - before).astype(np.int32)
@@ -92,9 +92,9 @@ def _bytes_of_labels(
 
 @dataclass(frozen=True)
 class ChunkJob:
-    """Turns documents into chunk rows, a batch of documents a part; see retro_model.jobs.engine.
+    """Turns documents into chunk rows, a batch of documents per part; see retro_model.jobs.engine.
 
-    A part holds the rows of all splits in reading order, with the split of each row.
+    A part holds the rows of all splits in reading order, and the split of each row.
     """
 
     tokenizer: Path
@@ -104,15 +104,15 @@ class ChunkJob:
     uses_gpus: ClassVar[bool] = False
 
     def open(self) -> Tokenizer:
-        """The tokenizer."""
+        """Load the tokenizer."""
         return Tokenizer.open(self.tokenizer)
 
     def facts(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """What whoever reads the rows must know."""
+        """Return what readers of the rows need: chunk size, special ids, vocabulary size, tokenizer fingerprint."""
         return {"chunk_size": self.chunk_size, **tokenizer.facts(), "tokenizer": tokenizer.fingerprint}
 
     def make(self, tokenizer: Tokenizer, folder: Path, documents: list[Document], digest: str) -> Iterator[int]:
-        """The rows of the documents that have a token, and what is to say of them."""
+        """Write the rows of the documents that have a token, their lines in documents.jsonl, and counts."""
         token_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
         id_type = np.int32 if self.num_documents < 1 << 31 else np.int64
         totals = {split: Counter[str]() for split in SPLITS}
@@ -120,13 +120,13 @@ class ChunkJob:
             groups = list(batches(documents, BATCH_BYTES, BATCH_DOCUMENTS))
             texts = ([document.text for document in batch] for batch in groups)
             for batch, encoded in zip(groups, tokenizer.encode_batches(texts), strict=True):
-                made = CutDocuments.of(batch, encoded, tokenizer, self.chunk_size)
+                chunked = ChunkedDocuments.of(batch, encoded, tokenizer, self.chunk_size)
                 splits = np.array([SPLITS.index(document.split) for document in batch], np.uint8)
-                writer.append(**made.columns(token_type, id_type), splits=made.per_row(splits))
-                for place, entry in made.entries():
-                    table.append({**entry, "split": batch[place].split})
+                writer.append(**chunked.columns(token_type, id_type), splits=chunked.repeat_per_row(splits))
+                for position, entry in chunked.entries():
+                    table.append({**entry, "split": batch[position].split})
                 for split, total in totals.items():
-                    total.update(made.counts(splits == SPLITS.index(split)))
+                    total.update(chunked.counts(splits == SPLITS.index(split)))
                 yield len(batch)
             table.close()
             writer.add_file(DOCUMENTS)
@@ -134,54 +134,54 @@ class ChunkJob:
 
 
 @dataclass(frozen=True)
-class CutDocuments:
-    """A batch of documents as chunk rows. Documents without a single token have none."""
+class ChunkedDocuments:
+    """A batch of documents cut into chunk rows. Documents without a token are left out."""
 
     documents: Sequence[Document | SourceText]
     encoded: Encoded
     chunks: Chunks
-    kept: BoolArray  # (documents,)
+    kept: BoolArray  # (documents,), whether a document has a token
 
     @classmethod
     def of(
         cls, documents: Sequence[Document | SourceText], encoded: Encoded, tokenizer: Tokenizer, chunk_size: int
-    ) -> "CutDocuments":
-        """The rows of encoded documents."""
+    ) -> "ChunkedDocuments":
+        """Cut encoded documents into rows."""
         chunks = cut(encoded, chunk_size, tokenizer.pad_id, tokenizer.begin_id, tokenizer.end_id)
         return cls(documents, encoded, chunks, np.diff(encoded.starts) > 0)
 
-    def per_row(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """A value for each document (documents,), repeated for each of its rows."""
+    def repeat_per_row(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Repeat each document's value, of `values` (documents,), for each of its rows; returns (rows,)."""
         return np.repeat(values[self.kept], self.chunks.counts[self.kept])
 
     def columns(self, token_type: npt.DTypeLike, id_type: npt.DTypeLike) -> dict[str, npt.NDArray[Any]]:
-        """The arrays of a chunk artifact."""
+        """Return the arrays of a chunk artifact."""
         rows = np.repeat(self.kept, self.chunks.counts)
         numbers = np.array([document.number for document in self.documents], id_type)
         return {
             "tokens": self.chunks.rows[rows].astype(token_type),
-            "documents": self.per_row(numbers),
+            "documents": self.repeat_per_row(numbers),
             "bytes": self.chunks.bytes[rows],
         }
 
     def entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """For each document that has rows its place in the batch and its line in documents.jsonl, but `first_chunk`."""
-        for place in np.flatnonzero(self.kept):
-            document = self.documents[place]
+        """Yield each kept document's position in the batch and documents.jsonl entry, without `first_chunk`."""
+        for position in np.flatnonzero(self.kept):
+            document = self.documents[position]
             yield (
-                place,
+                position,
                 {
                     "document": document.number,
                     "source": document.source,
                     "record": document.record,
-                    "chunks": int(self.chunks.counts[place]),
-                    "tokens": int(self.encoded.starts[place + 1] - self.encoded.starts[place]),
-                    "bytes": int(self.encoded.sizes[place]),
+                    "chunks": int(self.chunks.counts[position]),
+                    "tokens": int(self.encoded.starts[position + 1] - self.encoded.starts[position]),
+                    "bytes": int(self.encoded.sizes[position]),
                 },
             )
 
     def counts(self, chosen: BoolArray) -> dict[str, int]:
-        """What the chosen documents (documents,) have in all; those without a token are counted apart."""
+        """Return totals over the documents of the mask `chosen` (documents,); those without a token count apart."""
         counted = self.kept & chosen
         return {
             "documents": int(counted.sum()),
@@ -196,9 +196,9 @@ class CutDocuments:
 def write_chunks(
     folder: Path, split: str, texts: Iterable[SourceText], tokenizer: Tokenizer, chunk_size: int
 ) -> Artifact:
-    """The chunk artifact of documents that are in no split of the corpus, as `make_chunks` writes one for a split.
+    """Write a chunk artifact of documents outside the corpus, in the format that `make_chunks` writes for a split.
 
-    Raises DocumentError where the documents have not a single token.
+    Raises DocumentError if no document has a token.
     """
     totals: Counter[str] = Counter()
     token_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
@@ -206,13 +206,13 @@ def write_chunks(
         with DocumentTable(folder) as table:
             for batch in batches(texts, BATCH_BYTES):
                 encoded = tokenizer.encode_batch([item.text for item in batch])
-                made = CutDocuments.of(batch, encoded, tokenizer, chunk_size)
+                chunked = ChunkedDocuments.of(batch, encoded, tokenizer, chunk_size)
                 first = writer.rows
-                for _, entry in made.entries():
+                for _, entry in chunked.entries():
                     table.append({**entry, "first_chunk": first})
                     first += entry["chunks"]
-                writer.append(**made.columns(token_type, np.int64))
-                totals.update(made.counts(np.ones(len(batch), dtype=bool)))
+                writer.append(**chunked.columns(token_type, np.int64))
+                totals.update(chunked.counts(np.ones(len(batch), dtype=bool)))
         if not writer.rows:
             raise DocumentError(f"the tokenizer {tokenizer.name} finds no token in the documents of {split}")
         writer.add_file(DOCUMENTS)
@@ -223,7 +223,7 @@ def write_chunks(
 
 
 class _SplitWriter:
-    """The chunk artifact of one split, gathered from the parts."""
+    """Writes the chunk artifact of one split from the parts of the job."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.split = split
@@ -232,7 +232,7 @@ class _SplitWriter:
         self.totals: Counter[str] = Counter()
 
     def append(self, part: Artifact, entries: list[dict[str, Any]]) -> None:
-        """Adds what a part has of this split."""
+        """Append a part's rows of this split; `entries` are its documents.jsonl lines of this split."""
         first = self.writer.rows
         for entry in entries:
             self.table.append({**entry, "first_chunk": first})
@@ -252,12 +252,12 @@ def make_chunks(
     engine: Engine | None = None,
     work_folder: Path | None = None,
 ) -> dict[str, float]:
-    """Writes the chunk artifacts of all splits below `folder` and returns the counts of what was done.
+    """Write the chunk artifacts of all splits below `folder` and return the stage's metrics.
 
-    Memory is that of a few parts of the text, beside what `Corpus` knows of each document and file. `engine`
-    changes speed only; what was finished before a kill is found again in `work_folder`.
+    Memory holds a few parts of the text and what `Corpus` stores for each document and file. `engine` changes
+    speed only. Parts in `work_folder` that an earlier run finished are reused.
 
-    Raises DocumentError where a split has no document to cut.
+    Raises DocumentError if a split has no document with a token.
     """
     name = Tokenizer.open(tokenizer_folder).name
     corpus = Corpus(documents, corpus_config)
@@ -267,7 +267,9 @@ def make_chunks(
         whole_folder(folder) as whole,
         (engine or Engine()).open(job) as running,
     ):
-        totals = _gather(running.make(ahead(_parts(corpus)), work), whole, running.facts, f"{corpus.path}", name)
+        totals = _write_splits(
+            running.make(prefetch(_parts(corpus)), work), whole, running.facts, f"{corpus.path}", name
+        )
     for line in corpus.report.lines():
         print(line, flush=True)
     return _metrics(corpus, totals, chunk_size)
@@ -282,10 +284,10 @@ def _parts(corpus: Corpus) -> Iterator[Part]:
         yield Part(f"part-{number:06d}", (batch, digest.hexdigest()), {"texts": digest.hexdigest()})
 
 
-def _gather(
+def _write_splits(
     parts: Iterator[Artifact], folder: Path, facts: dict[str, Any], where: str, tokenizer: str
 ) -> dict[str, Counter[str]]:
-    """Writes folder/train, folder/valid and folder/test; counts by split."""
+    """Write folder/train, folder/valid and folder/test; return the counts of each split."""
     with ExitStack() as stack:
         writers = {split: _SplitWriter(folder / split, split) for split in SPLITS}
         for writer in writers.values():
@@ -312,24 +314,24 @@ def _gather(
 
 def _metrics(corpus: Corpus, totals: dict[str, Counter[str]], chunk_size: int) -> dict[str, float]:
     everything = sum(totals.values(), Counter())
-    figures: dict[str, float] = {**corpus.report.metrics()}
-    figures["documents_kept"] = everything["documents"]
-    figures["dropped_without_tokens"] = everything["without_tokens"]
-    figures["lossy_documents"] = everything["lossy_documents"]
-    figures["lossy_share"] = round(everything["lossy_documents"] / everything["documents"], 6)
+    metrics: dict[str, float] = {**corpus.report.metrics()}
+    metrics["documents_kept"] = everything["documents"]
+    metrics["dropped_without_tokens"] = everything["without_tokens"]
+    metrics["lossy_documents"] = everything["lossy_documents"]
+    metrics["lossy_share"] = round(everything["lossy_documents"] / everything["documents"], 6)
     for split in SPLITS:
         for name in ("documents", "chunks", "tokens", "bytes"):
-            figures[f"{split}_{name}"] = totals[split][name]
-    # A chunk's inputs are begin, tokens and padding; what is neither is text.
-    figures["text_share"] = round(everything["tokens"] / (everything["chunks"] * chunk_size), 6)
-    figures["bytes_per_token"] = round(everything["bytes"] / everything["tokens"], 6)
-    return figures
+            metrics[f"{split}_{name}"] = totals[split][name]
+    # The share of chunk inputs that are text tokens; the others are begin and padding.
+    metrics["text_share"] = round(everything["tokens"] / (everything["chunks"] * chunk_size), 6)
+    metrics["bytes_per_token"] = round(everything["bytes"] / everything["tokens"], 6)
+    return metrics
 
 
 def batches(
     texts: Iterable[Text], most_bytes: int = BATCH_BYTES, most_texts: int = BATCH_DOCUMENTS
 ) -> Iterator[list[Text]]:
-    """The documents in order, some at a time: as many as have that many UTF-8 bytes, one at least."""
+    """Group the documents in order, up to `most_texts` and `most_bytes` of UTF-8 per batch, but at least one."""
     batch: list[Text] = []
     total = 0
     for item in texts:

@@ -1,7 +1,7 @@
-"""A chunk artifact's documents: where its rows come from, and their text.
+"""Map the rows of a chunk artifact to their documents and text.
 
-`documents.jsonl` has a line for each document: its number, source, record in that source, first chunk, number of
-chunks, tokens and bytes. This module alone writes and reads it.
+`documents.jsonl` has a line for each document: its number, source, record in that source, first chunk, and number
+of chunks, tokens and bytes. Only this module writes and reads the file.
 """
 
 import json
@@ -21,7 +21,7 @@ DOCUMENTS = "documents.jsonl"
 
 
 class DocumentTable:
-    """Writes documents.jsonl: a line of JSON for each document."""
+    """Writes documents.jsonl, a line of JSON for each document."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / DOCUMENTS
@@ -31,11 +31,11 @@ class DocumentTable:
         return self
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Adds a document."""
+        """Append a document's line."""
         self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
-        """Ends the file; the table must be whole before its digest is taken."""
+        """Close the file. Call this before computing the file's digest."""
         self._stream.close()
 
     def __exit__(
@@ -45,13 +45,13 @@ class DocumentTable:
 
 
 def read_documents(chunks: Artifact) -> Iterator[dict[str, Any]]:
-    """The lines of documents.jsonl, in order."""
+    """Yield the entries of documents.jsonl, in order."""
     with (chunks.folder / DOCUMENTS).open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
 
 
 class SourceText(NamedTuple):
-    """A document and where it comes from. `number` is unique in all that is compared with each other."""
+    """A document and its source. `number` is unique among all documents that are compared with each other."""
 
     number: int
     source: str
@@ -60,7 +60,7 @@ class SourceText(NamedTuple):
 
 
 def document_texts(chunks: Artifact, tokenizer: Tokenizer) -> Iterator[SourceText]:
-    """The documents of a chunk artifact in order, each put together from its tokens."""
+    """Yield the documents of a chunk artifact in order, each decoded from its tokens."""
     for entry in read_documents(chunks):
         rows = chunks["tokens"][entry["first_chunk"] : entry["first_chunk"] + entry["chunks"]]
         text = tokenizer.decode(rows[:, 1:].ravel().tolist())
@@ -68,7 +68,7 @@ def document_texts(chunks: Artifact, tokenizer: Tokenizer) -> Iterator[SourceTex
 
 
 class Place(NamedTuple):
-    """Where a chunk comes from: bytes `start` to `stop` (UTF-8) of a document, its `chunk`-th from 0."""
+    """A chunk's place in its document: UTF-8 bytes `start` to `stop`, chunk number `chunk` counted from 0."""
 
     document: int
     source: str
@@ -79,9 +79,9 @@ class Place(NamedTuple):
 
 
 def locate(chunks: Artifact, ids: Iterable[int]) -> list[Place]:
-    """The places of the given chunks, in the order given; the document table is read once.
+    """Return the places of the given chunks, in the given order; reads documents.jsonl once.
 
-    Raises IndexError for an id that is not in the artifact, -1 included.
+    Raises IndexError for an id that is not in the artifact, including -1.
     """
     ids = list(ids)
     if ids and not 0 <= min(ids) <= max(ids) < chunks.rows:
@@ -107,17 +107,17 @@ def _place(chunks: Artifact, chunk: int, entry: dict[str, Any]) -> Place:
 
 
 def chunk_text(tokenizer: Tokenizer, rows: IntArray) -> list[str]:
-    """The texts of chunks' input tokens, rows (n, M): what is embedded, for stored and for new text alike.
+    """Return the text of each chunk from its input tokens, rows (n, M). This is the text that is embedded.
 
-    Special ids are left out, and so are the halves of characters that a byte-level tokenizer leaves at
-    the edges of a chunk, and the mark of a word piece that goes on with a word of the chunk before.
+    Omits special ids, the partial characters that a byte-level tokenizer leaves at a chunk's edges, and the prefix
+    (`##`) of a leading word piece that continues a word of the previous chunk.
     """
     texts = tokenizer.decode_batch(rows.tolist())
-    return [text.removeprefix(tokenizer.continuing).strip("\ufffd") for text in texts]
+    return [text.removeprefix(tokenizer.continuation_prefix).strip("\ufffd") for text in texts]
 
 
 def describe_rows(chunks: Artifact, rows: Iterable[int] | IntArray) -> dict[int, str]:
-    """Where each chunk row comes from: source, record where there is one, and which chunk of it."""
+    """Return a description of each chunk row's place: source, record if there is one, and chunk number."""
     wanted = sorted({int(row) for row in rows})
     documents = dict(zip(wanted, chunks["documents"][np.array(wanted, dtype=np.int64)].tolist(), strict=True))
     entries = _document_entries(chunks, set(documents.values()))
@@ -130,7 +130,7 @@ def describe_rows(chunks: Artifact, rows: Iterable[int] | IntArray) -> dict[int,
 
 
 def document_names(chunks: Artifact, documents: IntArray) -> dict[int, str]:
-    """Where each of the documents comes from: source, and record where there is one."""
+    """Return a name for each of the documents: its source, and its record if there is one."""
     return {
         number: entry["source"] + ("" if entry["record"] is None else f", record {entry['record']}")
         for number, entry in _document_entries(chunks, set(documents.tolist())).items()
@@ -138,7 +138,10 @@ def document_names(chunks: Artifact, documents: IntArray) -> dict[int, str]:
 
 
 def _document_entries(chunks: Artifact, wanted: set[int]) -> dict[int, dict[str, Any]]:
-    """The lines of documents.jsonl of the wanted documents, read one at a time."""
+    """Return the documents.jsonl entries of the wanted documents, by number.
+
+    Raises DamagedArtifactError if one is missing.
+    """
     entries = {entry["document"]: entry for entry in read_documents(chunks) if entry["document"] in wanted}
     if missing := wanted - entries.keys():
         raise DamagedArtifactError(

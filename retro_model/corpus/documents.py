@@ -1,9 +1,9 @@
-"""Documents: from a folder or file of text to a stream of usable ones, each in its split.
+"""Read a folder or file of text as a stream of usable documents, each assigned to a split.
 
-What counts as a document:
+A document is:
 
-    .txt .md                        the file, or what stands between lines that equal `documents_separator`
-    .jsonl .jsonl.gz .jsonl.zst     a record a line; the text is in `text_field`
+    .txt .md                        the file, or each part between lines that equal `documents_separator`
+    .jsonl .jsonl.gz .jsonl.zst     a line; the text is in the record's field `text_field`
     .parquet                        a row; the text is in the column `text_field`
 
     corpus = Corpus(Path("data/sample"), CorpusConfig())       # reads everything once, keeps no text
@@ -11,13 +11,16 @@ What counts as a document:
         document.number, document.source, document.record, document.text
     print("\\n".join(corpus.report.lines()))
 
-A document's split follows from a hash of its identity (its path below the folder; for records and
-separated documents, its text), so adding documents moves none. Memory holds one document (of a table a few
-rows) and two bytes for each one of the corpus, some 60 bytes while splits are assigned; for a file half a
-kilobyte, and for a held-out document of 700 words a MinHash signature of 1.3 kB, 1.7 kB for a moment.
+A document's split depends on a hash of its identity (its path below the folder; for records and separated
+documents, its text), so adding documents does not move others to another split. Memory holds:
 
-Whoever needs documents goes through `Corpus`, so that the tokenizer is trained on exactly the train
-documents that the model will see.
+    - one document (of a table, a few rows)
+    - two bytes per document of the corpus, and about 60 bytes while splits are assigned
+    - half a kilobyte per file
+    - a MinHash signature of 1.3 kB per held-out document of 700 words, 1.7 kB for a moment
+
+All code reads documents through `Corpus`, so that the tokenizer is trained on exactly the train documents that the
+model is trained on.
 """
 
 import hashlib
@@ -39,15 +42,16 @@ from retro_model.corpus.readers import FLAWS, TEXT_SUFFIXES, Entry, find_files, 
 
 MAX_EXAMPLES = 3  # of each flaw, in the report
 
-_DUPLICATE, _NEAR_DUPLICATE = len(SPLITS), len(SPLITS) + 1  # fates beside the places in SPLITS
+# The status of a document that is kept is the position of its split in SPLITS. These are the other two.
+_DUPLICATE, _NEAR_DUPLICATE = len(SPLITS), len(SPLITS) + 1
 
 
 @dataclass(frozen=True)
 class CorpusConfig(Config, section="corpus"):
-    """How documents are found, judged and split.
+    """How documents are found, checked and split.
 
-    `valid` and `test` are shares of the documents. `near_duplicates` is the 13-gram Jaccard similarity
-    to a held-out document from which on a train document is dropped; 0 drops none.
+    `valid` and `test` are shares of the documents. A train document is dropped if its 13-gram Jaccard similarity
+    to a held-out document is at least `near_duplicates`; 0 drops none.
     """
 
     documents_separator: str | None = None
@@ -69,10 +73,10 @@ class CorpusConfig(Config, section="corpus"):
 
 
 class Document(NamedTuple):
-    """One usable document. `number` counts all readable documents of the corpus in reading order.
+    """A usable document. `number` is its position among all readable documents of the corpus.
 
-    `record` is None where the document is a whole file, else the line (or row of a .parquet file) at
-    which it starts, counted from 1.
+    `record` is None if the document is a whole file, else the line (or .parquet row) where it starts, counted from
+    1.
     """
 
     number: int
@@ -84,9 +88,9 @@ class Document(NamedTuple):
 
 @dataclass
 class DocumentReport:
-    """What came in, what goes out, what was dropped and why.
+    """Counts of documents read, kept and dropped, with reasons.
 
-    `near_duplicates` is complete once `Corpus.documents` was read to its end for the train split.
+    `near_duplicates` is complete after `Corpus.documents` was read to the end for the train split.
     """
 
     read: int = 0
@@ -99,7 +103,7 @@ class DocumentReport:
     notes: list[str] = field(default_factory=list)
 
     def metrics(self) -> dict[str, int]:
-        """The counts under flat names, ready for a metrics file."""
+        """Return the counts under flat names, for a metrics file."""
         return {
             "documents_read": self.read,
             "documents_kept": sum(self.kept.values()),
@@ -110,7 +114,7 @@ class DocumentReport:
         }
 
     def lines(self) -> list[str]:
-        """The same for a person."""
+        """Return the counts, examples and notes as lines of text."""
         kept = ", ".join(f"{self.kept[split]:,} {split}" for split in SPLITS)
         lines = [f"documents: {self.read:,} read, {sum(self.kept.values()):,} kept ({kept})"]
         lines += [f"dropped: {count:,} {FLAWS[name]}" for name, count in sorted(self.flawed.items())]
@@ -124,13 +128,13 @@ class DocumentReport:
 
 
 class Corpus:
-    """The usable documents below `path`, which is a folder or a file.
+    """The usable documents below `path`, a folder or a file.
 
-    Of exact copies one survives: the first held-out one if there is any, else the first. A split that
-    the hash leaves empty is given one document of the largest split, and the report says so.
+    The constructor reads all files once. Of exact copies one is kept: the first held-out one if there is any, else
+    the first. If the hash leaves a split empty, it gets one document of the largest split, and the report says so.
 
-    Raises DocumentError if there is no document, if fewer than three are usable, or, with
-    `bad_documents: refuse`, at the first one that is not.
+    Raises DocumentError if there is no document, if fewer than three are usable, or, with `bad_documents: refuse`,
+    at the first unusable one.
     """
 
     def __init__(self, path: Path | str, config: CorpusConfig) -> None:
@@ -142,33 +146,33 @@ class Corpus:
         self._files = [(file, file.relative_to(self.path).as_posix() if whole else file.name) for file in files]
         self._num_in_file = np.zeros(len(files), np.int64)  # readable documents
         digests, identities = self._scan()
-        self._fates = self._assign(digests, identities)
+        self._statuses = self._assign(digests, identities)
         self._near_duplicates_known = not config.near_duplicates
-        self._count()
+        self._update_counts()
 
     @property
     def num_readable(self) -> int:
-        """How many documents have text: numbers are below this."""
-        return len(self._fates)
+        """Number of documents that have text; every `Document.number` is below it."""
+        return len(self._statuses)
 
     def documents(self, *splits: str) -> Iterator[Document]:
-        """Yields the documents of the given splits (all without) in reading order.
+        """Yield the documents of the given splits (default: all) in reading order.
 
-        Near duplicates are found on the way, the first time that train documents are asked for.
-        Raises DocumentError if no train document is left, or if the files have changed meanwhile.
+        The first call that includes train documents detects and drops near duplicates while it reads.
+        Raises DocumentError if no train document is left, or if the files changed since they were scanned.
         """
         wanted = {SPLITS.index(split) for split in splits or SPLITS}
         check = not self._near_duplicates_known and SPLITS.index("train") in wanted
         held_out = self._held_out_signatures() if check else None
         for number, entry in self._readable("read", wanted):
-            fate = self._fates[number]
-            if held_out is not None and fate == SPLITS.index("train") and held_out.repeated_by(entry.text):
-                self._fates[number] = _NEAR_DUPLICATE
+            status = self._statuses[number]
+            if held_out is not None and status == SPLITS.index("train") and held_out.repeated_by(entry.text):
+                self._statuses[number] = _NEAR_DUPLICATE
                 continue
-            yield Document(number, entry.source, entry.record, SPLITS[fate], entry.text)
+            yield Document(number, entry.source, entry.record, SPLITS[status], entry.text)
         if check:
             self._near_duplicates_known = True
-            self._count()
+            self._update_counts()
         if not self.report.kept["train"]:
             raise DocumentError(
                 f"{self.path}: no train documents left, all {self.report.near_duplicates} nearly repeat "
@@ -179,9 +183,9 @@ class Corpus:
         return read_entries(file, source, self.config.text_field, self.config.documents_separator)
 
     def _readable(self, title: str, wanted: set[int]) -> Iterator[tuple[int, Entry]]:
-        """The entries with one of the wanted fates, numbered; only files that have such are read."""
-        chosen, stop = np.isin(self._fates, list(wanted)), 0
-        with Progress(title, None, "document") as shown:
+        """Yield the entries with one of the wanted statuses and their numbers; read only files that contain such."""
+        chosen, stop = np.isin(self._statuses, list(wanted)), 0
+        with Progress(title, None, "document") as bar:
             for (file, source), num in zip(self._files, self._num_in_file, strict=True):
                 start, stop = stop, stop + int(num)
                 if not chosen[start:stop].any():
@@ -191,22 +195,22 @@ class Corpus:
                     if not entry.flaw and number < stop and chosen[number]:
                         yield number, entry
                     number += not entry.flaw
-                    shown.update(entry.times)
+                    bar.update(entry.times)
                 if number != stop:
                     raise DocumentError(f"{file}: its documents changed while they were read; run again")
 
     def _scan(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-        """Two 64-bit words of content digest and one of identity for each readable document."""
+        """Return a digest of each readable document's text (n, 2) and a hash of its identity (n,), 64-bit words."""
         digests, identities = bytearray(), bytearray()
-        with Progress("scan", None, "document") as shown:
-            for place, (file, source) in enumerate(self._files):
+        with Progress("scan", None, "document") as bar:
+            for position, (file, source) in enumerate(self._files):
                 for entry in self._entries(file, source):
                     self.report.read += entry.times
-                    shown.update(entry.times)
+                    bar.update(entry.times)
                     if entry.flaw:
                         self._add_flaw(entry)
                         continue
-                    self._num_in_file[place] += 1
+                    self._num_in_file[position] += 1
                     digest = hashlib.blake2b(entry.text.encode(), digest_size=16).digest()
                     digests += digest
                     path = hashlib.blake2b(entry.source.encode(), digest_size=8).digest()
@@ -224,36 +228,36 @@ class Corpus:
         self.report.flawed[entry.flaw] += entry.times
 
     def _assign(self, digests: npt.NDArray[np.uint64], identities: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-        """Each document's fate: the place of its split in SPLITS, or _DUPLICATE."""
+        """Return each document's status (n,): the position of its split in SPLITS, or _DUPLICATE."""
         bounds = [self.config.test, self.config.test + self.config.valid]
         ranks = np.searchsorted(bounds, identities / 2.0**64, side="right").astype(np.uint8)  # 0 test, 1 valid, 2 train
-        fates = (2 - ranks).astype(np.uint8)
-        order = np.lexsort((ranks, digests[:, 1], digests[:, 0]))  # stable: copies of a split in reading order
+        statuses = (2 - ranks).astype(np.uint8)
+        order = np.lexsort((ranks, digests[:, 1], digests[:, 0]))  # stable: equal texts by rank, then in reading order
         ordered = digests[order]
         copies = (ordered[1:] == ordered[:-1]).all(axis=1)
-        fates[order[1:][copies]] = _DUPLICATE
-        usable = len(fates) - int(copies.sum())
+        statuses[order[1:][copies]] = _DUPLICATE
+        usable = len(statuses) - int(copies.sum())
         if usable < len(SPLITS):
-            raise DocumentError(self._too_few(usable, int(copies.sum())))
-        self._fill_empty_splits(fates, identities)
-        return fates
+            raise DocumentError(self._too_few_message(usable, int(copies.sum())))
+        self._fill_empty_splits(statuses, identities)
+        return statuses
 
-    def _fill_empty_splits(self, fates: npt.NDArray[np.uint8], identities: npt.NDArray[np.uint64]) -> None:
-        for place, split in enumerate(SPLITS):
-            counts = np.bincount(fates, minlength=len(SPLITS))[: len(SPLITS)]
-            if counts[place]:
+    def _fill_empty_splits(self, statuses: npt.NDArray[np.uint8], identities: npt.NDArray[np.uint64]) -> None:
+        for position, split in enumerate(SPLITS):
+            counts = np.bincount(statuses, minlength=len(SPLITS))[: len(SPLITS)]
+            if counts[position]:
                 continue
             donor = int(counts.argmax())
-            members = np.flatnonzero(fates == donor)
-            # The held-out splits own the low hashes: the document taken is the nearest to its new split.
+            members = np.flatnonzero(statuses == donor)
+            # Held-out splits have the low hashes, so this takes the document whose hash is nearest to the new split.
             nearest = identities[members].argmax() if split == "train" else identities[members].argmin()
-            fates[members[nearest]] = place
+            statuses[members[nearest]] = position
             self.report.notes.append(
                 f"no document fell to {split} by its hash: 1 of {SPLITS[donor]} was taken; "
                 "with more documents that is not needed"
             )
 
-    def _too_few(self, usable: int, copies: int) -> str:
+    def _too_few_message(self, usable: int, copies: int) -> str:
         flawed = ", ".join(f"{count} {FLAWS[name]}" for name, count in sorted(self.report.flawed.items()))
         dropped = "; ".join(part for part in (flawed, f"{copies} exact copies" if copies else "") if part)
         example = f"; first: {self.report.examples[0]}" if self.report.examples else ""
@@ -277,8 +281,8 @@ class Corpus:
             signatures.add(entry.text)
         return signatures
 
-    def _count(self) -> None:
-        counts = np.bincount(self._fates, minlength=len(SPLITS) + 2)
-        self.report.kept = Counter({split: int(counts[place]) for place, split in enumerate(SPLITS)})
+    def _update_counts(self) -> None:
+        counts = np.bincount(self._statuses, minlength=len(SPLITS) + 2)
+        self.report.kept = Counter({split: int(counts[position]) for position, split in enumerate(SPLITS)})
         self.report.exact_duplicates = int(counts[_DUPLICATE])
         self.report.near_duplicates = int(counts[_NEAR_DUPLICATE])

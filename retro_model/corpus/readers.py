@@ -1,7 +1,7 @@
-"""What files hold, place by place: texts, and the reasons why there is none, with file and line.
+"""Read documents from text, JSON Lines and Parquet files; report unusable ones with file, line and reason.
 
-Everything is read as a stream: memory holds one document, or a few rows of a table, however large the file,
-archive or row group.
+Files are read as streams: memory holds one document, or a few rows of a table, however large the file, archive or
+row group is.
 """
 
 import gzip
@@ -18,7 +18,7 @@ TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 SUFFIXES = TEXT_SUFFIXES + RECORD_SUFFIXES
 
-# Why a document is not usable, in the words of the report.
+# Why a document is unusable: name -> wording in the report.
 FLAWS = {
     "empty": "empty",
     "not_utf8": "not UTF-8",
@@ -27,11 +27,14 @@ FLAWS = {
     "bad_file": "unreadable file or truncated archive",
 }
 BLOCK_BYTES = 1 << 20
-ROWS_PER_BATCH = 64  # of a .parquet file: a row may be a book
+ROWS_PER_BATCH = 64  # of a .parquet file; small, because a row may be a book
 
 
 class Entry(NamedTuple):
-    """What a file holds at one place: a text, or the reason (a key of FLAWS) why there is none."""
+    """A document of a file: its text, or in `flaw` the reason (a key of FLAWS) why it has none.
+
+    `detail` explains the flaw; `times` is the number of documents with it that this entry stands for.
+    """
 
     source: str
     record: int | None
@@ -42,14 +45,14 @@ class Entry(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Where it is, as `file:line`."""
+        """The place as `file:line`, or the file alone if it is one document."""
         return self.source if self.record is None else f"{self.source}:{self.record}"
 
 
 def find_files(path: Path) -> tuple[list[Path], int]:
-    """The files that can hold documents, ordered by their path below `path`, and the number of others.
+    """Return the files that can hold documents, sorted by their path below `path`, and the number of others.
 
-    Hidden files and folders and DVC's `*.dvc` files are no documents and are not counted.
+    Ignores hidden files and folders and DVC's `*.dvc` files. Raises DocumentError if there is no such file.
     """
     if path.is_file():
         if _suffix(path) not in SUFFIXES:
@@ -73,13 +76,13 @@ def find_files(path: Path) -> tuple[list[Path], int]:
 
 
 def matching_files(folder: Path, glob: str) -> list[Path]:
-    """The files in `folder` that match, ordered by path; at least one.
+    """Return the files in `folder` that match, sorted by path.
 
-    `Path.glob` leaves out a folder that it may not list. Here a missing corner of the corpus is an error.
+    Raises DocumentError if none matches, or if a folder cannot be listed, which `Path.glob` would skip silently.
     """
     if not folder.is_dir():
         raise DocumentError(f"{folder}: no such folder; name the one with the text files")
-    for _ in os.walk(folder, onerror=_refusal(folder)):
+    for _ in os.walk(folder, onerror=_unlistable_folder(folder)):
         if "**" not in glob:
             break
     files = sorted((file for file in folder.glob(glob) if file.is_file()), key=Path.as_posix)
@@ -88,7 +91,7 @@ def matching_files(folder: Path, glob: str) -> list[Path]:
     return files
 
 
-def _refusal(path: Path) -> Callable[[OSError], NoReturn]:
+def _unlistable_folder(path: Path) -> Callable[[OSError], NoReturn]:
     def refuse(error: OSError) -> NoReturn:
         raise DocumentError(
             f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it out of {path}"
@@ -98,9 +101,9 @@ def _refusal(path: Path) -> Callable[[OSError], NoReturn]:
 
 
 def _walk(path: Path) -> Iterator[Path]:
-    """All files that are not hidden; links to folders are followed, each folder once."""
+    """Yield all files that are not hidden; follow links to folders, but visit each folder once."""
     seen = set()
-    for folder, names, file_names in os.walk(path, onerror=_refusal(path), followlinks=True):
+    for folder, names, file_names in os.walk(path, onerror=_unlistable_folder(path), followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             names.clear()
@@ -116,24 +119,25 @@ def _suffix(file: Path) -> str:
 
 
 class _UnreadableError(Exception):
-    """A file ends early or is not what its name says; never leaves this module."""
+    """A file is truncated or not of the type that its name says; caught within this module."""
 
 
 def read_entries(file: Path, source: str, text_field: str, separator: str | None) -> Iterator[Entry]:
-    """Yields what `file` holds, in order; text that comes before damage is not lost.
+    """Yield the entries of `file`, in order; if it is damaged, also those before the damage.
 
-    `text_field` is where the text of a record is, `separator` the line that parts the documents of a text
-    file, if any does. `source` is what the entries call the file; bytes of it that are not UTF-8 are spelled
-    with backslashes, so that it can be written anywhere.
+    `text_field` is the field of a record that holds its text. `separator` is the line between documents of a text
+    file; None if a file is one document. `source` is the file's name in the entries; bytes of it that are not UTF-8
+    are written as backslash escapes, so that it can be printed and stored. Raises DocumentError if the system
+    cannot read the file.
     """
     source = source.encode(errors="surrogateescape").decode(errors="backslashreplace")
     suffix, record = _suffix(file), 0
     if suffix == ".parquet":
-        entries = _rows(file, source, text_field)
+        entries = _parquet_rows(file, source, text_field)
     elif suffix in RECORD_SUFFIXES:
         entries = _json_lines(_lines(_blocks(file, suffix)), source, text_field)
     elif separator is not None:
-        entries = _separated(_lines(_blocks(file, suffix)), source, separator)
+        entries = _split_documents(_lines(_blocks(file, suffix)), source, separator)
     else:
         entries = _whole_file(_blocks(file, suffix), source)
     try:
@@ -145,9 +149,9 @@ def read_entries(file: Path, source: str, text_field: str, separator: str | None
 
 
 def _blocks(file: Path, suffix: str) -> Iterator[bytes]:
-    """The file's bytes, decompressed, without a byte order mark at the start."""
+    """Yield the file's bytes, decompressed and without a byte order mark at the start."""
     try:
-        with _opened(file) as stream:
+        with _open(file) as stream:
             if suffix == ".jsonl.gz":
                 blocks = _read_blocks(gzip.GzipFile(fileobj=stream))
             else:
@@ -157,18 +161,18 @@ def _blocks(file: Path, suffix: str) -> Iterator[bytes]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise _UnreadableError(" ".join(str(error).split())) from error
     except OSError as error:
-        raise _gone(file, error) from error
+        raise _unreadable_file(file, error) from error
 
 
-def _opened(file: Path) -> BinaryIO:
+def _open(file: Path) -> BinaryIO:
     try:
         return file.open("rb")
     except OSError as error:
-        raise _gone(file, error) from error
+        raise _unreadable_file(file, error) from error
 
 
-def _gone(file: Path, error: OSError) -> DocumentError:
-    """What the system does not give is no flaw of a document: to skip it would be to train on less than there is."""
+def _unreadable_file(file: Path, error: OSError) -> DocumentError:
+    """Return the error for an unreadable file. Such files are not skipped: training would silently use less text."""
     return DocumentError(
         f"{file}: cannot be read ({error.strerror or error}); bring it back or make it readable, or run again "
         "without it in the folder"
@@ -176,12 +180,12 @@ def _gone(file: Path, error: OSError) -> DocumentError:
 
 
 def _read_blocks(stream: Any) -> Iterator[bytes]:
-    while block := stream.read1(BLOCK_BYTES):  # `read` would lose what comes before a truncation
+    while block := stream.read1(BLOCK_BYTES):  # `read` would lose the bytes before a truncation
         yield block
 
 
 def _zstandard_blocks(stream: Any) -> Iterator[bytes]:
-    """Frame by frame: zstandard's own reader takes a truncated frame for the end of the file."""
+    """Decompress frame by frame, because zstandard's own reader treats a truncated frame as the end of the file."""
     import zstandard
 
     frame = None
@@ -200,7 +204,7 @@ def _zstandard_blocks(stream: Any) -> Iterator[bytes]:
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines with their line feeds."""
+    """Yield the lines, with their line feeds."""
     pending: list[bytes] = []
     for block in blocks:
         *whole, rest = block.split(b"\n")
@@ -213,8 +217,11 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield last
 
 
-def _decoded(source: str, record: int | None, content: bytes, *, spans_lines: bool = False) -> Entry:
-    """The text at `record`. If it `spans_lines`, that is where it begins, and a flaw is at the line of its own."""
+def _decode(source: str, record: int | None, content: bytes, *, spans_lines: bool = False) -> Entry:
+    """Decode the text of `record`.
+
+    If it `spans_lines`, it starts at line `record`, and an invalid byte is reported at its own line.
+    """
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -224,11 +231,11 @@ def _decoded(source: str, record: int | None, content: bytes, *, spans_lines: bo
 
 
 def _whole_file(blocks: Iterable[bytes], source: str) -> Iterator[Entry]:
-    yield _decoded(source, None, b"".join(blocks), spans_lines=True)
+    yield _decode(source, None, b"".join(blocks), spans_lines=True)
 
 
-def _separated(lines: Iterable[bytes], source: str, separator: str) -> Iterator[Entry]:
-    """What stands before, between and after the separator lines; nothing at either end is no document."""
+def _split_documents(lines: Iterable[bytes], source: str, separator: str) -> Iterator[Entry]:
+    """Yield the documents before, between and after separator lines; an empty one at either end is left out."""
     wanted, pending, start = separator.strip().encode(), list[bytes](), 1
     number = 0
     for number, line in enumerate(lines, start=1):
@@ -236,10 +243,10 @@ def _separated(lines: Iterable[bytes], source: str, separator: str) -> Iterator[
             pending.append(line)
             continue
         if pending or start > 1:
-            yield _decoded(source, start, b"".join(pending), spans_lines=True)
+            yield _decode(source, start, b"".join(pending), spans_lines=True)
         pending, start = [], number + 1
     if pending or not number:
-        yield _decoded(source, start, b"".join(pending), spans_lines=True)
+        yield _decode(source, start, b"".join(pending), spans_lines=True)
 
 
 def _json_lines(lines: Iterable[bytes], source: str, text_field: str) -> Iterator[Entry]:
@@ -249,7 +256,7 @@ def _json_lines(lines: Iterable[bytes], source: str, text_field: str) -> Iterato
 
 
 def _json_record(source: str, number: int, line: bytes, text_field: str) -> Entry:
-    entry = _decoded(source, number, line)
+    entry = _decode(source, number, line)
     if entry.flaw:
         return entry
     try:
@@ -260,27 +267,27 @@ def _json_record(source: str, number: int, line: bytes, text_field: str) -> Entr
         return Entry(source, number, "", "bad_record", f"{type(record).__name__}, expected an object")
     text = record.get(text_field)
     if text is None:
-        return Entry(source, number, "", "missing_field", _no_field(text_field, list(record)))
+        return Entry(source, number, "", "missing_field", _missing_field_detail(text_field, list(record)))
     if not isinstance(text, str):
         detail = f"{text_field!r} holds {type(text).__name__}, expected text"
         return Entry(source, number, "", "bad_record", detail)
-    # JSON can spell half of a surrogate pair, which no UTF-8 file can.
-    return _decoded(source, number, text.encode(errors="surrogatepass"))
+    # A JSON escape can be half of a surrogate pair, which is not valid UTF-8.
+    return _decode(source, number, text.encode(errors="surrogatepass"))
 
 
-def _no_field(text_field: str, names: list[str]) -> str:
+def _missing_field_detail(text_field: str, names: list[str]) -> str:
     return f"no {text_field!r} in {', '.join(names[:8]) or 'it'}; see corpus.text_field"
 
 
-def _rows(file: Path, source: str, text_field: str) -> Iterator[Entry]:
+def _parquet_rows(file: Path, source: str, text_field: str) -> Iterator[Entry]:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        # Without a buffer size, or with pre_buffer, a row group's whole column is read at once.
+        # Without a buffer size, or with pre_buffer, pyarrow reads a row group's whole column at once.
         with (
-            _opened(file) as stream,  # pyarrow itself opens no name that is not UTF-8
+            _open(file) as stream,  # pyarrow cannot open a name that is not UTF-8
             pyarrow.parquet.ParquetFile(stream, buffer_size=BLOCK_BYTES, pre_buffer=False) as table,
         ):
             yield from _check_columns(table, source, text_field)
@@ -292,7 +299,7 @@ def _rows(file: Path, source: str, text_field: str) -> Iterator[Entry]:
                     if content is None:
                         yield Entry(source, number, "", "missing_field", "null")
                     else:
-                        yield _decoded(source, number, content)
+                        yield _decode(source, number, content)
     except (pyarrow.ArrowException, OSError) as error:
         raise _UnreadableError(" ".join(str(error).split())[:200]) from error
 
@@ -300,11 +307,11 @@ def _rows(file: Path, source: str, text_field: str) -> Iterator[Entry]:
 def _check_columns(table: Any, source: str, text_field: str) -> Iterator[Entry]:
     names = table.schema_arrow.names
     if text_field not in names and table.metadata.num_rows:
-        yield Entry(source, 1, "", "missing_field", _no_field(text_field, names), table.metadata.num_rows)
+        yield Entry(source, 1, "", "missing_field", _missing_field_detail(text_field, names), table.metadata.num_rows)
 
 
 def _as_bytes(column: Any) -> list[bytes | None]:
-    """The column's texts as bytes: one that is not UTF-8 must not cost its whole batch."""
+    """Return the column's texts as bytes, so that one that is not UTF-8 does not fail its whole batch."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):

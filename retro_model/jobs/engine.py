@@ -1,16 +1,15 @@
-"""Work in parts: by this process, by a process for each GPU, or by a Ray cluster, with the same bytes.
+"""Run a job part by part: in this process, in one process per GPU, or on a Ray cluster, with identical bytes.
 
-A job is cut into parts. Each is an artifact of its own in a folder of work in progress, there when it
-is whole and not before. Whoever runs the job again finds the finished parts and makes the others, so a
-kill costs the parts that were being made. What a job writes depends on its parts, never on who made
-them or in what order.
+Each part is an artifact of its own in a folder of work in progress, and appears there only when it is complete. A
+second run of the job reuses the finished parts and makes the others, so a kill loses only the parts in progress.
+The output depends on the parts, never on which process made them or in what order.
 
     with Engine().open(job) as running:
         for part in running.make(parts, work):      # artifacts, in the order of `parts`
             writer.adopt(part)
 
-A job says in `facts` what every part must have been made with, and is asked on a machine that makes
-parts: the driver of a cluster may have no GPU, and would resolve `auto` to something else.
+`Job.facts` returns what every part must have been made with. It is called on a machine that makes parts, because
+the driver of a cluster may have no GPU and would resolve `auto` differently.
 """
 
 import contextlib
@@ -37,12 +36,12 @@ from retro_model.core.progress import Progress
 
 Opened = TypeVar("Opened")
 
-# Parts in the hands of each worker: one at work, one waiting.
+# Parts submitted per worker: one in progress, one waiting.
 PARTS_PER_WORKER = 2
 
 
 class Part(NamedTuple):
-    """One part: the name of its folder, what the job needs to make it, and facts that it then records."""
+    """One part: its folder's name, the arguments of `Job.make`, and facts that its artifact must record."""
 
     name: str
     arguments: tuple[Any, ...]
@@ -50,16 +49,16 @@ class Part(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What there is to say of finished work: `metrics` follow from the input, `timings` from the machine too."""
+    """Results of a finished job: `metrics` depend on the input alone, `timings` also on the machine."""
 
     metrics: dict[str, float]
     timings: dict[str, float]
 
 
 def row_parts(split: str, rows: int, size: int, **facts: Any) -> Iterator[Part]:
-    """Ranges of `size` rows of a split, the last one shorter; one of none where there are no rows.
+    """Yield parts of `size` rows of a split, the last one shorter; one empty part if the split has no rows.
 
-    A job gets (split, start, stop).
+    A part's arguments are (split, start, stop).
     """
     for number, start in enumerate(range(0, max(rows, 1), size)):
         yield Part(f"{split}-{number:05d}", (split, start, min(start + size, rows)), facts)
@@ -67,7 +66,7 @@ def row_parts(split: str, rows: int, size: int, **facts: Any) -> Iterator[Part]:
 
 @contextlib.contextmanager
 def work_or_temporary(work: Path | None, out: Path) -> Iterator[Path]:
-    """The folder of work in progress that was given, or one beside `out` that does not outlive the block."""
+    """Yield `work`, or for None a temporary folder beside `out` that is deleted after the block."""
     if work is not None:
         yield work
         return
@@ -77,34 +76,34 @@ def work_or_temporary(work: Path | None, out: Path) -> Iterator[Path]:
 
 
 class Job(Protocol[Opened]):
-    """What is to be done. It travels to other processes and machines, so it holds settings and full paths.
+    """A piece of work. Jobs are sent to other processes and machines, so they hold settings and absolute paths.
 
-    `kind` is the kind of artifact that a part is.
+    `kind` is the artifact kind of the parts.
     """
 
     kind: ClassVar[str]
 
     @property
     def uses_gpus(self) -> bool:
-        """Whether it gains by a process for each GPU."""
+        """Whether the job runs faster with one process per GPU."""
 
     def open(self) -> Opened:
-        """Loads what all parts need. Called once in each process."""
+        """Load what all parts need. Called once in each process."""
 
     def facts(self, opened: Opened) -> dict[str, Any]:
-        """Facts that every part records; a part with others is of another job and is made again."""
+        """Return facts that every part records; a stored part with other facts is made again."""
 
     def make(self, opened: Opened, folder: Path, *arguments: Any) -> Iterator[int]:
-        """Writes a part into an empty folder; yields numbers of units as they are done, for the progress bar."""
+        """Write a part into an empty folder; yield numbers of finished units for the progress bar."""
 
 
 @dataclass(frozen=True)
 class EngineConfig(Config, section="runtime"):
-    """Who makes the parts.
+    """Where parts are made.
 
-    `workers` of the local engine are processes; 0 is one for each GPU, or one where there is none: a
-    process keeps all cores busy. A Ray task takes `ray_cpus` of its node, and `ray_gpus` if it embeds, or
-    searches with a faiss for GPUs.
+    `workers` is the number of processes of the local engine; 0 means one per GPU, or a single one without GPUs,
+    because one process keeps all cores busy. A Ray task takes `ray_cpus` of its node, and `ray_gpus` if it embeds,
+    or searches with a GPU build of faiss.
     """
 
     engine: str = setting("local", choices=("local", "ray"))
@@ -115,7 +114,7 @@ class EngineConfig(Config, section="runtime"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ray_address in ("", "local"):  # Ray would start a cluster, and a dashboard, of its own
+        if self.ray_address in ("", "local"):  # with these, Ray would start its own cluster and dashboard
             raise ConfigError(
                 f"runtime.ray_address: found {self.ray_address!r}, expected auto or the address of a running cluster"
             )
@@ -123,14 +122,14 @@ class EngineConfig(Config, section="runtime"):
 
 @dataclass(frozen=True)
 class Engine:
-    """Runs jobs as configured; `device` is where the job computes: auto, cpu or cuda."""
+    """Runs jobs as configured; `device` is where jobs compute: auto, cpu or cuda."""
 
     config: EngineConfig = EngineConfig()
     device: str = "auto"
 
     @contextlib.contextmanager
     def open(self, job: Job[Any]) -> Iterator["Running[Any]"]:
-        """The job, opened by those who will make its parts."""
+        """Start the workers for `job` and yield a `Running` that makes its parts."""
         if self.config.engine == "ray":
             with _ray_cluster(self.config, job) as workers:
                 yield Running(job, workers)
@@ -138,46 +137,46 @@ class Engine:
         num_gpus = _num_gpus(self.device) if job.uses_gpus else 0
         num_workers = self.config.workers or max(num_gpus, 1)
         if num_workers == 1:
-            yield Running(job, _Here(job))
+            yield Running(job, _ThisProcess(job))
             return
         with _process_pool(job, num_workers, num_gpus) as workers:
             yield Running(job, workers)
 
 
 class Running(Generic[Opened]):
-    """A job at work. `facts` are those that all its parts share."""
+    """A job with its workers. `facts` are the facts that all parts share."""
 
     def __init__(self, job: Job[Opened], workers: "_Workers") -> None:
         self.job = job
         self.facts: dict[str, Any] = workers.facts()
         self._workers = workers
 
-    def make(self, parts: Iterable[Part], work: Path, shown: Progress | None = None) -> Iterator[Artifact]:
-        """The parts' artifacts in order; those that are not in the folder `work` yet are made.
+    def make(self, parts: Iterable[Part], work: Path, bar: Progress | None = None) -> Iterator[Artifact]:
+        """Yield the parts' artifacts in order; make those that are not in the folder `work` yet.
 
-        `shown` counts units of parts that are made; of parts that are found, their rows.
+        `bar` counts the units of parts that are made, and skips the rows of parts that are reused.
         """
         work = work.absolute()
         work.mkdir(parents=True, exist_ok=True)
         for leftover in work.glob("*.partial"):
             shutil.rmtree(leftover)
-        ahead: deque[Callable[[], Artifact]] = deque()
+        results: deque[Callable[[], Artifact]] = deque()
         for part in parts:
             folder, facts = work / part.name, {**self.facts, **part.facts}
-            if found := self._found(folder, facts):
-                ahead.append(partial(_take, found, shown))
+            if found := self._open_finished(folder, facts):
+                results.append(partial(_reuse, found, bar))
             else:
                 pending = self._workers.submit(folder, part.arguments)
-                ahead.append(partial(self._wait, pending, folder, facts, shown))
-            while len(ahead) >= self._workers.ahead:
-                yield ahead.popleft()()
-        while ahead:
-            yield ahead.popleft()()
+                results.append(partial(self._wait, pending, folder, facts, bar))
+            while len(results) >= self._workers.max_pending:
+                yield results.popleft()()
+        while results:
+            yield results.popleft()()
 
-    def _found(self, folder: Path, facts: dict[str, Any]) -> Artifact | None:
+    def _open_finished(self, folder: Path, facts: dict[str, Any]) -> Artifact | None:
         if not (folder / DESCRIPTION).is_file():
             if folder.exists():
-                shutil.rmtree(folder)  # what a kill left of one that was being deleted
+                shutil.rmtree(folder)  # a kill interrupted its deletion
             return None
         try:
             return Artifact.open(folder, self.job.kind).require(**facts)
@@ -186,24 +185,24 @@ class Running(Generic[Opened]):
             shutil.rmtree(folder)
             return None
 
-    def _wait(self, pending: "_Pending", folder: Path, facts: dict[str, Any], shown: Progress | None) -> Artifact:
+    def _wait(self, pending: "_Pending", folder: Path, facts: dict[str, Any], bar: Progress | None) -> Artifact:
         for num in pending:
-            if shown is not None:
-                shown.update(num)
+            if bar is not None:
+                bar.update(num)
         return Artifact.open(folder, self.job.kind, verify=False).require(**facts)
 
 
-def _take(found: Artifact, shown: Progress | None) -> Artifact:
-    if shown is not None:
-        shown.skip(found.rows)
+def _reuse(found: Artifact, bar: Progress | None) -> Artifact:
+    if bar is not None:
+        bar.skip(found.rows)
     return found
 
 
 def make_part(job: Job[Opened], opened: Opened, folder: Path, arguments: tuple[Any, ...]) -> Iterator[int]:
-    """Makes one part: whole or absent, also when two processes make the same one at a time.
+    """Make one part atomically: `folder` is complete or absent, even if two processes make the same part.
 
-    That happens when a machine is taken for dead and is not: whoever is second drops its work, which
-    is the same.
+    That happens if a cluster gives up a machine that is still running. The process that finishes second discards
+    its work, which equals the first one's.
     """
     unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
     unfinished.mkdir()
@@ -219,25 +218,25 @@ def make_part(job: Job[Opened], opened: Opened, folder: Path, arguments: tuple[A
             shutil.rmtree(unfinished)
 
 
-# ---- who makes the parts ---------------------------------------------------------------------------
+# ---- workers: processes that make the parts ------------------------------------------------------------
 
-_Pending = Iterable[int]  # units done, as they are done; exhausted when the part is whole
+_Pending = Iterable[int]  # numbers of finished units; exhausted when the part is complete
 
 
 class _Workers(Protocol):
-    """Processes that have opened a job. `ahead` is how many parts may be in their hands."""
+    """Processes that have opened a job. At most `max_pending` parts are submitted at a time."""
 
-    ahead: int
+    max_pending: int
 
     def facts(self) -> dict[str, Any]: ...
 
     def submit(self, folder: Path, arguments: tuple[Any, ...]) -> _Pending: ...
 
 
-class _Here:
-    """This process: a part is made when it is waited for."""
+class _ThisProcess:
+    """This process; it makes a part while the caller iterates over the part's progress."""
 
-    ahead = 1
+    max_pending = 1
 
     def __init__(self, job: Job[Any]) -> None:
         self._job, self._opened = job, job.open()
@@ -250,10 +249,10 @@ class _Here:
 
 
 class _Pool:
-    """Processes on this machine."""
+    """A process pool on this machine."""
 
     def __init__(self, executor: ProcessPoolExecutor, num_workers: int) -> None:
-        self._executor, self.ahead = executor, num_workers * PARTS_PER_WORKER
+        self._executor, self.max_pending = executor, num_workers * PARTS_PER_WORKER
 
     def facts(self) -> dict[str, Any]:
         with _pool_errors():
@@ -301,7 +300,7 @@ def _process_pool(job: Job[Any], num_workers: int, num_gpus: int) -> Iterator[_P
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """The variables are set in the block: what is started there inherits them."""
+    """Set environment variables in this block, for the processes that are started in it."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -314,7 +313,7 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-# What a worker process holds: its job, and what that job loaded.
+# State of a worker process: "job", and "opened", what `job.open()` returned.
 _worker: dict[str, Any] = {}
 
 
@@ -328,20 +327,20 @@ def _start_worker(job: Job[Any], numbers: Any, num_gpus: int) -> None:
     _worker["job"] = job
 
 
-def _in_worker() -> tuple[Job[Any], Any]:
-    """The job and what it loaded, loaded at the first part: so an error in it is that part's error."""
+def _worker_job() -> tuple[Job[Any], Any]:
+    """Return the job and what it loaded. Loading waits for the first part, so that its errors reach the caller."""
     if "opened" not in _worker:
         _worker["opened"] = _worker["job"].open()
     return _worker["job"], _worker["opened"]
 
 
 def _facts_in_worker() -> dict[str, Any]:
-    job, opened = _in_worker()
+    job, opened = _worker_job()
     return job.facts(opened)
 
 
 def _make_in_worker(folder: Path, arguments: tuple[Any, ...]) -> int:
-    job, opened = _in_worker()
+    job, opened = _worker_job()
     return sum(make_part(job, opened, folder, arguments))
 
 
@@ -357,9 +356,9 @@ def _num_gpus(device: str) -> int:
 
 
 class _Ray:
-    """Tasks on a cluster whose machines see the same files under the same paths.
+    """Tasks on a Ray cluster whose machines share the files under the same paths.
 
-    A task whose worker or machine died runs again elsewhere.
+    If a worker or a machine dies, Ray runs its task again elsewhere.
     """
 
     def __init__(self, ray: Any, config: EngineConfig, job: Job[Any]) -> None:
@@ -369,15 +368,15 @@ class _Ray:
         self._facts = ray.remote(**options)(_facts_on_cluster)
         self._make = ray.remote(**options)(_make_on_cluster)
         self._key, self._job = uuid.uuid4().hex, ray.put(job)
-        places = int(ray.cluster_resources().get("CPU", 1) // config.ray_cpus)
+        num_tasks = int(ray.cluster_resources().get("CPU", 1) // config.ray_cpus)
         if num_gpus:
-            places = min(places, int(ray.cluster_resources().get("GPU", 0) / num_gpus))
-        if not places:
+            num_tasks = min(num_tasks, int(ray.cluster_resources().get("GPU", 0) / num_gpus))
+        if not num_tasks:
             raise ConfigError(
                 f"runtime.ray_cpus {config.ray_cpus} and runtime.ray_gpus {config.ray_gpus:g} are more than the "
                 f"cluster has ({ray.cluster_resources()})"
             )
-        self.ahead = places * PARTS_PER_WORKER
+        self.max_pending = num_tasks * PARTS_PER_WORKER
 
     def facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = self._get(self._facts.remote(self._key, self._job))
@@ -396,7 +395,7 @@ class _Ray:
             return self._ray.get(reference)
         except RayTaskError as error:
             if isinstance(error.cause, RetroError):
-                raise error.cause from None  # the user's fault: one line, wherever it was found
+                raise error.cause from None  # without the remote traceback: stages print these as one line
             raise
         except RayError as error:
             raise RetroError(
@@ -427,15 +426,15 @@ def _ray_cluster(config: EngineConfig, job: Job[Any]) -> Iterator[_Ray]:
             ray.shutdown()
 
 
-_on_cluster: dict[str, Any] = {}  # what this worker process loaded for the job that it last worked for
+_opened_jobs: dict[str, Any] = {}  # in a Ray worker: job key -> what its `open()` returned, for the latest job only
 
 
 def _opened_on_cluster(key: str, job: Job[Any]) -> Any:
-    if key not in _on_cluster:
+    if key not in _opened_jobs:
         allow_open_files()
-        _on_cluster.clear()
-        _on_cluster[key] = job.open()
-    return _on_cluster[key]
+        _opened_jobs.clear()
+        _opened_jobs[key] = job.open()
+    return _opened_jobs[key]
 
 
 def _facts_on_cluster(key: str, job: Job[Any]) -> dict[str, Any]:

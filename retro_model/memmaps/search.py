@@ -19,7 +19,7 @@ import numpy.typing as npt
 from retro_model.core.arrays import Float32Array, IntArray
 from retro_model.core.artifacts import one_at_a_time, open_raw, read_record, whole_files, write_record
 from retro_model.core.errors import ConfigError, SourceError
-from retro_model.core.prefetch import ahead
+from retro_model.core.prefetch import prefetch
 from retro_model.core.progress import Progress
 from retro_model.core.rows import NO_ROW
 from retro_model.embedding.embed import Tokenized
@@ -283,7 +283,7 @@ def _write_vectors(rows: IntArray, embedder: ChunkEmbedder, path: Path) -> None:
 
     num_truncated = 0
     with path.open("wb") as stream, Progress("embed", len(rows), "chunk") as bar:
-        for tokenized in ahead(map(read, range(0, len(rows), size))):
+        for tokenized in prefetch(map(read, range(0, len(rows), size))):
             vectors = embedder.encoder.vectors(tokenized)
             if not np.isfinite(vectors).all():
                 raise SourceError(f"{embedder.encoder.name}: a vector is not finite; choose another encoder")

@@ -312,9 +312,9 @@ def make_neighbors(
             found = Artifact.open(folder / split, "neighbors", verify=False)
             said = describe_neighbors(found, chunks[split], embeddings[split], chunks["train"], embeddings["train"])
             metrics |= {f"{split}_{name}": value for name, value in said.items()}
-    if not bar.made:
+    if not bar.num_new:
         return Outcome(metrics, {})
-    milliseconds = 1000 * seconds / bar.made
+    milliseconds = 1000 * seconds / bar.num_new
     print(f"knn: {milliseconds:.3g} ms a query for its {config.stored} nearest of {chunks['train'].rows:,}", flush=True)
     return Outcome(metrics, {"milliseconds_per_query": milliseconds})
 

@@ -23,7 +23,7 @@ from retro_model.core.arrays import BoolArray, IntArray
 from retro_model.core.config import Config, setting
 from retro_model.core.devices import fast_float32_products, keep_freed_memory, resolve_number_type
 from retro_model.core.errors import ConfigError, TrainingError
-from retro_model.core.prefetch import ahead
+from retro_model.core.prefetch import prefetch
 from retro_model.core.progress import Progress
 from retro_model.core.rows import NO_ROW
 from retro_model.network.model import RETRO
@@ -349,7 +349,7 @@ class Trainer:
             _StopSignals(self.checkpoints is not None) as stop,
             bar as shown,
         ):
-            for data in ahead(map(self.data, range(self.state.step, config.steps))):
+            for data in prefetch(map(self.data, range(self.state.step, config.steps))):
                 record = self.step(data)
                 validates = self._done or self.state.step % config.validate_every == 0
                 if validates:
