@@ -1,12 +1,12 @@
-"""The command `retro`: look at a chunk's neighbors, and watch the model write.
+"""The command `retro`: print a chunk's neighbors, or generate text with the model.
 
     retro neighbors --split test --chunk 123
     retro neighbors --text "Return the indices of the largest"
     retro generate --prompt "Return the indices of the largest" --show-neighbors
 
-Reads what the pipeline wrote (data/ and models/retro) and changes nothing. What a user can cause is one
-line on standard error and status 1; Ctrl-C ends with 130 and a reader that went away (`| head`) with 141,
-both without a word. Heavy libraries load after the arguments and the files were found to be right.
+Reads the pipeline's outputs (data/ and models/retro) and writes nothing. User errors are one line on standard error,
+with exit status 1. Ctrl-C exits with 130 and a closed pipe (`| head`) with 141, both silently. Heavy libraries are
+imported after arguments and files have been checked.
 """
 
 import argparse
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from retro_model.corpus.tokenizer import Tokenizer
     from retro_model.inference.retriever import Retriever
 
-COLUMNS = 100  # that text is wrapped to
+COLUMNS = 100  # width of wrapped text
 PARAMS_FILE = Path("params.yaml")
 
 DESCRIPTION = "Look at what the pipeline made: a chunk's neighbors, and what the model writes."
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter flushes once more when it ends, and would complain.
+        # The interpreter flushes stdout again at exit and would report the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
@@ -71,21 +71,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("where things are")
+    group = parser.add_argument_group("inputs and device")
     group.add_argument(
-        "--data", type=Path, default=Path("data"), metavar="FOLDER", help="what the stages wrote (default: data)"
+        "--data", type=Path, default=Path("data"), metavar="FOLDER", help="outputs of the stages (default: data)"
     )
     group.add_argument(
         "--encoder",
         metavar="NAME",
-        help="where the encoder is, as embed.encoder says it (default: embed.encoder of ./params.yaml, if there "
-        "is one, else the name that data/embeddings recorded)",
+        help="the encoder: a package, hub name or folder, as in embed.encoder (default: embed.encoder of "
+        "./params.yaml if that file exists, else the name recorded in data/embeddings)",
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
 
 def _at_least(least: float, kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """An argument's type: a number from `least` on."""
+    """An argparse type: a number >= `least`."""
 
     def parse(text: str) -> Any:
         value = kind(text)
@@ -93,11 +93,11 @@ def _at_least(least: float, kind: Callable[[str], Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"found {text}, expected {least} or more")
         return value
 
-    parse.__name__ = "number"  # argparse says "invalid number value" where the text is none
+    parse.__name__ = "number"  # in argparse's message "invalid number value"
     return parse
 
 
-def _share(text: str) -> float:
+def _probability(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"found {text}, expected a number above 0 and at most 1")
@@ -108,18 +108,20 @@ def _share(text: str) -> float:
 
 
 def _add_neighbors(commands: Any) -> None:
-    text = "Print a chunk, or a text, with its nearest chunks of the database: distance, document, continuation."
-    parser = commands.add_parser("neighbors", help="a chunk or a text, and what is near it", description=text)
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument(
+    text = "Print a chunk or a text with its nearest database chunks: distance, document and continuation."
+    parser = commands.add_parser("neighbors", help="print the neighbors of a chunk or a text", description=text)
+    query = parser.add_mutually_exclusive_group(required=True)
+    query.add_argument(
         "--chunk",
         type=_at_least(0, int),
         metavar="NUMBER",
-        help="a chunk of the split, counted from 0: stored neighbors",
+        help="number of a chunk in the split, from 0: prints its stored neighbors",
     )
-    asked.add_argument("--text", help="any text: it is embedded and searched now, as far as the encoder reads")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="of --chunk (default: test)")
-    parser.add_argument("-k", "--knn", type=_at_least(1, int), default=4, metavar="K", help="how many (default: 4)")
+    query.add_argument("--text", help="any text: embeds it, up to the encoder's maximum length, and searches now")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="split of --chunk (default: test)")
+    parser.add_argument(
+        "-k", "--knn", type=_at_least(1, int), default=4, metavar="K", help="number of neighbors (default: 4)"
+    )
     _add_common(parser)
     parser.set_defaults(run=_neighbors)
 
@@ -132,7 +134,7 @@ def _neighbors(options: argparse.Namespace) -> None:
 
 
 def _stored_neighbors(options: argparse.Namespace) -> None:
-    """A chunk of a split with the neighbors that the knn stage stored for it."""
+    """Prints a chunk of a split with the neighbors that the knn stage stored for it."""
     chunks = Artifact.open(options.data / "chunks" / options.split, "chunks", verify=False)
     if options.chunk >= chunks.rows:
         raise ConfigError(f"--chunk: found {options.chunk}, expected 0 to {chunks.rows - 1} (split {options.split})")
@@ -155,7 +157,7 @@ def _stored_neighbors(options: argparse.Namespace) -> None:
 
 
 def _neighbors_of_text(options: argparse.Namespace) -> None:
-    """A text with its neighbors, searched now."""
+    """Embeds a text, searches for its neighbors and prints both."""
     if not options.text.strip():
         raise ConfigError("--text: found no text, expected some")
     retriever = _open_retriever(options)
@@ -166,13 +168,15 @@ def _neighbors_of_text(options: argparse.Namespace) -> None:
 
 
 def _print_neighbors(database: Artifact, tokenizer: "Tokenizer", ids: list[int], distances: list[float]) -> None:
-    for lines in _told(database, tokenizer, ids, distances):
+    for lines in _format_neighbors(database, tokenizer, ids, distances):
         _print("")
         _print(lines)
 
 
-def _told(database: Artifact, tokenizer: "Tokenizer", ids: list[int], distances: list[float]) -> Iterator[str]:
-    """Each of the neighbors with these rows, in a few lines; -1, for none, is left out."""
+def _format_neighbors(
+    database: Artifact, tokenizer: "Tokenizer", ids: list[int], distances: list[float]
+) -> Iterator[str]:
+    """Yields a few lines of text for each neighbor in `ids`, database rows; skips -1 (no neighbor)."""
     import numpy as np
 
     from retro_model.core.rows import retrieved_tokens
@@ -196,10 +200,12 @@ def _heading(text: str) -> str:
 
 
 def _wrapped(text: str) -> str:
-    """The text, indented, its own lines kept and long ones wrapped; control characters as their pictures."""
-    shown = "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    """The text indented and wrapped, with its own line breaks kept and control characters replaced."""
+    printable = "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
     lines = [
-        part for line in shown.splitlines() for part in textwrap.wrap(line, COLUMNS, replace_whitespace=False) or [""]
+        part
+        for line in printable.splitlines()
+        for part in textwrap.wrap(line, COLUMNS, replace_whitespace=False) or [""]
     ]
     return textwrap.indent("\n".join(lines), "   ", lambda line: True)
 
@@ -210,7 +216,7 @@ def _print(text: str) -> None:
 
 def _open_retriever(options: argparse.Namespace) -> "Retriever":
     for kind, folder in (("index", "index"), ("embeddings", "embeddings/train"), ("chunks", "chunks/train")):
-        Artifact.open(options.data / folder, kind, verify=False)  # said at once where it is not there
+        Artifact.open(options.data / folder, kind, verify=False)  # fail before the heavy imports if missing
     encoder = options.encoder or _encoder_of_params()
     from retro_model.inference.retriever import Retriever
 
@@ -218,7 +224,7 @@ def _open_retriever(options: argparse.Namespace) -> "Retriever":
 
 
 def _encoder_of_params() -> str | None:
-    """`embed.encoder` of the params.yaml here; it may be a folder, of which data/ records only the name."""
+    """`embed.encoder` of ./params.yaml, if there; for a folder, data/ records only its name, not its path."""
     if not PARAMS_FILE.is_file():
         return None
     from ruamel.yaml import YAML
@@ -238,13 +244,11 @@ def _encoder_of_params() -> str | None:
 
 def _add_generate(commands: Any) -> None:
     text = (
-        "Write on from a prompt, token by token, with a retrieval for every finished chunk. Ends where the model ends "
+        "Continue a prompt token by token, and retrieve neighbors for every finished chunk. Stops when the model ends "
         "the document, after --max-new-tokens, or at the length that the model was trained for."
     )
-    parser = commands.add_parser("generate", help="what the model writes after a prompt", description=text)
-    parser.add_argument(
-        "--prompt", required=True, metavar="TEXT", help="what the text begins with; - reads it from stdin"
-    )
+    parser = commands.add_parser("generate", help="continue a prompt with the model", description=text)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; - reads it from stdin")
     parser.add_argument(
         "--model", type=Path, default=Path("models/retro"), metavar="FOLDER", help="default: models/retro"
     )
@@ -254,23 +258,27 @@ def _add_generate(commands: Any) -> None:
         type=_at_least(0, float),
         default=0.8,
         metavar="T",
-        help="0: the likeliest token (default: 0.8)",
+        help="0: always the likeliest token (default: 0.8)",
     )
     cut = parser.add_mutually_exclusive_group()
-    cut.add_argument("--top-k", type=_at_least(1, int), metavar="K", help="draw from the K likeliest tokens")
+    cut.add_argument("--top-k", type=_at_least(1, int), metavar="K", help="sample from the K likeliest tokens")
     cut.add_argument(
         "--top-p",
-        type=_share,
+        type=_probability,
         metavar="P",
-        help="draw from the likeliest tokens that reach probability P (default: 0.95)",
+        help="sample from the likeliest tokens that together reach probability P (default: 0.95)",
+    )
+    parser.add_argument("--seed", type=_at_least(0, int), default=0, metavar="N", help="seed for sampling (default: 0)")
+    parser.add_argument(
+        "-k",
+        "--knn",
+        type=_at_least(0, int),
+        metavar="K",
+        help="neighbors per chunk; 0: none (default: as in training)",
     )
     parser.add_argument(
-        "--seed", type=_at_least(0, int), default=0, metavar="N", help="another one, another text (default: 0)"
+        "--show-neighbors", action="store_true", help="print the retrieved neighbors at the end of each chunk"
     )
-    parser.add_argument(
-        "-k", "--knn", type=_at_least(0, int), metavar="K", help="neighbors a chunk; 0: none (default: as in training)"
-    )
-    parser.add_argument("--show-neighbors", action="store_true", help="print what was retrieved, at each chunk's end")
     _add_common(parser)
     parser.set_defaults(run=_generate)
 
@@ -302,7 +310,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _write(
     options: argparse.Namespace, tokenizer: "Tokenizer", retriever: "Retriever | None", knn: int
 ) -> Iterator[str]:
-    """The prompt and what follows it, piece by piece."""
+    """Yields the prompt, then each piece of generated text, with the retrieved neighbors if asked for."""
     import torch
 
     from retro_model.core.devices import resolve_device
@@ -320,11 +328,11 @@ def _write(
     filter_fn, thres = (top_p, options.top_p or 0.95)
     if options.top_k is not None:
         filter_fn, thres = top_k, 1 - min(options.top_k / model.config.num_tokens, 1)
-    shown: list[str] = []
+    neighbor_blocks: list[str] = []
     writer = Writer(
         model,
         torch.tensor([ids], device=model.embedding.weight.device),
-        retrieve=None if retriever is None else _retrieving(retriever, knn, shown),
+        retrieve=None if retriever is None else _make_retrieve(retriever, knn, neighbor_blocks),
         max_new_tokens=options.max_new_tokens,
         filter_fn=filter_fn,
         filter_thres=thres,
@@ -336,17 +344,17 @@ def _write(
     before = tokenizer.decode(ids)
     for token in writer:
         if options.show_neighbors:
-            yield from shown
-        shown.clear()
+            yield from neighbor_blocks
+        neighbor_blocks.clear()
         ids.append(int(token))
-        # A character of several tokens is written when it is whole.
+        # Hold back a character until all of its tokens are there.
         now = tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
         yield now.removeprefix(before)
         before = now
 
 
-def _retrieving(retriever: "Retriever", knn: int, shown: list[str]) -> Callable[["Tensor"], "Tensor"]:
-    """The search as `Writer` calls it; what it finds for each chunk is told in `shown`."""
+def _make_retrieve(retriever: "Retriever", knn: int, neighbor_blocks: list[str]) -> Callable[["Tensor"], "Tensor"]:
+    """The retrieve function for `Writer`; appends a text about each chunk's neighbors to `neighbor_blocks`."""
     import torch
 
     chunks_before = 0
@@ -356,9 +364,9 @@ def _retrieving(retriever: "Retriever", knn: int, shown: list[str]) -> Callable[
         found = retriever.retrieve(token_chunks.cpu().numpy(), knn)
         for ids, distances in zip(found.ids.tolist(), found.distances.tolist(), strict=True):
             chunks_before += 1
-            told = "\n".join(_told(retriever.chunks, retriever.tokenizer, ids, distances))
-            block = f"retrieved with chunk {chunks_before} of this text, for the next one\n{told}"
-            shown.append("\n\n" + textwrap.indent(block, "  | ", lambda line: True) + "\n\n")
+            lines = "\n".join(_format_neighbors(retriever.chunks, retriever.tokenizer, ids, distances))
+            block = f"retrieved with chunk {chunks_before} of this text, for the next one\n{lines}"
+            neighbor_blocks.append("\n\n" + textwrap.indent(block, "  | ", lambda line: True) + "\n\n")
         return torch.from_numpy(found.tokens).to(token_chunks.device)
 
     return retrieve

@@ -1,4 +1,4 @@
-"""For training loops of your own; the library uses retro_model.core.devices."""
+"""Device functions for your own training loop; the library itself uses retro_model.core.devices."""
 
 from retro_model.core.devices import fast_float32_products, resolve_device
 

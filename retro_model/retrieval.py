@@ -1,22 +1,22 @@
-"""From a folder of text to neighbors, as functions over raw memory maps: for scripts that know no stages.
+"""Functions from a folder of text to neighbors, over raw memory maps, for scripts that do not use the stages.
 
     counts = text_folder_to_chunks_(folder="text", chunks_memmap_path="train.chunks.dat", ...)
     path, index = chunks_to_precalculated_knn_(num_chunks=counts["chunks"], num_nearest_neighbors=2, ...)
     dataset = RETRODataset(num_chunks=counts["chunks"], ...)                # see retro_model.memmaps.files
 
-What is on disk, all of it without a header:
+The files, all without a header:
 
-    train.chunks.dat              int32 (chunks, M + 1): M tokens, and the first one of the document's next
-                                  chunk; padding at its end
+    train.chunks.dat              int32 (chunks, M + 1): M tokens, and the first token of the document's next
+                                  chunk, or padding for its last chunk
     train.seq.dat                 int32 (sequences,): the row at which each training sequence starts
     train.doc_ids.dat             int32 (chunks,): the document of each row, from 0
     train.chunks.embeddings.dat   float32 (chunks, dim)
-    train.chunks.knn.index        what faiss.read_index reads
+    train.chunks.knn.index        a faiss index, for faiss.read_index
     train.chunks.knn.dat          int32 (chunks, K): rows, nearest first, -1 for none
 
-Chunker, embedder, index and search are those of the pipeline; retro_model.memmaps.encoder says which tokenizer and
-encoder are used, retro_model.memmaps.search when a file is used again. Vectors are compared as they are, not scaled
-to unit length, by their L2 distance (section 2.2 of the paper).
+Chunker, embedder, index and search are those of the pipeline. retro_model.memmaps.encoder describes how tokenizer and
+encoder are selected, retro_model.memmaps.search when a file is reused. Vectors are compared by L2 distance (section
+2.2 of the paper), without scaling them to unit length.
 """
 
 from retro_model.memmaps.chunks import text_folder_to_chunks_

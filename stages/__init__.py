@@ -1,15 +1,15 @@
-"""The pipeline: one module a stage, run by DVC. They never import each other: artifacts are how they speak."""
+"""The pipeline's stages, one module each, run by DVC. Stages do not import each other; they exchange artifacts."""
 
 import os
 
-# Before anything loads OpenMP: how long its threads spin for each other before they sleep. By default
-# that is so long that a second busy program makes training on two cores fifteen times slower; with this
-# it is two to three times, and a quiet machine loses a few percent.
+# How long OpenMP threads spin while they wait for each other; set before anything loads OpenMP. With the default, a
+# second busy program slows training on two cores down fifteen times; with this value two to three times, and an idle
+# machine loses a few percent.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-# Before torch is loaded: several processes that train would each warn that a batch used all weights.
+# Set before torch is imported: in distributed training, each process would warn that a batch used all weights.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-# No library of ours calls home.
+# Disable the telemetry of all libraries.
 for _name, _value in (
     ("MLFLOW_DISABLE_TELEMETRY", "true"),
     ("DO_NOT_TRACK", "true"),

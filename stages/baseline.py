@@ -1,4 +1,4 @@
-"""Writes models/baseline: the same decoder on the same data for the same steps, without retrieval."""
+"""Writes models/baseline: the same decoder without retrieval, trained on the same data for the same steps."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from stages.tracking.learning import learn
 
 
 def main() -> None:
-    """Chunks in, model out."""
+    """Reads the chunks, writes the model."""
     params = read_params("seq_len", "seed", "model", "train", "runtime")
     params.train = params.train.of_baseline()
     learn("baseline", params, neighbors=None, knn=0, out=Path("models/baseline"))

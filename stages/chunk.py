@@ -1,4 +1,4 @@
-"""Writes data/chunks/{train,valid,test}: the documents' tokens in rows of chunk_size, and where each came from."""
+"""Writes data/chunks/{train,valid,test}: the documents' tokens in rows of chunk_size, and each row's source."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from stages.common.params import read_params
 
 
 def main() -> None:
-    """Documents and tokenizer in, chunks and their counts out."""
+    """Reads documents and tokenizer, writes the chunks and their counts."""
     params = read_params("documents", "corpus", "chunk_size", "runtime")
     tokenizer = Path("data/tokenizer")
     tracked = {"documents": params.documents, "corpus": params.corpus, "chunk_size": params.chunk_size}

@@ -1,4 +1,4 @@
-"""Writes data/embeddings/{train,valid,test}: a vector for each chunk, by a frozen encoder."""
+"""Writes data/embeddings/{train,valid,test}: a vector for each chunk, from a frozen encoder."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from stages.common.params import read_params
 
 
 def main() -> None:
-    """Chunks in, vectors out."""
+    """Reads chunks and tokenizer, writes the vectors and their metrics."""
     params = read_params("embed", "runtime")
     chunks, tokenizer = Path("data/chunks"), Path("data/tokenizer")
     with work_folder("embed", [chunks, tokenizer], {"embed": params.embed}) as work:

@@ -1,4 +1,4 @@
-"""Writes metrics/evaluate.json, plots/evaluate and reports/evaluate.html: what retrieval gave on held-out documents."""
+"""Writes metrics/evaluate.json, plots/evaluate and reports/evaluate.html: the effect of retrieval on held-out text."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from stages.tracking.runs import evaluation_run
 
 
 def main() -> None:
-    """Both models, test chunks and their neighbors in; figures, curves and a report out."""
+    """Reads both models, the test chunks and their neighbors; writes metrics, curves and the report."""
     params = read_params("knn", "seq_len", "seed", "corpus", "embed", "index", "neighbors", "evaluate", "runtime")
     data, retro, baseline = Path("data"), Path("models/retro"), Path("models/baseline")
     plots, report = Path("plots/evaluate"), Path("reports/evaluate.html")
@@ -58,7 +58,7 @@ def main() -> None:
         print(*result.lines(), sep="\n", flush=True)
         timings = {**result.timings, **_retrieval_timings(data, searching, params.knn)}
         tracked.log_metrics(timings)
-        for place in (tracked, model_run):  # the child has every evaluation, the model's own run the newest
+        for place in (tracked, model_run):  # each evaluation has a child run; the model's run shows the newest
             place.log_metrics(result.metrics)
             place.log_folder(plots, "evaluate")
             place.log_file(report, "evaluate")
@@ -66,14 +66,14 @@ def main() -> None:
 
 
 def _retrieval_timings(data: Path, searching: Searching, knn: int) -> dict[str, float]:
-    """What retrieval costs; nothing where this machine has not the encoder that was used, which no figure needs."""
+    """Milliseconds per chunk for retrieval; empty, with a printed line, if the encoder is not on this machine."""
     try:
         timings = time_retrieval(data, searching, knn)
     except (SourceError, MismatchError) as error:
         print(f"evaluate: retrieval was not timed: {error}", flush=True)
         return {}
-    told = ", ".join(f"{value:.2f} {name.rpartition('_')[2]}" for name, value in timings.items())
-    print(f"evaluate: retrieval, milliseconds a chunk: {told}", flush=True)
+    formatted = ", ".join(f"{value:.2f} {name.rpartition('_')[2]}" for name, value in timings.items())
+    print(f"evaluate: retrieval, milliseconds a chunk: {formatted}", flush=True)
     return timings
 
 

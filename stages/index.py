@@ -1,4 +1,4 @@
-"""Writes data/index: a faiss index over the train chunks' vectors, with its recall against exact search."""
+"""Writes data/index: a faiss index over the train chunks' vectors. Measures its recall against exact search."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from stages.common.params import read_params
 
 
 def main() -> None:
-    """Vectors in, index and its recall out."""
+    """Reads the vectors, writes the index and its metrics."""
     params = read_params("index", "runtime")
     embeddings = Path("data/embeddings")
     with work_folder("index", [embeddings], {"index": params.index}) as work:

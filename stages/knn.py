@@ -9,7 +9,7 @@ from stages.common.params import read_params
 
 
 def main() -> None:
-    """Index, vectors and document ids in, neighbors out."""
+    """Reads index, vectors and chunks, writes the neighbors and their metrics."""
     params = read_params("neighbors", "runtime")
     embeddings, index, chunks = Path("data/embeddings"), Path("data/index"), Path("data/chunks")
     with work_folder("knn", [embeddings, index, chunks], {"neighbors": params.neighbors}) as work:

@@ -1,4 +1,4 @@
-"""Writes data/sample: documents for a first run without a network, the docstrings of installed Python modules."""
+"""Writes data/sample: docstrings of installed Python modules, as documents for a first run without a network."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from stages.common.params import read_params
 
 
 def main() -> None:
-    """Params in, one library call, documents out."""
+    """Writes the sample documents."""
     params = read_params("sample")
     write_sample(Path("data/sample"), params.sample)
 

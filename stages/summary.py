@@ -1,4 +1,4 @@
-"""What came out of the pipeline, as a short table: the last thing that `make repro` prints."""
+"""Prints the pipeline's results as a short table, at the end of `make repro`."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 from stages.common.harness import read_timings
 
-# (stage, what its line says, from the metrics in metrics/<stage>.json)
+# (stage, format string for the metrics in metrics/<stage>.json)
 LINES = (
     ("tokenizer", "{vocabulary:,} tokens in the vocabulary"),
     ("chunk", "{train_chunks:,} / {valid_chunks:,} / {test_chunks:,} chunks of train / valid / test"),
@@ -37,7 +37,7 @@ look next:
 
 
 def main() -> None:
-    """Prints a line for each stage, the test's bits per byte, and where to look next."""
+    """Prints a line for each stage, the bits per byte on the test split, and what to look at next."""
     seconds = _last_seconds()
     metrics = {stage: _metrics(stage) for stage in (*(stage for stage, _ in LINES), "evaluate")}
     print("\nstage      seconds  what came out")
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _saved(metrics: dict[str, Any]) -> str:
-    """What retrieval saves of the plain decoder's bits, with its interval and the number of documents."""
+    """The share of the plain decoder's bits that retrieval saves, with its interval and the number of documents."""
     share, low, high = (metrics[f"saved_share_vs_baseline{end}"] for end in ("", "_low", "_high"))
     documents = metrics["test_documents"]
     return (
@@ -70,7 +70,7 @@ def _metrics(stage: str) -> dict[str, Any]:
 
 
 def _last_seconds() -> dict[str, str]:
-    """How long each stage took when it last ran in the workspace; nothing of those that DVC restored."""
+    """How long each stage took when it last ran in the workspace; without stages that DVC only restored."""
     return {
         record["stage"]: f"{record['seconds']:.0f}"
         for record in read_timings()

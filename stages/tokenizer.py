@@ -1,4 +1,4 @@
-"""Writes data/tokenizer: trained on the train documents, or a named one made self-contained."""
+"""Writes data/tokenizer: trained on the train documents, or a self-contained copy of a named one."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from stages.common.params import read_params
 
 
 def main() -> None:
-    """Documents in, tokenizer out."""
+    """Reads the documents, writes the tokenizer and its metrics."""
     params = read_params("documents", "corpus", "tokenizer")
     metrics = make_tokenizer(Path(params.documents), params.corpus, params.tokenizer, Path("data/tokenizer"))
     write_json(Path("metrics/tokenizer.json"), metrics)

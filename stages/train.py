@@ -1,4 +1,4 @@
-"""Writes models/retro: the network with retrieval, its best weights by validation loss."""
+"""Writes models/retro: the network with retrieval, with the weights of the best validation loss."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from stages.tracking.learning import learn
 
 
 def main() -> None:
-    """Chunks and neighbors in, model out."""
+    """Reads chunks and neighbors, writes the model."""
     params = read_params("knn", "seq_len", "seed", "model", "train", "retrofit", "runtime")
     learn("train", params, neighbors=Path("data/neighbors"), knn=params.knn, out=Path("models/retro"))
 

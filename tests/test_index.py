@@ -214,7 +214,7 @@ def test_lists_of_rows_report_distances_without_rounding(tmp_path: Path) -> None
         for k in (5, 150):
             distances, ids = index.search(queries[:size], k, 3)
             assert distances.tobytes() == stored_distances(queries[:size], stored, ids).tobytes()
-    assert index.alone
+    assert index.reports_pair_distances
 
 
 @pytest.mark.parametrize("first_id", [-1, 0, 2**31 - 30, 2**31 - 3, 2**40])
@@ -456,7 +456,7 @@ def test_codes_are_in_memory_once() -> None:
     index = faiss.IndexIVFPQ(faiss.IndexFlatL2(DIM), DIM, 16, 8, 4)
     index.train(vectors)
     index.add(vectors)
-    made = index_building.packed("IVF16,PQ8x4fs", index)
+    made = index_building.pack_for_fast_scan("IVF16,PQ8x4fs", index)
     assert index.invlists.compute_ntotal() == 0 and made.invlists.compute_ntotal() == made.ntotal == 3000
     again = faiss.IndexIVFPQ(index.quantizer, DIM, 16, 8, 4)
     again.pq = index.pq
@@ -656,7 +656,7 @@ def test_the_gpu_is_asked_for_what_it_can_do(
     np.testing.assert_array_equal(there.search(queries, 10, 4)[1], on_cpu.search(queries, 10, 4)[1])
     asked = {"Flat": [10], "IVF16,Flat": [12, 10], "IVF16,PQ8x4fs": [12]}
     assert fake_gpu.searches == asked[key]
-    monkeypatch.setattr(index_module, "GPU_MOST", 9)
+    monkeypatch.setattr(index_module, "GPU_LIMIT", 9)
     np.testing.assert_array_equal(there.search(queries, 10, 4)[1], on_cpu.search(queries, 10, 4)[1])
     assert fake_gpu.searches == asked[key], "more than a GPU can be asked for is the CPU's"
 

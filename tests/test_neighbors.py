@@ -522,7 +522,7 @@ def test_a_long_document_does_not_take_the_memory_of_all_its_rows_for_every_quer
     monkeypatch.setattr(faiss, "knn", watched)
     monkeypatch.setattr(distances_module, "ROWS_PER_BLOCK", 400)
     monkeypatch.setattr(neighbors_module, "PAIRS_AT_ONCE", 5000)
-    found, largest = neighbors_module._exact_elsewhere(queries, documents[rows], vectors, documents, 10)
+    found, largest = neighbors_module._exact_in_other_documents(queries, documents[rows], vectors, documents, 10)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert largest == pytest.approx(float((vectors**2).sum(axis=1).max())) and max(asked) <= 5000
 

@@ -539,7 +539,7 @@ def whole_number_neighbors(
 ) -> Any:
     """What the functions' own search writes for made-up vectors."""
     settings_ = index_settings(index_kwargs)
-    index, facts = search._built_index(vectors, settings_)
+    index, facts = search._build_index(vectors, settings_)
     chunks = SearchableChunks(Path(), vectors, ChunkEmbedder.open(M), vectors, "", index, facts, "")
     search._write_neighbors(chunks.database(documents), k, surplus, folder / "found.dat")
     return np.fromfile(folder / "found.dat", np.int32).reshape(len(vectors), k)
@@ -620,7 +620,7 @@ def test_trap_13_rows_ordered_by_topic_are_found_as_well(tmp_path: Path) -> None
 def test_an_ivf_index_visits_enough_lists_also_without_this_library(tmp_path: Path) -> None:
     vectors = np.random.default_rng(0).standard_normal((1000, 8)).astype(np.float32)
     for arguments, expected in (({"index_param": "nprobe=7"}, 7), ({"target_recall": 1.0}, None)):
-        index, facts = search._built_index(vectors, index_settings({"index_key": "IVF16,Flat", **arguments}))
+        index, facts = search._build_index(vectors, index_settings({"index_key": "IVF16,Flat", **arguments}))
         assert index.nprobe == facts["nprobe"] and index.nprobe in ([expected] if expected else range(8, 17))
 
 
@@ -662,7 +662,7 @@ def test_the_pipeline_of_functions_feeds_the_dataset(made: tuple[Path, dict[str,
 def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts what is really done."""
     done: Counter[str] = Counter()
-    for title, name in (("embed", "_write_vectors"), ("index", "_built_index"), ("knn", "_write_neighbors")):
+    for title, name in (("embed", "_write_vectors"), ("index", "_build_index"), ("knn", "_write_neighbors")):
         real = getattr(search, name)
 
         def counted(*arguments: Any, real: Any = real, title: str = title) -> Any:

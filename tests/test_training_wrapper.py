@@ -121,11 +121,11 @@ def test_of_two_processes_that_start_at_once_the_second_finds_what_the_first_mad
         monkeypatch.setattr(module, name, called)
 
     slow(retro_model.memmaps.wrapper, "text_folder_to_chunks_")
-    for name in ("_write_vectors", "_built_index", "_write_neighbors"):
+    for name in ("_write_vectors", "_build_index", "_write_neighbors"):
         slow(retro_model.memmaps.search, name)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda retro: wrap(retro=retro), [small_retro(), small_retro()])
-    assert calls == ["text_folder_to_chunks_", "_write_vectors", "_built_index", "_write_neighbors"]
+    assert calls == ["text_folder_to_chunks_", "_write_vectors", "_build_index", "_write_neighbors"]
     assert {name: (place / name).read_bytes() for name in EVERYTHING} == expected
     assert first.stats == second.stats and not list(place.glob("*.lock"))
 

@@ -1,4 +1,4 @@
-"""What autofaiss's users type about an index, as the settings of this library's.
+"""Translate autofaiss arguments into an IndexConfig.
 
 settings = index_settings({"max_index_memory_usage": "100m", "current_memory_available": "1G"})
 settings.config.max_memory_gb                           # 0.1048576
@@ -17,11 +17,11 @@ from retro_model.search.keys import IndexConfig
 _MEMORY = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmgtp]?)b?", re.IGNORECASE)
 _NPROBE = re.compile(r"nprobe=([1-9][0-9]*)")
 
-# Arguments of autofaiss and of others that have nothing to decide here, and why.
+# Arguments of autofaiss and other libraries that are accepted without effect, and why.
 _WITHOUT_EFFECT = {
     "max_index_query_time_ms": "searches are tuned by recall (target_recall), not by a clock",
-    "min_nearest_neighbors_to_retrieve": "num_nearest_neighbors and num_extra_neighbors say it",
-    "make_direct_map": "the vectors are returned themselves",
+    "min_nearest_neighbors_to_retrieve": "num_nearest_neighbors and num_extra_neighbors set it",
+    "make_direct_map": "the vectors themselves are returned",
     "should_be_memory_mappable": "every index here is",
     "max_rows_per_file": "the vectors are one file",
     "verbose": "progress is always shown",
@@ -42,22 +42,22 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class IndexSettings:
-    """An index's settings, and what a caller gave for them."""
+    """The settings of an index, and the arguments that they come from."""
 
     config: IndexConfig
-    probes: int | None  # lists to visit; None: as many as the recall needs
+    probes: int | None  # lists to visit; None: the fewest that reach the target recall
     threads: int | None
-    given: str  # by the caller, for errors
+    given: str  # the caller's arguments, for error messages
 
     def facts(self) -> dict[str, Any]:
-        """What shapes the index."""
+        """The settings that determine the index's bytes."""
         return {**vars(self.config), "probes": self.probes}
 
 
 def index_settings(arguments: Mapping[str, Any]) -> IndexSettings:
-    """The settings that `arguments` ask for; what has no effect here is told.
+    """The settings for these arguments; prints a line for each argument without effect.
 
-    Raises ConfigError for what is unknown, with the names that are known, and for values that cannot be.
+    Raises ConfigError for unknown names (and lists the known ones) and for invalid values.
     """
     for name in arguments:
         if name in _WITHOUT_EFFECT:
@@ -84,7 +84,7 @@ def index_settings(arguments: Mapping[str, Any]) -> IndexSettings:
 
 
 def bytes_of(name: str, text: object) -> float:
-    """How many bytes '100m' or '1.5GB' is; a unit is 1,024 of the one before, as for autofaiss."""
+    """The number of bytes in a text such as '100m' or '1.5GB', in powers of 1,024 as in autofaiss."""
     matched = _MEMORY.fullmatch(text.strip()) if isinstance(text, str) else None
     if matched is None:
         raise ConfigError(f"{name}: found {text!r}, expected an amount of memory, such as '100m' or '1.5G'")

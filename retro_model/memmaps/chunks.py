@@ -1,4 +1,4 @@
-"""A folder of text as raw memory maps: chunk rows, sequence starts and document numbers."""
+"""Convert a folder of text to raw memory maps: chunk rows, sequence starts and document ids."""
 
 import contextlib
 from collections import Counter
@@ -17,11 +17,11 @@ from retro_model.corpus.readers import FLAWS, Entry, matching_files, read_entrie
 from retro_model.memmaps.encoder import AnyPath, open_tokenizer
 from retro_model.memmaps.files import check_counts, check_seq_len
 
-TEXT_FIELD = "text"  # of records
+TEXT_FIELD = "text"  # of a .jsonl or .parquet record
 
 
 class _Reader:
-    """The documents of a folder, in the order of their paths; counts what is no document."""
+    """Reads the documents of a folder in the order of their paths, and counts the entries that it skips."""
 
     def __init__(self, folder: Path, glob: str, separator: str | None) -> None:
         self.folder, self._separator = folder, separator
@@ -30,7 +30,7 @@ class _Reader:
         self.example = ""
 
     def batches(self) -> Iterator[list[str]]:
-        """Texts of documents, some at a time."""
+        """Yields batches of document texts."""
         for batch in batches(self._entries()):
             yield [entry.text for entry in batch]
 
@@ -45,7 +45,7 @@ class _Reader:
                 self.example = self.example or f"{entry.place}{f' ({entry.detail})' if entry.detail else ''}"
 
     def report(self) -> str:
-        """What was left out, and the first of it."""
+        """How many entries were left out, by flaw, and where the first one is."""
         counts = ", ".join(f"{count:,} {FLAWS[flaw]}" for flaw, count in sorted(self.left_out.items()))
         return f"{counts}; first: {self.example}" if self.example else counts
 
@@ -64,19 +64,19 @@ def text_folder_to_chunks_(
     documents_separator: str | None = None,
     encoder: AnyPath | None = None,
 ) -> dict[str, int]:
-    """Writes the three files of a folder's text and returns how many `chunks`, `docs` and `seqs` they hold.
+    """Tokenizes a folder of text into the three files; returns their counts of `chunks`, `docs` and `seqs`.
 
-    Files that match `glob` are documents, in the order of their paths; with `documents_separator` what
-    stands between such lines is, and in .jsonl and .parquet files each record (field `text`). A document is
-    [CLS] text [SEP], cut into rows of `chunk_size` tokens, of which the last is filled up with padding;
-    the last column is the first token of the document's next row, padding at its end. Where the text
-    fills its last row, [SEP] is left out: no row holds nothing else. A sequence starts at every
-    `seq_len // chunk_size`-th row of a document. Empty and unreadable documents are left out and counted.
+    Each file that matches `glob` is a document, in the order of the paths. With `documents_separator`, lines
+    equal to it split a file into documents; in .jsonl and .parquet files each record (field `text`) is one.
+    A document is [CLS] text [SEP], cut into rows of `chunk_size` tokens; its last row is padded. The last
+    column holds the first token of the document's next row, padding for its last row. [SEP] is left out where
+    it would need a row of its own. A sequence starts at every `seq_len // chunk_size`-th row of a document.
+    Empty and unreadable documents are left out and counted.
 
-    The files hold what was found and no more, and appear together when all is written.
+    The files are exactly as long as their content, and appear together once all are written.
 
-    Raises ConfigError where `max_chunks` or `max_seqs` is too small, with the numbers; DocumentError where
-    there is no text; SourceError where the tokenizer cannot be loaded.
+    Raises ConfigError if `max_chunks` or `max_seqs` is too small, DocumentError if there is no text, and
+    SourceError if the tokenizer cannot be loaded.
     """
     check_counts(chunk_size=chunk_size, seq_len=seq_len, max_chunks=max_chunks, max_seqs=max_seqs)
     check_seq_len(seq_len, chunk_size)
@@ -100,19 +100,19 @@ def text_folder_to_chunks_(
                 totals.update(chunks=int(counts.sum()), docs=len(counts), seqs=len(starts))
                 lossy += int(encoded.lossy[kept].sum())
                 without_tokens += int((~kept).sum())
-                if totals["chunks"] <= max_chunks and totals["seqs"] <= max_seqs:  # else it counts on, for the error
+                if totals["chunks"] <= max_chunks and totals["seqs"] <= max_seqs:  # else only count, for the error
                     chunks_file.write(chunks.rows[np.repeat(kept, chunks.counts)].tobytes())
                     seqs_file.write(starts.astype(np.int32).tobytes())
                     ids_file.write(ids.astype(np.int32).tobytes())
         if without_tokens:
             reader.left_out["empty"] += without_tokens
         _check_totals(totals, reader, max_chunks, max_seqs)
-    _tell(totals, reader, lossy, documents_separator)
+    _print_summary(totals, reader, lossy, documents_separator)
     return dict(totals)
 
 
 def _sequence_starts(counts: IntArray, rows_per_sequence: int) -> npt.NDArray[np.int64]:
-    """The first row of each sequence, for documents of `counts` rows that lie one after the other."""
+    """The first row of each sequence, for consecutive documents of `counts` rows."""
     sequences = -(-counts // rows_per_sequence)
     firsts = np.cumsum(counts) - counts
     places = np.arange(sequences.sum()) - np.repeat(np.cumsum(sequences) - sequences, sequences)
@@ -136,7 +136,7 @@ def _check_totals(totals: Mapping[str, int], reader: _Reader, max_chunks: int, m
             )
 
 
-def _tell(totals: Mapping[str, int], reader: _Reader, lossy: int, separator: str | None) -> None:
+def _print_summary(totals: Mapping[str, int], reader: _Reader, lossy: int, separator: str | None) -> None:
     print(
         f"chunks: {totals['chunks']:,} of {totals['docs']:,} documents, {totals['seqs']:,} sequences, from "
         f"{reader.folder}",

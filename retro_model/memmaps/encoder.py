@@ -1,8 +1,8 @@
-"""One tokenizer and one encoder of the BERT family, for all functions over raw memory maps.
+"""The BERT tokenizer and encoder of all functions over raw memory maps.
 
-They come from the argument `encoder`, else from the environment variable RETRO_BERT, else they are
-bert-base-cased: each a folder, an installed package that carries its model, or a name on the hub. What was
-loaded last is kept, as long as its folder does not change.
+The argument `encoder` selects them, else the environment variable RETRO_BERT, else bert-base-cased. Each is a folder,
+an installed package that contains the model, or a name on the Hugging Face hub. The last ones loaded are cached until
+their folder changes.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ VARIABLE = "RETRO_BERT"
 
 
 class _Choice(NamedTuple):
-    """A tokenizer and encoder, and who chose it."""
+    """The selected tokenizer and encoder, and where the selection comes from."""
 
     source: str
     origin: str
-    state: tuple[tuple[str, int, int], ...]  # of a folder's files: another content is another choice
+    state: tuple[tuple[str, int, int], ...]  # (name, size, mtime) of a folder's files: changed files miss the cache
 
 
 def _choose(encoder: AnyPath | None) -> _Choice:
@@ -55,8 +55,8 @@ def _choose(encoder: AnyPath | None) -> _Choice:
 
 
 @contextlib.contextmanager
-def _explained(choice: _Choice) -> Iterator[str]:
-    """Yields what to load; an error then says what was tried and how to choose."""
+def _explain_load_errors(choice: _Choice) -> Iterator[str]:
+    """Yields what to load; a SourceError inside the block then says what was tried and how to select another."""
     place = find_encoder(choice.source)
     try:
         yield place
@@ -74,7 +74,7 @@ def _explained(choice: _Choice) -> Iterator[str]:
 
 @lru_cache(maxsize=2)
 def _tokenizer(choice: _Choice) -> Tokenizer:
-    with _explained(choice) as place:
+    with _explain_load_errors(choice) as place:
         backend, special = load(place)
         fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
         return Tokenizer(backend, special, choice.source, Path(place), fingerprint)
@@ -84,21 +84,21 @@ def _tokenizer(choice: _Choice) -> Tokenizer:
 def _encoder(
     choice: _Choice, chunk_size: int, pooling: str, number_type: str, device: str, batch_size: int | None
 ) -> Encoder:
-    with _explained(choice) as place:
+    with _explain_load_errors(choice) as place:
         config = EmbedConfig(place, pooling=pooling, normalize=False, number_type=number_type)
         return Encoder.open(config, chunk_size, device, batch_size)
 
 
 def open_tokenizer(encoder: AnyPath | None = None) -> Tokenizer:
-    """The tokenizer of the chosen encoder; SourceError where it cannot be loaded."""
+    """The tokenizer of the selected encoder. Raises SourceError if it cannot be loaded."""
     return _tokenizer(_choose(encoder))
 
 
 def tokenize(texts: str | Sequence[str], add_special_tokens: bool = True, *, encoder: AnyPath | None = None) -> Tensor:
     """The token ids of the texts: int64 (b, longest), padded on the right.
 
-    Special tokens are [CLS] in front and [SEP] behind; text that spells one stays text. Nothing is cut
-    short. Raises SourceError where the tokenizer cannot be loaded.
+    Special tokens are [CLS] at the start and [SEP] at the end; text that spells a special token stays text. Texts
+    are not truncated. Raises SourceError if the tokenizer cannot be loaded.
     """
     tokenizer = open_tokenizer(encoder)
     encoded = tokenizer.encode_batch([texts] if isinstance(texts, str) else list(texts))
@@ -118,14 +118,14 @@ def bert_embed(
     encoder: AnyPath | None = None,
     device: str = "auto",
 ) -> Tensor:
-    """One vector a row of token ids (b, n): float32 (b, dim), on the device of `token_ids`.
+    """Embeds rows of token ids (b, n): float32 (b, dim), on the device of `token_ids`.
 
-    The mean of the last hidden state over the tokens that are neither padding nor the [CLS] in front; or,
-    with `return_cls_repr`, the state of the first token, which is [CLS]. Padding changes nothing but the
-    rounding. It is how chunks are embedded too.
+    A vector is the mean of the last hidden state over the tokens except padding and the leading [CLS]; with
+    `return_cls_repr` it is the state of the first token, [CLS]. Padding affects only rounding. Chunks are embedded
+    the same way.
 
-    Raises ConfigError for rows without anything to average, for more tokens than the encoder reads, and
-    for ids that it does not have; SourceError where it cannot be loaded.
+    Raises ConfigError for a row without tokens to average, for rows longer than the encoder reads, and for ids
+    outside its vocabulary; SourceError if it cannot be loaded.
     """
     ids = torch.as_tensor(cast(Any, token_ids))
     if ids.ndim != 2 or ids.is_floating_point():
@@ -146,9 +146,9 @@ def bert_embed(
 
 @dataclass(frozen=True)
 class ChunkEmbedder:
-    """The one way from chunks to vectors: for the database, for queries and for prompts.
+    """Embeds chunks: of the database, of queries and of prompts.
 
-    A chunk's tokens become text, without special tokens, which the encoder reads as [CLS] text [SEP].
+    Decodes a chunk's tokens to text without special tokens; the encoder reads it as [CLS] text [SEP].
     """
 
     encoder: Encoder
@@ -165,13 +165,13 @@ class ChunkEmbedder:
         number_type: str = "float32",
         device: str = "auto",
     ) -> "ChunkEmbedder":
-        """Loads tokenizer and encoder (SourceError); one that was loaded for the same is used again."""
+        """Loads tokenizer and encoder, from the cache if possible. Raises SourceError if they cannot be loaded."""
         choice, pooling = _choose(encoder), "cls" if use_cls_repr else "mean"
         opened = _encoder(choice, chunk_size, pooling, number_type, device, batch_size)
         return cls(opened, _tokenizer(choice))
 
     def read(self, rows: IntArray) -> Tokenized:
-        """Chunks (n, M) as the encoder reads them; ConfigError for ids that the tokenizer does not have."""
+        """Chunks (n, M) as the encoder's input. Raises ConfigError for ids outside the tokenizer's vocabulary."""
         if rows.size and not 0 <= rows.min() <= rows.max() < self.tokenizer.vocab_size:
             raise ConfigError(
                 f"chunks: found token ids {rows.min()} to {rows.max()}, expected 0 to "
@@ -180,5 +180,5 @@ class ChunkEmbedder:
         return self.encoder.tokenize(chunk_text(self.tokenizer, rows))
 
     def embed(self, rows: IntArray) -> Float32Array:
-        """The vectors (n, dim) of chunks (n, M)."""
+        """The vectors of chunks (n, M): (n, dim)."""
         return self.encoder.vectors(self.read(rows))

@@ -1,12 +1,12 @@
-"""Training sequences from raw memory maps, as scripts that know no artifacts keep them.
+"""Training sequences from raw memory maps, for scripts that do not use artifacts.
 
     chunks       int32 (num_chunks, M + 1): M tokens and the first one of the document's next chunk
     neighbors    int32 (num_chunks, K): rows of `chunks`, nearest first, -1 for none
     starts       int32 (num_sequences,): the row at which each sequence starts
 
-Headerless, so that nothing but their size can be checked; `retro_model.retrieval` makes them. A document's
-last chunk is known by itself: its last column is padding, or the end token is somewhere in it. Text never
-yields the end token (see retro_model.corpus.tokenizer), so that no text ends a document.
+`retro_model.retrieval` writes these files. They have no header, so only their size can be checked. A row is the last
+chunk of its document if its last column is padding or if it contains the end token. Text never encodes to the end
+token (see retro_model.corpus.tokenizer), so text cannot end a document early.
 
 Letters as in retro_model.training.sequences: L chunks of M tokens in a sequence, N = L * M, K neighbors.
 """
@@ -29,7 +29,7 @@ from retro_model.core.rows import NO_ROW
 
 
 def ends_document(rows: IntArray, eos_id: int, pad_id: int) -> BoolArray:
-    """Which chunk rows (n, M + 1) are the last ones of their documents (n,)."""
+    """A mask (n,) of the chunk rows (n, M + 1) that are the last of their document."""
     ends: BoolArray = (rows == eos_id).any(axis=-1) | (rows[..., -1] == pad_id)
     return ends
 
@@ -37,10 +37,10 @@ def ends_document(rows: IntArray, eos_id: int, pad_id: int) -> BoolArray:
 def neighbor_tokens(
     chunks: IntArray, ids: IntArray, *, eos_id: int, pad_id: int, add_continuations: bool = True
 ) -> npt.NDArray[np.int64]:
-    """What the network sees of the rows `ids` (..., K) of `chunks`: tokens (..., K, 2 * M).
+    """The tokens of the neighbors `ids` (..., K), rows of `chunks`, as the network reads them: (..., K, 2 * M).
 
-    A row's M tokens, then those of the row after it unless the document ends before; pad only where the
-    id is -1. Without continuations they are M wide.
+    Each is the M tokens of its row, then the M tokens of the next row, or padding if its document ends there; all
+    padding where the id is -1. Without continuations the shape is (..., K, M).
 
     Raises MismatchError for an id that is neither a row nor -1.
     """
@@ -63,7 +63,7 @@ def neighbor_tokens(
 
 
 def _blank_after_end(tokens: npt.NDArray[np.int64], eos_id: int, pad_id: int) -> npt.NDArray[np.int64]:
-    """The same tokens (n, T), with padding behind the first end token of each row."""
+    """Replaces what follows the first end token of each row of `tokens` (n, T) by padding."""
     ends = tokens == eos_id
     behind = (np.cumsum(ends, axis=-1) - ends) > 0
     return np.where(behind, pad_id, tokens)
@@ -76,17 +76,16 @@ class _Maps(NamedTuple):
 
 
 class RETRODataset(Dataset[tuple[Tensor, Tensor]]):
-    """A map-style dataset of training sequences and what is retrieved for them.
+    """A map-style dataset of training sequences and their retrieved neighbors.
 
-    Item i is `seq` int64 (seq_len + 1,) and `retrieved` int64 (L, K, 2 * M). A sequence holds one document:
-    what follows its end is `pad_id`, and what is retrieved for the chunks behind it is too. A neighbor's
-    second half is its continuation, padding where its document ends; without `add_continuations`
-    `retrieved` is (L, K, M). Missing neighbors (-1) are padding.
+    Item i is `seq` int64 (seq_len + 1,) and `retrieved` int64 (L, K, 2 * M). A sequence holds one document; after
+    its end, both `seq` and `retrieved` are `pad_id`. The second half of a neighbor is its continuation, or padding
+    if its document ends; without `add_continuations`, `retrieved` is (L, K, M). Missing neighbors (-1) are padding.
 
-    Files are opened read-only. Those of chunks and starts may be longer than the counts say.
+    Files are opened read-only. The files of chunks and starts may be longer than the counts.
 
-    Raises MismatchError where a file has not the size that the counts promise, or where a sequence starts
-    outside the chunks; ConfigError for counts that do not fit each other.
+    Raises MismatchError if a file does not have the size that the counts imply, or if a sequence starts outside the
+    chunks; ConfigError for invalid counts, or if `seq_len` is not a multiple of `chunk_size`.
     """
 
     def __init__(
@@ -157,7 +156,7 @@ class RETRODataset(Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(_blank_after_end(seq, self.eos_id, self.pad_id)[0])
 
     def _retrieved(self, chunks: IntArray, ids: IntArray) -> Tensor:
-        """Tokens for the document's chunks of a sequence, then padding for those behind its end."""
+        """The neighbors' tokens for each chunk of a sequence; padding for chunks after the document's end."""
         all_ids = np.full((self.seq_len // self.chunk_size, self.num_neighbors), NO_ROW, dtype=np.int64)
         all_ids[: len(ids)] = ids
         return torch.from_numpy(
@@ -171,17 +170,17 @@ class RETRODataset(Dataset[tuple[Tensor, Tensor]]):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}  # a worker process opens its own maps
+        return {**self.__dict__, "_opened": None}  # each worker process opens its own memory maps
 
 
 def check_counts(**counts: int) -> None:
-    """Raises ConfigError unless each of `counts` is a whole number from 1 to what int32 ids reach."""
+    """Raises ConfigError unless each count is an integer from 1 to the largest int32."""
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 1 <= count < 2**31:
             raise ConfigError(f"{name}: found {count!r}, expected a whole number from 1 to {2**31 - 1}")
 
 
 def check_seq_len(seq_len: int, chunk_size: int) -> None:
-    """Raises ConfigError unless `seq_len` is whole chunks."""
+    """Raises ConfigError unless `seq_len` is a multiple of `chunk_size`."""
     if seq_len % chunk_size:
         raise ConfigError(f"seq_len: found {seq_len}, expected a multiple of chunk_size {chunk_size}")

@@ -1,8 +1,7 @@
-"""Vectors, index and neighbors of raw chunk rows.
+"""Compute the vectors, the index and the neighbors of raw chunk rows.
 
-Beside each file that is made here lies a NAME.json, written last, with the digests and settings that it was made
-from: the file is used again as long as all of them are the same. Several processes that need one file make it once,
-while the others wait.
+Each file gets a NAME.json beside it, written last, with the digests and settings that it was made from. The file is
+reused as long as these are the same. If several processes need the same file, one makes it and the others wait.
 """
 
 import contextlib
@@ -31,15 +30,15 @@ from retro_model.search.distances import import_faiss, write_index
 from retro_model.search.index import Index
 from retro_model.search.neighbors import QUERIES_PER_BATCH, Database
 
-ROWS_PER_PORTION = 256  # read, tokenized and written at once
+ROWS_PER_PORTION = 256  # rows read, tokenized and written at a time
 
 
 @dataclass(frozen=True)
 class SearchableChunks:
-    """Chunks with their vectors and an index over them, made or found beside the chunk file.
+    """Chunks with their vectors and an index over them; the files lie beside the chunk file.
 
-    `database` is what finds the neighbors of stored chunks and of new ones, which `embedder` embeds;
-    `retro_model.memmaps.files.neighbor_tokens` turns what it finds into tokens.
+    `embedder` embeds new chunks, `database` finds the neighbors of vectors, and
+    `retro_model.memmaps.files.neighbor_tokens` converts neighbors to tokens.
     """
 
     path: Path
@@ -68,7 +67,7 @@ class SearchableChunks:
         device: str = "auto",
         **index_kwargs: Any,
     ) -> "SearchableChunks":
-        """Arguments, reuse and errors are those of `chunks_to_index_and_embed`."""
+        """See `chunks_to_index_and_embed` for arguments, reuse of files and errors."""
         settings = index_settings(index_kwargs)
         check_counts(
             num_chunks=num_chunks,
@@ -89,15 +88,15 @@ class SearchableChunks:
             raise ConfigError(
                 f"embed_dim: found {embed_dim}, expected {embedder.encoder.dim}, the width of {embedder.encoder.name}"
             )
-        vectors, vectors_digest = _made_vectors(rows, embedder, beside(path, "embeddings.dat"), force_reprocess)
+        vectors, vectors_digest = _cached_vectors(rows, embedder, beside(path, "embeddings.dat"), force_reprocess)
         index_path = Path(index_file)
         if os.fspath(index_file) == index_path.name:
             index_path = beside(path, index_path.name)
-        index = _made_index(vectors, vectors_digest, settings, index_path, force_reprocess)
+        index = _cached_index(vectors, vectors_digest, settings, index_path, force_reprocess)
         return cls(path, rows, embedder, vectors, vectors_digest, *index)
 
     def database(self, documents: IntArray) -> Database:
-        """What finds neighbors; `documents` (n,) are the document ids of the chunks."""
+        """The database to search; `documents` (n,) holds the document id of each chunk."""
         return Database(Index(self.faiss_index, self.index_facts), self.vectors, documents)
 
 
@@ -116,20 +115,23 @@ def chunks_to_index_and_embed(
     device: str = "auto",
     **index_kwargs: Any,
 ) -> tuple[Any, Float32Array]:
-    """A faiss index over the chunks (squared L2), and their vectors: a read-only float32 memmap (chunks, dim).
+    """Embeds chunks and indexes their vectors.
 
-    Both lie beside the chunks (see the top of this module), and are used again while chunks, encoder and
-    settings are the same; `force_reprocess` makes them anew. An `index_file` that is a bare name gets the
-    chunk file's stem in front and lies beside it; with a folder it is taken as it is.
+    Returns a faiss index (squared L2) and the vectors, a read-only float32 memmap (chunks, dim). The files of both
+    lie beside the chunk file and are reused while chunks, encoder and settings are the same (see the top of this
+    module); `force_reprocess` makes them again.
 
-    `embed_dim` must be the encoder's width unless it is 768, the default. `number_type` float32 is what
-    `bert_embed` computes in; auto is bfloat16 where the processor has it, about twice as fast on CPUs.
-    `index_kwargs` are IndexConfig's target_recall, train_points_per_list and seed, and autofaiss's
-    max_index_memory_usage and current_memory_available (the smaller one holds), index_key, index_param
-    (nprobe=<lists visited>), metric_type (l2), use_gpu and nb_cores.
+    index_file: a bare name is prefixed with the chunk file's stem and placed beside it; a path with a folder is
+        used as it is.
+    embed_dim: must be the encoder's width, unless it is the default 768.
+    number_type: float32, as in `bert_embed`; auto is bfloat16 if the processor supports it, which is about twice
+        as fast on CPUs.
+    index_kwargs: target_recall, train_points_per_list and seed of IndexConfig; and autofaiss's
+        max_index_memory_usage and current_memory_available (the smaller one applies), index_key, index_param
+        (nprobe=<lists visited>), metric_type (l2), use_gpu and nb_cores.
 
-    Raises ConfigError for settings that cannot be had, MismatchError where the chunk file is too short,
-    SourceError where the encoder cannot be loaded.
+    Raises ConfigError for invalid settings or ones that cannot be met, MismatchError if the chunk file is too short,
+    SourceError if the encoder cannot be loaded.
     """
     chunks = SearchableChunks.open(
         num_chunks=num_chunks,
@@ -166,13 +168,13 @@ def chunks_to_precalculated_knn_(
     device: str = "auto",
     **index_kwargs: Any,
 ) -> tuple[Path, Any]:
-    """Writes each chunk's nearest ones from other documents; returns the file's path and the faiss index.
+    """Writes each chunk's nearest chunks from other documents; returns the file's path and the faiss index.
 
-    The file is int32 (num_chunks, num_nearest_neighbors), nearest first, equally near ones by their row;
-    -1 where the other documents hold no more. `num_extra_neighbors` are fetched beyond those wanted, and
-    more wherever a chunk's own document takes them up: it changes speed only.
+    The file is int32 (num_chunks, num_nearest_neighbors), nearest first, ties by row; -1 if the other documents
+    hold no more chunks. `num_extra_neighbors` is how many extra candidates the first search fetches; more are
+    fetched for chunks whose own document takes them up. It changes speed only.
 
-    The other arguments, reuse and errors are those of `chunks_to_index_and_embed`.
+    See `chunks_to_index_and_embed` for the other arguments, reuse of files and errors.
     """
     check_counts(num_chunks=num_chunks, num_nearest_neighbors=num_nearest_neighbors)
     if isinstance(num_extra_neighbors, bool) or not isinstance(num_extra_neighbors, int) or num_extra_neighbors < 0:
@@ -204,14 +206,14 @@ def chunks_to_precalculated_knn_(
         _write_neighbors(chunks.database(documents), num_nearest_neighbors, num_extra_neighbors, partial)
         return {}
 
-    _made(path, made_from, "knn", force_reprocess, write)
+    _make_or_reuse(path, made_from, "knn", force_reprocess, write)
     return path, chunks.faiss_index
 
 
 def beside(chunks_path: AnyPath, name: str) -> Path:
-    """The path of what is made from a chunk file: train.chunks.knn.dat of train.chunks.dat.
+    """The path of a file derived from a chunk file: train.chunks.dat and knn.dat give train.chunks.knn.dat.
 
-    No suffix but .dat is dropped, so that corpus.train and corpus.valid do not share their files.
+    Drops only the suffix .dat, so that corpus.train and corpus.valid get different files.
     """
     path = Path(chunks_path)
     return path.with_name(f"{path.name.removesuffix('.dat')}.{name}")
@@ -221,13 +223,13 @@ def _digest(array: npt.NDArray[Any]) -> str:
     return hashlib.sha256(array.data).hexdigest()
 
 
-def _made(
+def _make_or_reuse(
     path: Path, made_from: Mapping[str, Any], title: str, force: bool, write: Callable[[Path], Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The record of `path`, which is made by `write` unless it is there and made from just this.
+    """Returns the record of `path`; calls `write` first, unless the file exists and was made from `made_from`.
 
-    `write` gets the path to write to and returns the facts to record. Of several processes that come for
-    one file (torchrun starts a script in each) one makes it, and the others wait and find it.
+    `write` takes the path to write to and returns the facts to record. If several processes need the file (torchrun
+    runs a script in each), one makes it and the others wait.
     """
     if (found := _reusable(path, made_from, title, force)) is not None:
         return found
@@ -246,32 +248,32 @@ def _reusable(path: Path, made_from: Mapping[str, Any], title: str, force: bool)
     return record
 
 
-def _made_vectors(rows: IntArray, embedder: ChunkEmbedder, path: Path, force: bool) -> tuple[Float32Array, str]:
-    """The vectors in the file `path`, and its digest."""
+def _cached_vectors(rows: IntArray, embedder: ChunkEmbedder, path: Path, force: bool) -> tuple[Float32Array, str]:
+    """The chunks' vectors, from the file `path` or computed and written there; and the file's digest."""
     facts = embedder.encoder.facts()
-    del facts["encoder_name"]  # another name for the same encoder makes the same vectors
+    del facts["encoder_name"]  # the vectors do not depend on the name
     made_from = {"chunks": _digest(rows), "tokenizer": embedder.tokenizer.fingerprint, **facts}
 
     def write(partial: Path) -> dict[str, Any]:
         _write_vectors(rows, embedder, partial)
         return {}
 
-    digest = _made(path, made_from, "embed", force, write)["sha256"]
+    digest = _make_or_reuse(path, made_from, "embed", force, write)["sha256"]
     return open_raw(path, (len(rows), embedder.encoder.dim), np.float32), digest
 
 
-def _made_index(
+def _cached_index(
     vectors: Float32Array, vectors_digest: str, settings: IndexSettings, path: Path, force: bool
 ) -> tuple[Any, Mapping[str, Any], str]:
-    """The faiss index in the file `path`, what `Index` must know of it, and the file's digest."""
+    """The faiss index, from the file `path` or built and written there; the facts for `Index`; the file's digest."""
     made_from = {"vectors": vectors_digest, **settings.facts()}
 
     def write(partial: Path) -> dict[str, Any]:
-        index, facts = _built_index(vectors, settings)
+        index, facts = _build_index(vectors, settings)
         write_index(index, partial)
         return facts
 
-    record = _made(path, made_from, "index", force, write)
+    record = _make_or_reuse(path, made_from, "index", force, write)
     return import_faiss().read_index(str(path)), record["facts"], record["sha256"]
 
 
@@ -316,7 +318,7 @@ def _write_neighbors(database: Database, num_neighbors: int, surplus: int, path:
 
 
 @contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def _faiss_threads(number: int | None) -> Iterator[None]:
     faiss = import_faiss()
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(number or before)
@@ -326,10 +328,10 @@ def _threads(number: int | None) -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def _built_index(vectors: Float32Array, settings: IndexSettings) -> BuiltIndex:
-    """The index over the vectors; what it cannot be is told with what was asked for."""
+def _build_index(vectors: Float32Array, settings: IndexSettings) -> BuiltIndex:
+    """Builds the index over the vectors; a ConfigError also names the arguments that the caller gave."""
     try:
-        with _threads(settings.threads):
+        with _faiss_threads(settings.threads):
             built = build_index(vectors, settings.config, settings.probes)
     except ConfigError as error:
         raise ConfigError(f"{error} (given: {settings.given or 'nothing'})") from error

@@ -1,4 +1,4 @@
-"""From a folder of text to a model that writes, in a few lines of a script.
+"""Train a model on a folder of text and generate with it, in a few lines of a script.
 
     retro = RETRO(chunk_size=64, max_seq_len=2048, ...)
     wrapper = TrainingWrapper(retro=retro, knn=2, chunk_size=64, documents_path="./texts")
@@ -7,9 +7,9 @@
         ...
     ids = wrapper.generate(prompt)
 
-Chunker, embedder, index, search, optimizer and sampler are those of the pipeline, over the raw files of
-retro_model.retrieval. The counts lie in a JSON file beside what they were made from: the digest of the
-text, the settings, the tokenizer and the digests of the files. All is used again while that is the same.
+Chunker, embedder, index, search, optimizer and sampler are those of the pipeline; the data are the raw files of
+retro_model.retrieval. A JSON file records the counts, the digest of the text, the settings, the tokenizer and the
+digests of the files. The files are reused while these are the same.
 """
 
 import hashlib
@@ -39,25 +39,26 @@ from retro_model.network.model import RETRO
 from retro_model.training.optimizer import make_optimizer
 
 VARIABLE = "REPROCESS"
-VERSION = 1  # of the JSON file
+VERSION = 1  # of the JSON file's format
 
 
 class TrainingWrapper:
-    """All that training `retro` on a folder of text needs, and what writing with it needs afterwards.
+    """Prepares a folder of text for training `retro`, and retrieves from it for generation.
 
-    `documents_path` holds the text: each file that matches `glob` is a document, or several, where
-    `documents_separator` is the line between them. `knn` neighbors are found for each chunk. Sequences are
-    as long as the model reads, `retro.config.max_seq_len`. `knn_extra_neighbors` changes speed only.
-    An index file that is a bare name gets the chunk file's stem in front and lies beside it.
+    documents_path: the folder. Each file that matches `glob` is a document, or several documents if
+        `documents_separator` is given, the line between them.
+    knn: how many neighbors to find for each chunk.
+    knn_extra_neighbors: changes speed only.
+    faiss_index_filename, encoder, number_type, device (of the encoder) and index_kwargs: see
+        `retro_model.retrieval.chunks_to_index_and_embed`; faiss_index_filename is its index_file.
 
-    `encoder`, `number_type`, `device` (of the encoder) and `index_kwargs` are those of
-    `retro_model.retrieval.chunks_to_index_and_embed`.
+    Sequences are `retro.config.max_seq_len` tokens long.
 
-    Work is done once: text, settings or an encoder that change do what depends on them again, and
-    `REPROCESS=1` in the environment does all of it again.
+    Finished work is reused. A change of the text, the settings or the encoder repeats only the work that depends
+    on it; `REPROCESS=1` in the environment repeats all of it.
 
-    Raises ConfigError where the model does not fit the tokenizer or the arguments, and what the functions
-    of retro_model.retrieval raise.
+    Raises ConfigError if the model does not fit the tokenizer or the arguments, and the errors of
+    retro_model.retrieval's functions.
     """
 
     def __init__(
@@ -105,11 +106,11 @@ class TrainingWrapper:
             **settings,
         }
 
-        def found() -> dict[str, Any] | None:
-            stats = None if force else _found(stats_path, made_from, files)
+        def find_stats() -> dict[str, Any] | None:
+            stats = None if force else _reusable_stats(stats_path, made_from, files)
             return stats if stats and stats["chunks"] <= max_chunks and stats["seqs"] <= max_seqs else None
 
-        def make() -> dict[str, Any]:
+        def make_stats() -> dict[str, Any]:
             stats = text_folder_to_chunks_(
                 folder=documents_path,
                 max_chunks=max_chunks,
@@ -122,10 +123,10 @@ class TrainingWrapper:
             write_json(stats_path, {**stats, "version": VERSION, "made_from": made_from, "sha256": digests})
             return stats
 
-        stats = found()
+        stats = find_stats()
         if stats is None:
             with one_at_a_time(stats_path):
-                stats = found() or make()  # another process may have made it meanwhile
+                stats = find_stats() or make_stats()  # another process may have finished meanwhile
         self.stats = {name: stats[name] for name in ("chunks", "docs", "seqs")}
         search: dict[str, Any] = {
             "num_chunks": stats["chunks"],
@@ -161,27 +162,29 @@ class TrainingWrapper:
         )
 
     def get_dataloader(self, **kwargs: Any) -> "DataLoader[tuple[Tensor, Tensor]]":
-        """The sequences as torch.utils.data.DataLoader with these arguments gives them.
+        """A torch.utils.data.DataLoader over the training sequences; `kwargs` go to its constructor.
 
         A batch is `seq` (b, max_seq_len + 1) and `retrieved` (b, chunks, knn, 2 * chunk_size), int64.
         """
         return DataLoader(self.dataset, **kwargs)
 
     def get_optimizer(self, lr: float = 3e-4, wd: float = 1e-1) -> torch.optim.AdamW:
-        """AdamW over the model's weights that are not frozen; decay on those of two or more dimensions only."""
+        """AdamW over the model's trainable weights; decays only those with two or more dimensions."""
         return make_optimizer(self.retro, lr, wd)
 
     def retrieve(self, token_chunks: Tensor, knn: int | None = None) -> Tensor:
-        """The nearest chunks of the text for chunks of ids (n, chunk_size): (n, knn, 2 * chunk_size).
+        """The text's nearest chunks, with continuations, for chunks of token ids (n, chunk_size).
 
-        Each with its continuation, nearest first, padding where the text holds no more; on the device of
-        `token_chunks`.
+        Returns ids (n, knn, 2 * chunk_size) on the device of `token_chunks`, nearest first; all padding where
+        the text has fewer than `knn` chunks.
         """
         rows = token_chunks.cpu().numpy()
-        known = np.where(rows < self.tokenizer.vocab_size, rows, self.tokenizer.pad_id)  # the others are no text
+        known = np.where(
+            rows < self.tokenizer.vocab_size, rows, self.tokenizer.pad_id
+        )  # ids outside the vocabulary have no text
         vectors = self._chunks.embedder.embed(known)
-        anyone = np.full(len(vectors), NO_ROW)
-        ids, _ = self._database.nearest(vectors, anyone, self.knn if knn is None else knn)
+        no_document = np.full(len(vectors), NO_ROW)  # exclude no document
+        ids, _ = self._database.nearest(vectors, no_document, self.knn if knn is None else knn)
         tokenizer = self.tokenizer
         found = neighbor_tokens(self._chunks.rows, ids, eos_id=tokenizer.end_id, pad_id=tokenizer.pad_id)
         return torch.from_numpy(found).to(token_chunks.device)
@@ -199,14 +202,16 @@ class TrainingWrapper:
         seed: int | None = None,
         return_neighbors: bool = False,
     ) -> Tensor | tuple[Tensor, list[dict[int, Tensor]]]:
-        """Prompts and what the model writes after them: ids (b, <= max_seq_len), filled up with padding.
+        """Continues prompts: returns ids (b, <= max_seq_len), prompts included, padded on the right.
 
-        start: prompts (b, p); without, one text from its beginning. A row ends with the end token.
-        retrieved: what to retrieve for the prompts' whole chunks, (b, p // chunk_size, neighbors, tokens) or
-            without the third axis, instead of searching for it. At every chunk boundary after that it is
-            searched for: `knn` neighbors, as many as for training unless told, 0 for none.
-        filter_thres: 0.9 keeps the top 10% of the vocabulary (`top_k`). temperature: 0 takes the likeliest.
-        seed: equal seeds give equal texts. return_neighbors: see `retro_model.inference.generation.generate`.
+        start: prompts (b, p); None: one row that holds only the begin token. A row stops at the end token.
+        retrieved: neighbors for the prompts' complete chunks, (b, p // chunk_size, neighbors, tokens) or without
+            the third axis; None: search for them. Later chunks are always searched for.
+        knn: how many neighbors to search for; None: as in training, 0: none.
+        filter_thres: 0.9 keeps the top 10% of the vocabulary (`top_k`).
+        temperature: 0 always takes the likeliest token.
+        seed: equal seeds give equal texts.
+        return_neighbors: see `retro_model.inference.generation.generate`.
         """
         device = self.retro.embedding.weight.device
         if start is None:
@@ -214,9 +219,9 @@ class TrainingWrapper:
         return generate(
             self.retro,
             start.to(device),
-            retrieve=self._search(start, retrieved, self.knn if knn is None else knn),
+            retrieve=self._make_retrieve(start, retrieved, self.knn if knn is None else knn),
             max_new_tokens=max_new_tokens,
-            filter_fn=self._of_the_vocabulary(filter_fn),
+            filter_fn=self._mask_unknown_tokens(filter_fn),
             filter_thres=filter_thres,
             temperature=temperature,
             eos_id=self.tokenizer.end_id,
@@ -224,15 +229,15 @@ class TrainingWrapper:
             return_neighbors=return_neighbors,
         )
 
-    def _of_the_vocabulary(self, filter_fn: Filter) -> Filter:
-        """The filter for a model that has more tokens than the tokenizer: it never lets those be drawn."""
+    def _mask_unknown_tokens(self, filter_fn: Filter) -> Filter:
+        """`filter_fn`, extended to never sample ids that the model has but the tokenizer lacks."""
         vocab_size, more = self.tokenizer.vocab_size, self.retro.config.num_tokens - self.tokenizer.vocab_size
         if not more:
             return filter_fn
         return lambda logits, thres: F.pad(filter_fn(logits[..., :vocab_size], thres), (0, more), value=-torch.inf)
 
-    def _search(self, start: Tensor, retrieved: Tensor | None, knn: int) -> Any:
-        """What `generate` calls: the first answer is `retrieved`, where it is given."""
+    def _make_retrieve(self, start: Tensor, retrieved: Tensor | None, knn: int) -> Any:
+        """The retrieve function for `generate`; None without retrieval. The first call returns a given `retrieved`."""
         if knn < 0:
             raise ConfigError(f"knn: found {knn}, expected >= 0")
         given = []
@@ -245,7 +250,7 @@ class TrainingWrapper:
                 )
             retrieved = retrieved if retrieved.dim() == 4 else retrieved[:, :, None]
             if expected[1]:
-                given.append(retrieved.flatten(0, 1))  # prompts are searched for all at once, row after row
+                given.append(retrieved.flatten(0, 1))  # the first call asks for all prompts' chunks, row by row
         if not given and not knn:
             return None
 
@@ -260,7 +265,7 @@ class TrainingWrapper:
 
 
 def _reprocess() -> bool:
-    """Whether the environment asks for all work to be done again."""
+    """Whether REPROCESS is set. Raises ConfigError for any value but 0, 1, true and false."""
     value = os.environ.get(VARIABLE, "").lower()
     if value not in ("", "0", "1", "false", "true"):
         raise ConfigError(f"{VARIABLE} in the environment: found {value!r}, expected 1 or 0")
@@ -268,7 +273,7 @@ def _reprocess() -> bool:
 
 
 def _check_model(retro: RETRO, chunk_size: int, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError unless the model reads such chunks and all of the tokenizer's ids."""
+    """Raises ConfigError unless the model has this chunk size, all of the tokenizer's ids and its padding id."""
     config = retro.config
     if config.chunk_size != chunk_size:
         raise ConfigError(f"chunk_size: found {chunk_size}, expected {config.chunk_size}, the model's")
@@ -282,14 +287,14 @@ def _check_model(retro: RETRO, chunk_size: int, tokenizer: Tokenizer) -> None:
 
 
 def _text_digest(folder: Path, glob: str) -> str:
-    """Stands for the paths and bytes of all files that match."""
+    """A digest of the paths and bytes of all files that match `glob`."""
     files = matching_files(folder, glob)
     listed = [(file.relative_to(folder).as_posix(), file_digest(file)) for file in files]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def _found(stats_path: Path, made_from: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any] | None:
-    """What the JSON file holds, if the files are there, whole, and made from just this; else None: make them."""
+def _reusable_stats(stats_path: Path, made_from: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any] | None:
+    """The content of the JSON file if `files` are intact and were made from `made_from`, else None."""
     try:
         stats = json.loads(stats_path.read_bytes())
     except (FileNotFoundError, ValueError):

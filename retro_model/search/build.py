@@ -1,10 +1,10 @@
-"""Builds the index over the train chunks' vectors, through autofaiss.
+"""Build the faiss index over the train chunks' vectors, with autofaiss.
 
-Equal input gives an index of equal bytes: it is trained on a seeded random sample, the vectors are added
-after that in their order, part by part (retro_model.jobs.engine), and how much of it a search looks at follows
-from the recall it reaches (retro_model.search.tuning).
+Equal input gives equal bytes: the index is trained on a seeded random sample, vectors are then added in order,
+part by part (retro_model.jobs.engine), and the search settings depend on measured recall, not on time
+(retro_model.search.tuning).
 
-With a GPU build of faiss, k-means and the comparisons that put a row into its list are computed on the GPU.
+With a GPU build of faiss, k-means and the assignment of rows to lists run on the GPU.
 """
 
 import contextlib
@@ -39,14 +39,14 @@ from retro_model.search.distances import (
 )
 from retro_model.search.index import INDEX_FILE, Centroids, on_gpu
 from retro_model.search.keys import IndexConfig, check_memory, choose_key, code_of, num_lists
-from retro_model.search.tuning import RESCORED, choose_effort
+from retro_model.search.tuning import RESCORED, choose_search_settings
 
-ROWS_PER_ADDED_PART = 1 << 18  # of a large index, in one part of the work: many lists' worth of rows
+ROWS_PER_ADDED_PART = 1 << 18  # rows of a large index that one job part adds
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Trains an empty index; see retro_model.jobs.engine."""
+    """A job (see retro_model.jobs.engine) with one part: an index that is trained and holds no vectors."""
 
     embeddings: Path
     key: str
@@ -56,20 +56,20 @@ class TrainJob:
     uses_gpus: ClassVar[bool] = False
 
     def open(self) -> Artifact:
-        """The train vectors."""
+        """The embeddings artifact of the train split."""
         return Artifact.open(self.embeddings, "embeddings", verify=False)
 
     def facts(self, train: Artifact) -> dict[str, Any]:
-        """What it was trained on, for and by."""
+        """Fingerprint of the embeddings, the training settings, and whether k-means runs on a GPU."""
         config = self.config
         trained = {"key": self.key, "seed": config.seed, "train_points_per_list": config.train_points_per_list}
         return {"embeddings": train.fingerprint, **trained, "gpu": _trains_on_gpu(self.key, self.device)}
 
     def make(self, train: Artifact, folder: Path) -> Iterator[int]:
-        """The index without a vector in it."""
+        """Writes the trained index, without vectors."""
         with ArtifactWriter(folder, self.kind) as writer:
             gpu = _trains_on_gpu(self.key, self.device)
-            index = _trained_index(train["vectors"], self.key, self.config, gpu, folder)
+            index = _train_index(train["vectors"], self.key, self.config, gpu, folder)
             write_index(index, folder / INDEX_FILE)
             writer.add_file(INDEX_FILE)
             writer.facts.update(self.facts(train))
@@ -83,7 +83,7 @@ class _Trained(NamedTuple):
 
 @dataclass(frozen=True)
 class AddJob:
-    """Adds ranges of vectors to copies of a trained index; see retro_model.jobs.engine."""
+    """A job (see retro_model.jobs.engine) whose parts each add a range of vectors to a copy of the trained index."""
 
     embeddings: Path
     trained: Path
@@ -92,16 +92,16 @@ class AddJob:
     uses_gpus: ClassVar[bool] = False
 
     def open(self) -> _Trained:
-        """The train vectors and the trained index."""
+        """The artifacts of the train embeddings and of the trained index."""
         train = Artifact.open(self.embeddings, "embeddings", verify=False)
         return _Trained(train, Artifact.open(self.trained, "index", verify=False))
 
     def facts(self, opened: _Trained) -> dict[str, Any]:
-        """What was added to what."""
+        """Fingerprints of the embeddings and of the trained index."""
         return {"embeddings": opened.train.fingerprint, "trained": opened.trained.fingerprint}
 
     def make(self, opened: _Trained, folder: Path, split: str, start: int, stop: int) -> Iterator[int]:
-        """An index of rows `start` to `stop`, under their own numbers."""
+        """Writes an index with rows `start` to `stop`; their ids are their row numbers in the whole split."""
         faiss = import_faiss()
         index, largest = faiss.read_index(str(opened.trained.folder / INDEX_FILE)), 0.0
         centroids = Centroids(index, on_gpu(self.device))
@@ -125,26 +125,26 @@ def make_index(
     engine: Engine | None = None,
     work_folder: Path | None = None,
 ) -> Outcome:
-    """Writes the index over the train embeddings to `out_folder` and returns what there is to say.
+    """Writes the index over the train embeddings to `out_folder`; returns its metrics and timings.
 
-    Recall is measured with the valid embeddings as queries, which are not in the index. `device` is where
-    faiss computes: auto, cpu or cuda; k-means rounds otherwise on a GPU than on a CPU. `engine` changes
-    speed only; what was finished before a kill is found again in `work_folder`.
+    Recall is measured with the valid embeddings as queries; they are not in the index. `device` (auto, cpu or
+    cuda) is where faiss computes; k-means rounds differently on a GPU than on a CPU. `engine` changes speed
+    only. Parts that a killed run finished in `work_folder` are reused.
 
-    Raises ConfigError where key, memory, recall or device cannot be had, MismatchError where the splits
-    were embedded in different ways.
+    Raises ConfigError if the key does not fit the data, the memory limit or the target recall cannot be met,
+    or the device is missing; MismatchError if the splits were embedded with different settings.
     """
     gpu = on_gpu(device)
     train = Artifact.open(embeddings_folder / "train", "embeddings")
     valid = Artifact.open(embeddings_folder / "valid", "embeddings")
     valid.require(**{name: train.facts[name] for name in SHAPING_FACTS})
     vectors = train["vectors"]
-    key = _key(config, vectors)
+    key = _checked_key(config, vectors)
     with work_or_temporary(work_folder, out_folder) as work, whole_folder(out_folder) as folder:
-        index, largest_norm = _filled_index(train, key, config, engine or Engine(), work, device)
+        index, largest_norm = _fill_index(train, key, config, engine or Engine(), work, device)
         queries = sample_rows(valid["vectors"], RECALL_QUERIES, config.seed)
-        effort = choose_effort(key, index, vectors, queries, largest_norm, config.target_recall, gpu)
-        print(f"index: {key} over {len(vectors):,} chunks{effort}", flush=True)
+        settings = choose_search_settings(key, index, vectors, queries, largest_norm, config.target_recall, gpu)
+        print(f"index: {key} over {len(vectors):,} chunks{settings}", flush=True)
         with ArtifactWriter(folder, "index") as writer:
             write_index(index, folder / INDEX_FILE)
             writer.add_file(INDEX_FILE)
@@ -152,65 +152,67 @@ def make_index(
                 embeddings=train.fingerprint,
                 chunks=train.facts["chunks"],
                 metric="l2",
-                recall=effort.recall,
-                **_facts(key, vectors, largest_norm, effort.probes, effort.rescored),
+                recall=settings.recall,
+                **_index_facts(key, vectors, largest_norm, settings.probes, settings.rescored),
             )
         num_bytes = (folder / INDEX_FILE).stat().st_size
     code = code_of(key)
     metrics = {
-        "recall": effort.recall,
+        "recall": settings.recall,
         "lists": num_lists(key),
-        "probes": effort.probes or 0,
+        "probes": settings.probes or 0,
         "code_bytes": code.num_bytes if code else 0,
-        "rescored": effort.rescored or 0,
+        "rescored": settings.rescored or 0,
         "rows": len(vectors),
         "bytes_per_vector": num_bytes / len(vectors),
     }
-    return Outcome(metrics, {"milliseconds_per_query": effort.milliseconds})
+    return Outcome(metrics, {"milliseconds_per_query": settings.milliseconds})
 
 
 class BuiltIndex(NamedTuple):
-    """A faiss index in memory, and the facts that `Index` needs of it."""
+    """A faiss index in memory, and the facts that `Index` takes with it."""
 
     index: Any
     facts: dict[str, Any]
 
 
 def build_index(vectors: Float32Array, config: IndexConfig, probes: int | None = None) -> BuiltIndex:
-    """An index over the rows of `vectors`, in their order, for whoever keeps no artifacts.
+    """Builds an index over the rows of `vectors`, in order, without artifacts.
 
-    `probes` is how many lists a search visits; None: as many as reach the target recall, for queries that
-    are rows of the index themselves. Raises ConfigError as `make_index` does.
+    `probes` is the number of lists that a search visits. With None it is tuned to the target recall; the
+    queries are then rows of the index. Raises ConfigError as `make_index` does.
     """
-    key = _key(config, vectors)
+    key = _checked_key(config, vectors)
     if probes is not None and probes > max(num_lists(key), 1):
         raise ConfigError(f"nprobe: found {probes}, expected <= {max(num_lists(key), 1)}, the lists of {key}")
-    index, largest_norm = _trained_index(vectors, key, config), 0.0
+    index, largest_norm = _train_index(vectors, key, config), 0.0
     for block in float_blocks(vectors):
         index.add(block)
         largest_norm = max(largest_norm, largest_square(block))
-    index = packed(key, index)
+    index = pack_for_fast_scan(key, index)
     rescored: int | None = RESCORED[0]
     if num_lists(key):
         if probes is None:
-            # Each query finds itself, in the first list it visits. So that the others reach the target, all
-            # must reach more.
+            # Each query is in the index and always finds itself, one of its RECALL_AT neighbors. Raise the
+            # target so that the other neighbors reach it.
             target = config.target_recall + (1 - config.target_recall) / RECALL_AT
             queries = sample_rows(vectors, RECALL_QUERIES, config.seed)
-            effort = choose_effort(key, index, vectors, queries, largest_norm, target)
-            probes, rescored = effort.probes, effort.rescored
-        index.nprobe = probes  # for whoever searches it without `Index`
-    return BuiltIndex(index, _facts(key, vectors, largest_norm, probes if num_lists(key) else None, rescored))
+            settings = choose_search_settings(key, index, vectors, queries, largest_norm, target)
+            probes, rescored = settings.probes, settings.rescored
+        index.nprobe = probes  # for callers that search the faiss index directly
+    return BuiltIndex(index, _index_facts(key, vectors, largest_norm, probes if num_lists(key) else None, rescored))
 
 
-def _key(config: IndexConfig, vectors: Vectors) -> str:
-    """The key for these vectors, after a check of the memory."""
+def _checked_key(config: IndexConfig, vectors: Vectors) -> str:
+    """The index key for these vectors. Raises ConfigError if it needs too much memory."""
     key = choose_key(config, *vectors.shape)
     check_memory(config, key, *vectors.shape)
     return key
 
 
-def _facts(key: str, vectors: Vectors, largest_norm: float, probes: int | None, rescored: int | None) -> dict[str, Any]:
+def _index_facts(
+    key: str, vectors: Vectors, largest_norm: float, probes: int | None, rescored: int | None
+) -> dict[str, Any]:
     return {
         "key": key,
         "rows": vectors.shape[0],
@@ -221,13 +223,13 @@ def _facts(key: str, vectors: Vectors, largest_norm: float, probes: int | None, 
     }
 
 
-def _filled_index(
+def _fill_index(
     train: Artifact, key: str, config: IndexConfig, engine: Engine, work: Path, device: str
 ) -> tuple[Any, float]:
-    """The index with all rows, in their order, and the largest squared norm.
+    """The index with all rows in order, and the largest squared norm of a row.
 
-    Vectors are added part by part, and the parts put together in order; to an exact index, which has
-    nothing to compute, at once.
+    With lists, jobs add the vectors in parts, which are merged in order. An exact index has nothing to
+    compute and is filled here.
     """
     faiss, vectors = import_faiss(), train["vectors"]
     with engine.open(TrainJob(train.folder.absolute(), key, config, device)) as running:
@@ -244,60 +246,61 @@ def _filled_index(
             for part in running.make(row_parts("added", len(vectors), ROWS_PER_ADDED_PART), work, bar):
                 index.merge_from(faiss.read_index(str(part.folder / INDEX_FILE)), 0)
                 largest = max(largest, part.facts["largest_norm"])
-    return packed(key, index), largest
+    return pack_for_fast_scan(key, index), largest
 
 
-def _trained_key(key: str) -> str:
-    """What autofaiss is told to build: codes not packed for fast scan, nor ordered for another (np)."""
+def _training_key(key: str) -> str:
+    """The key to train with autofaiss: codes in the plain layout, without polysemous training (np)."""
     code = code_of(key)
     return key if code is None else f"{key.partition(',')[0]},PQ{code.numbers}x{code.bits}np"
 
 
-def packed(key: str, index: Any) -> Any:
-    """The filled index as its key has it: codes of 4 bits in the order in which fast scan reads them.
+def pack_for_fast_scan(key: str, index: Any) -> Any:
+    """Converts a filled index with 4-bit codes to fast scan's layout; returns any other index as it is.
 
-    They are not trained and added so, because fast scan's lists, put together, differ from run to run.
-    `index` is left without rows.
+    The index is trained and filled in the plain layout because merging fast-scan lists gives different bytes
+    from run to run. The conversion empties `index`.
     """
     if not key.endswith("fs"):
         return index
     faiss = import_faiss()
-    made = faiss.IndexIVFPQFastScan(index)
-    # It holds on to `index`, whose centroids it uses, and so to the same codes in their other order.
+    fast_scan = faiss.IndexIVFPQFastScan(index)
+    # The new index keeps a reference to `index` for its centroids. Drop the codes in `index`, or they would stay
+    # in memory twice.
     empty = faiss.ArrayInvertedLists(index.nlist, index.code_size)
     empty.this.disown()
     index.replace_invlists(empty, True)
-    return made
+    return fast_scan
 
 
 def _trains_on_gpu(key: str, device: str) -> bool:
-    """Whether k-means runs on the GPU: for lists of rows. faiss trains codes of 4 bits on the CPU only."""
+    """Whether k-means runs on the GPU: only for IVF<lists>,Flat; faiss trains 4-bit codes on the CPU only."""
     return on_gpu(device) and num_lists(key) > 0 and code_of(key) is None
 
 
-def _trained_index(vectors: Vectors, key: str, config: IndexConfig, gpu: bool = False, work: Path | None = None) -> Any:
-    """An empty index, trained by autofaiss on a seeded random sample; see `packed` for 4-bit codes.
+def _train_index(vectors: Vectors, key: str, config: IndexConfig, gpu: bool = False, work: Path | None = None) -> Any:
+    """An empty index, trained by autofaiss on a seeded random sample; see `pack_for_fast_scan` for 4-bit codes.
 
-    Left to itself, autofaiss trains on the first rows it meets, which are of few topics. The sample lies in
-    the folder `work` meanwhile, or where temporary files lie, which may be memory.
+    By default autofaiss trains on the first rows, which cover few topics. The sample is written below `work`,
+    or to the system's temporary folder, which may be in memory.
     """
     sample = sample_rows(vectors, max(num_lists(key) * config.train_points_per_list, RECALL_AT), config.seed)
     with tempfile.TemporaryDirectory(dir=work) as folder:
         save_array(Path(folder) / "sample.npy", sample)
-        del sample  # autofaiss reads it again
-        index = _build_with_autofaiss(folder, _trained_key(key), gpu)
+        del sample  # free the memory: autofaiss reads the sample from the file
+        index = _build_with_autofaiss(folder, _training_key(key), gpu)
     index.reset()
     return index
 
 
 def _build_with_autofaiss(folder: str, key: str, gpu: bool) -> Any:
-    """autofaiss's index over the `.npy` files in `folder`, with its logging kept for the error, if any."""
+    """autofaiss's index over the `.npy` files in `folder`; its log is shown only in the error message."""
     faiss = import_faiss()
     with _captured_logging("autofaiss") as log:
         from autofaiss import build_index
 
-        # Key and parameters are given, so that nothing is tuned by time; memory was checked before, and
-        # a smaller figure here would make autofaiss train on less than the sample.
+        # A given key and parameters keep autofaiss from tuning by time. Memory was checked before; with a smaller
+        # limit here, autofaiss would train on less than the sample.
         index, _ = build_index(
             folder,
             save_on_disk=False,
@@ -317,14 +320,14 @@ def _build_with_autofaiss(folder: str, key: str, gpu: bool) -> Any:
 
 @contextlib.contextmanager
 def _captured_logging(name: str) -> Iterator[io.StringIO]:
-    """Sends what the named logger and the block's standard error say to a buffer; restores all logging."""
+    """Collects the named logger's messages and standard error in a buffer; restores logging afterwards."""
     root, logger, text = logging.getLogger(), logging.getLogger(name), io.StringIO()
     before = (root.handlers[:], root.level, logger.handlers[:], logger.propagate)
     root.handlers = [logging.NullHandler()]
     logger.handlers, logger.propagate = [logging.StreamHandler(text)], False
     try:
         with contextlib.redirect_stderr(text), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of what it imports, on newer Pythons
+            warnings.simplefilter("ignore", DeprecationWarning)  # from autofaiss's imports on newer Pythons
             yield text
     finally:
         root.handlers, root.level, logger.handlers, logger.propagate = before

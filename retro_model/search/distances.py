@@ -1,10 +1,10 @@
-"""Vectors and how far apart they are: squared L2, computed so that nothing else asked decides a bit of it.
+"""Squared L2 distances, bitwise independent of the rest of the batch.
 
-The rows of an embeddings artifact, read as float32; their distances to queries, each for itself
-(`pair_distances`, `stored_distances`) or by brute force over all of them (`exact_distances`); how far
-faiss's faster ways can be off (`rounding_margin`); and the order of what was found (`smallest`).
+Reads the rows of an embeddings artifact as float32 (`float_blocks`, `as_float32`), computes distances pair by pair
+(`pair_distances`, `stored_distances`) or by brute force over all rows (`exact_distances`), bounds the rounding
+error of faiss's faster methods (`rounding_margin`) and selects the k smallest (`smallest`).
 
-faiss does the arithmetic, and is imported when it is needed.
+faiss does the arithmetic and is imported on first use.
 """
 
 import functools
@@ -20,26 +20,26 @@ from retro_model.core.arrays import Float32Array
 from retro_model.core.artifacts import ShardedArray
 
 IdArray = npt.NDArray[np.int64]
-Vectors = ShardedArray | npt.NDArray[Any]  # rows of half or single precision, on disk or in memory
+Vectors = ShardedArray | npt.NDArray[Any]  # rows in half or single precision, on disk or in memory
 
-ROWS_PER_BLOCK = 65_536  # added to an index, or compared by brute force, at once
-ROWS_AT_ONCE = 16_384  # stored rows gathered and turned to float32 at once
-TABLE_ENTRIES_PER_ID = 64  # ids this near to each other are looked up in a table of all between them
+ROWS_PER_BLOCK = 65_536  # rows added to an index, or compared by brute force, at a time
+ROWS_AT_ONCE = 16_384  # stored rows gathered and converted to float32 at a time
+TABLE_ENTRIES_PER_ID = 64  # `_distinct` uses a lookup table while it has fewer entries than this per id
 
-# Recall: the share of the 10 nearest there are, of 1,000 queries, that were found.
+# Recall is measured over the RECALL_AT nearest rows of RECALL_QUERIES queries.
 RECALL_AT = 10
 RECALL_QUERIES = 1000
 
-# What shapes a vector: the same in all embeddings that are compared with each other.
+# Facts that must be equal in all embeddings that are compared with each other.
 SHAPING_FACTS = ("encoder", "pooling", "normalize", "max_tokens", "number_type", "dim")
 
 
 @functools.cache
 def import_faiss() -> Any:
-    """The module faiss, imported when it is needed.
+    """Imports faiss on first use and returns the module.
 
-    Its SWIG wrapper warns of itself while it loads, and where warnings are errors that ends the process
-    with a segmentation fault.
+    Its SWIG wrapper emits a DeprecationWarning while it loads; with warnings as errors, that crashes the process
+    with a segmentation fault, so it is filtered here.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "builtin type .* has no __module__ attribute", DeprecationWarning)
@@ -48,7 +48,7 @@ def import_faiss() -> Any:
 
 
 def write_index(index: Any, path: Path) -> None:
-    """Writes a faiss index, through Python's file: faiss does not notice a disk that is full at its last buffer."""
+    """Writes a faiss index through a Python file: faiss's own writer misses a full disk at its last buffer."""
     faiss = import_faiss()
     with path.open("wb") as stream:
         faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
@@ -58,19 +58,19 @@ def write_index(index: Any, path: Path) -> None:
 
 
 def float_blocks(vectors: Vectors) -> Iterator[Float32Array]:
-    """The rows in order, as float32, ROWS_PER_BLOCK at a time."""
+    """Yields the rows in order as float32, ROWS_PER_BLOCK at a time."""
     for start in range(0, len(vectors), ROWS_PER_BLOCK):
         yield as_float32(vectors[start : start + ROWS_PER_BLOCK])
 
 
 def as_float32(rows: npt.NDArray[Any], into: Float32Array | None = None) -> Float32Array:
-    """Stored rows (n, dim), of half or single precision, in single precision; `into` this array, where given."""
+    """Converts rows (n, dim) in half or single precision to float32, into the array `into` if given."""
     if into is None:
         into = np.empty(rows.shape, dtype=np.float32)
     if rows.dtype != np.float16:
         into[:] = rows
         return into
-    faiss = import_faiss()  # whose conversion is several times as fast as numpy's
+    faiss = import_faiss()  # its conversion is several times as fast as numpy's
     codec = faiss.ScalarQuantizer(rows.shape[1], faiss.ScalarQuantizer.QT_fp16)
     codes = np.ascontiguousarray(rows).view(np.uint8)
     codec.decode_c(faiss.swig_ptr(codes), faiss.swig_ptr(into), len(rows))
@@ -78,13 +78,13 @@ def as_float32(rows: npt.NDArray[Any], into: Float32Array | None = None) -> Floa
 
 
 def sample_rows(vectors: Vectors, num_rows: int, seed: int) -> Float32Array:
-    """`num_rows` rows drawn without repetition, or all there are, in random order."""
+    """`num_rows` distinct random rows in random order, or all rows if there are fewer; float32."""
     rows = np.random.default_rng(seed).choice(len(vectors), min(num_rows, len(vectors)), replace=False)
     return as_float32(vectors[rows])
 
 
 def largest_square(block: Float32Array) -> float:
-    """The largest squared norm of any row."""
+    """The largest squared norm of a row."""
     return float(np.einsum("nd,nd->n", block, block).max())
 
 
@@ -94,7 +94,7 @@ def largest_square(block: Float32Array) -> float:
 def pair_distances(queries: Float32Array, vectors: Float32Array, places: IdArray) -> Float32Array:
     """Squared L2 distances (n, k) of `queries` (n, dim) to the rows `places` (n, k) of `vectors`.
 
-    Each is computed for itself, so that it does not depend on what else is asked. inf where a place
+    Each distance is computed on its own, so it does not depend on the rest of the batch. inf where a place
     is -1.
     """
     faiss = import_faiss()
@@ -112,17 +112,17 @@ def pair_distances(queries: Float32Array, vectors: Float32Array, places: IdArray
 
 
 def rounding_margin(queries: Float32Array, largest_norm: float) -> Float32Array:
-    """How far (n, 1) a distance that faiss reports can be from the one of `pair_distances`, at the most.
+    """An upper bound (n, 1) on the difference between a distance from faiss and one from `pair_distances`.
 
-    faiss takes |q|^2 + |y|^2 - 2qy for many queries at once. Its three sums of `dim` float32 terms are
-    each off by dim / 2 machine epsilons at the most; `largest_norm` is the largest |y|^2.
+    For many queries at once faiss computes |q|^2 + |y|^2 - 2qy. Each of the three sums of `dim` float32 terms
+    is off by at most dim / 2 machine epsilons. `largest_norm` is the largest |y|^2.
     """
     norms = np.einsum("nd,nd->n", queries, queries)[:, None] + np.float32(largest_norm)
     return np.asarray(queries.shape[1] * np.finfo(np.float32).eps * norms, dtype=np.float32)
 
 
 def exact_distances(queries: Float32Array, vectors: Vectors, k: int) -> Float32Array:
-    """The k smallest distances (n, k) of each query to all rows, in order, by brute force."""
+    """Each query's k smallest distances to all rows, by brute force: (n, k), ascending."""
     faiss = import_faiss()
     nearest = np.full((len(queries), k), np.inf, dtype=np.float32)
     for block in float_blocks(vectors):
@@ -134,7 +134,7 @@ def exact_distances(queries: Float32Array, vectors: Vectors, k: int) -> Float32A
 def stored_distances(queries: Float32Array, vectors: Vectors, ids: IdArray) -> Float32Array:
     """`pair_distances` (n, k) of `queries` to the rows `ids` (n, k) of the stored `vectors`.
 
-    Memory is taken once, not for each block: fresh pages cost more than what is done with them.
+    Buffers are allocated once and reused for each block: touching fresh pages costs more than the computation.
     """
     distances = np.empty(ids.shape, dtype=np.float32)
     step = max(1, ROWS_AT_ONCE // max(1, ids.shape[1]))
@@ -144,7 +144,7 @@ def stored_distances(queries: Float32Array, vectors: Vectors, ids: IdArray) -> F
     for start in range(0, len(queries), step):
         part = slice(start, start + step)
         rows, places = _distinct(ids[part])
-        first = np.searchsorted(rows, 0)  # behind -1, where there is one
+        first = np.searchsorted(rows, 0)  # skips -1, if present
         rows, places = rows[first:], places - first
         _take_rows(vectors, rows, stored[: len(rows)])
         found = as_float32(stored[: len(rows)], single[: len(rows)])
@@ -153,7 +153,7 @@ def stored_distances(queries: Float32Array, vectors: Vectors, ids: IdArray) -> F
 
 
 def _distinct(ids: IdArray) -> tuple[IdArray, IdArray]:
-    """The distinct ids in order, and where each one of `ids` is among them: np.unique, several times as fast."""
+    """The sorted distinct ids, and each id's index among them: np.unique, but several times as fast."""
     lowest, highest = int(ids.min(initial=0)), int(ids.max(initial=0))
     if highest - lowest < TABLE_ENTRIES_PER_ID * ids.size:
         here = ids - lowest
@@ -177,7 +177,7 @@ def _distinct(ids: IdArray) -> tuple[IdArray, IdArray]:
 
 
 def _take_rows(vectors: Vectors, rows: IdArray, into: npt.NDArray[Any]) -> None:
-    """Copies `rows`, which ascend, from the shards they lie in."""
+    """Copies `rows`, sorted ascending, from their shards to `into`."""
     if not len(rows):
         return
     assert rows[0] >= 0 and rows[-1] < len(vectors), (rows[0], rows[-1])
@@ -185,25 +185,26 @@ def _take_rows(vectors: Vectors, rows: IdArray, into: npt.NDArray[Any]) -> None:
     size = len(shards[0])
     for number in range(rows[0] // size, rows[-1] // size + 1):
         start, stop = np.searchsorted(rows, [number * size, (number + 1) * size])
-        # Both sides of `clip` are checked above; the other modes take by way of one more copy.
+        # The assertion above checks the bounds; the default mode "raise" would make another copy.
         np.take(shards[number], rows[start:stop] - number * size, axis=0, out=into[start:stop], mode="clip")
 
 
 def smallest(distances: Float32Array, ids: IdArray, k: int) -> tuple[Float32Array, IdArray]:
-    """The k smallest (n, k) of each row of `distances` (n, c) with their `ids`, by (distance, id).
+    """The k smallest distances of each row of `distances` (n, c) and their `ids`: both (n, k).
 
-    Where a distance is inf the id becomes -1; so does what a row has too little of.
+    Sorted by (distance, id). An infinite distance gets id -1; rows with fewer than k are padded with inf and -1.
     """
     width = min(k, ids.shape[1])
     if ids.max(initial=0) < 2**32:
-        # Both in one number: floats sort like their bits, negative ones like the complement of them.
+        # Pack distance and id into one int64. Non-negative floats sort like their bits, negative ones like the
+        # complement of their bits.
         bits = (distances + np.float32(0)).view(np.int32)
         bits ^= (bits >> 31) & np.int32(0x7FFFFFFF)
         pairs = (bits.astype(np.int64) << 32) | (ids & 0xFFFFFFFF)
         if width < pairs.shape[1]:
             pairs.partition(width - 1, axis=1)
             pairs = pairs[:, :width]
-        pairs.sort(axis=1, kind="stable")  # which is quick with what is nearly in order
+        pairs.sort(axis=1, kind="stable")  # fast on nearly sorted input
         ids, bits = pairs & 0xFFFFFFFF, (pairs >> 32).astype(np.int32)
         bits ^= (bits >> 31) & np.int32(0x7FFFFFFF)
         distances = bits.view(np.float32)

@@ -1,13 +1,13 @@
-"""An index over the database, opened for searching: on the CPU, or where faiss has one on a GPU.
+"""Search an index over the database, on the CPU or, with a GPU build of faiss, on a GPU.
 
-Which lists a row lies in and a query visits, and which candidates are reported, does not depend on
-batches, threads or device. With a GPU build of faiss, lists and comparisons are computed on the GPU; codes
-are compared on the CPU.
+The list of each row, the lists that a query visits and the candidates that are reported do not depend on
+batches, threads or device. With a GPU build of faiss, the GPU chooses lists and compares rows; codes are compared
+on the CPU.
 
     index = Index.open(Path("data/index"))
     distances, ids = index.search(queries, 10)      # (n, 10) each, nearest first
 
-What kinds there are: retro_model.search.keys. How they are built: retro_model.search.build.
+retro_model.search.keys describes the kinds of index, retro_model.search.build builds them.
 """
 
 import functools
@@ -37,23 +37,23 @@ INDEX_FILE = "knn.index"
 Found = tuple[Float32Array, IdArray]  # distances and ids
 Arrays = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 
-LISTS_SURPLUS = 8  # centroids fetched beyond those wanted, so that rounding rarely leaves a doubt
+LISTS_SURPLUS = 8  # extra centroids to fetch, so that rounding rarely makes the choice uncertain
 PAIRS_AT_ONCE = 1 << 22  # distances or candidates in memory
-GPU_MOST = 2048  # neighbors, and lists, that a GPU search can be asked for
+GPU_LIMIT = 2048  # faiss's limit on neighbors, and on lists, in a GPU search
 
 
 # ---- the GPU -------------------------------------------------------------------------------------------
 
 
 def gpu_build() -> bool:
-    """Whether this faiss has GPU functions, also where no GPU is."""
+    """Whether the installed faiss has GPU functions, even if no GPU is present."""
     return hasattr(import_faiss(), "StandardGpuResources")
 
 
 def on_gpu(device: str) -> bool:
-    """Whether faiss computes on a GPU: for `auto` where it can, for `cuda` always, for `cpu` never.
+    """Whether faiss computes on a GPU: for `auto` if it can, for `cuda` always, for `cpu` never.
 
-    Raises ConfigError where cuda is asked for and faiss has no GPU, or no GPU functions.
+    Raises ConfigError for cuda if faiss has no GPU functions or sees no GPU.
     """
     assert device in ("auto", "cpu", "cuda"), device
     there = gpu_build() and import_faiss().get_num_gpus() > 0
@@ -69,7 +69,7 @@ def _gpu_resources() -> Any:
 
 
 def _to_gpu(index: Any) -> Any:
-    """A copy on the GPU, in single precision, so that what it reports is off by rounding only."""
+    """A copy on the GPU in single precision, so that its distances differ by rounding only."""
     return import_faiss().index_cpu_to_gpu(_gpu_resources(), 0, index)
 
 
@@ -77,24 +77,24 @@ def _to_gpu(index: Any) -> Any:
 
 
 class Centroids:
-    """The centroids of an IVF index: which lists a row lies in, and a query visits.
+    """The centroids of an IVF index, which assign rows to lists and choose the lists that a query visits.
 
-    That is by (distance, list), whatever the batch, the threads and the device.
+    The order is by (distance, list number) and does not depend on batch, threads or device.
     """
 
     def __init__(self, index: Any, gpu: bool = False) -> None:
         self._quantizer = import_faiss().downcast_index(index.quantizer)
-        self._index = index  # which owns it
+        self._index = index  # owns the quantizer
         self._vectors = _flat_rows(self._quantizer)
         self._largest_norm = largest_square(self._vectors)
         self._searched = _to_gpu(self._quantizer) if gpu else self._quantizer
-        self._turn = threading.Lock()  # on the GPU one search at a time
+        self._gpu_lock = threading.Lock()  # the GPU allows one search at a time
 
     def nearest(self, queries: Float32Array, count: int) -> tuple[Float32Array, IdArray]:
-        """Distances and numbers (n, count) of the lists whose centroids are nearest to each row."""
+        """Distances and numbers of the `count` lists with the nearest centroids for each query: both (n, count)."""
         fetched = min(len(self._vectors), count + LISTS_SURPLUS)
-        if self._searched is not self._quantizer and fetched <= GPU_MOST:
-            with self._turn:
+        if self._searched is not self._quantizer and fetched <= GPU_LIMIT:
+            with self._gpu_lock:
                 reported, lists = self._searched.search(queries, fetched)
         else:
             reported, lists = self._quantizer.search(queries, fetched)
@@ -112,7 +112,7 @@ class Centroids:
         return distances, lists
 
     def add(self, vectors: Float32Array, ids: IdArray) -> None:
-        """Adds rows to the index that the centroids are of; a 4-bit one is not packed for fast scan yet."""
+        """Adds rows with these ids to the index; with 4-bit codes, before it is packed for fast scan."""
         lists = self.nearest(vectors, 1)[1][:, 0]
         swig_ptr = import_faiss().swig_ptr
         arrays = [np.ascontiguousarray(array) for array in (vectors, ids, lists)]
@@ -120,14 +120,14 @@ class Centroids:
 
 
 def _flat_rows(index: Any) -> Float32Array:
-    """The rows of an exact index, where they lie."""
+    """The rows of an exact index, as a view of its memory."""
     faiss = import_faiss()
     rows: Float32Array = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
     return rows
 
 
 class Searcher:
-    """A faiss index, on the GPU where that is asked for and it holds no codes."""
+    """Searches a faiss index: on the GPU if `gpu` is set and the index holds rows, not codes."""
 
     def __init__(self, index: Any, gpu: bool = False) -> None:
         faiss = import_faiss()
@@ -136,14 +136,14 @@ class Searcher:
         self._centroids = Centroids(index, gpu) if lists else None
         self._on_gpu = _to_gpu(index) if gpu and rows else None
         self._threaded = lists and self._on_gpu is None
-        # Rows of lists are compared one by one on the CPU, and all else in matrix products.
-        self.alone = lists and rows and not gpu
+        # On the CPU, faiss compares the rows of lists one by one. Otherwise it uses matrix products, which round.
+        self.reports_pair_distances = lists and rows and not gpu
 
     def in_threads(self, work: Callable[[slice], Arrays], num_queries: int) -> Arrays:
-        """What `work` finds for all queries, shares of which are searched at a time where that is faster.
+        """Runs `work` on slices of the queries, in threads if that is faster; concatenates the results.
 
-        A search of lists is a chain of steps, of which faiss spreads some over its threads. So each share
-        goes through all of them in a thread of its own. Matrix products and the GPU need no help.
+        A search of lists has several steps, and faiss parallelizes only some. So each thread takes a slice of
+        the queries through all steps. Matrix products and the GPU need no threads of ours.
         """
         faiss = import_faiss()
         num_threads = min(faiss.omp_get_max_threads(), num_queries) if self._threaded else 1
@@ -161,7 +161,7 @@ class Searcher:
         return self.in_threads(lambda rows: self._search(queries[rows], k, probes), len(queries))
 
     def _search(self, queries: Float32Array, k: int, probes: int) -> Found:
-        on_gpu = self._on_gpu is not None and max(k, probes) <= GPU_MOST
+        on_gpu = self._on_gpu is not None and max(k, probes) <= GPU_LIMIT
         index: Any = self._on_gpu if on_gpu else self._index
         if self._centroids is None:
             distances, ids = index.search(queries, k)
@@ -177,29 +177,31 @@ class Searcher:
 
 
 def _search_lists(index: Any, queries: Float32Array, k: int, lists: IdArray, to_lists: Float32Array) -> Found:
-    """The k nearest rows in `lists` (n, probes) of each query.
+    """Each query's k nearest rows in its `lists` (n, probes).
 
-    `index.nprobe` is not set for that: threads that search one index visit different numbers of lists.
+    The number of lists is passed as a parameter, not set as `index.nprobe`, because threads may search the same
+    index with different numbers.
     """
     faiss = import_faiss()
     distances, ids = np.empty((len(queries), k), dtype=np.float32), np.empty((len(queries), k), dtype=np.int64)
     assert queries.dtype == to_lists.dtype == np.float32 and lists.dtype == np.int64
     assert queries.shape == (len(lists), index.d) and lists.shape == to_lists.shape
     arrays = [np.ascontiguousarray(array) for array in (queries, lists, to_lists)]
-    asked, visited, to_visited = map(faiss.swig_ptr, arrays)
-    found = map(faiss.swig_ptr, (distances, ids))
+    queries_ptr, lists_ptr, to_lists_ptr = map(faiss.swig_ptr, arrays)
+    results = map(faiss.swig_ptr, (distances, ids))
     parameters = faiss.SearchParametersIVF(nprobe=lists.shape[1])
-    index.search_preassigned_c(len(queries), asked, k, visited, to_visited, *found, False, parameters)
+    index.search_preassigned_c(len(queries), queries_ptr, k, lists_ptr, to_lists_ptr, *results, False, parameters)
     return distances, ids
 
 
 class Index:
     """An index opened for searching. `facts` are those of its artifact.
 
-    `probes` is how many of its `lists` a search visits unless told otherwise, 1 of 1 for an exact index.
-    `rescored` is None where reported distances are those of the rows, give or take rounding, and else
-    how many candidates by code are to be scored again. `stored` are the rows of an exact index. `alone`
-    says that distances are reported without rounding: each computed for itself, as by `pair_distances`.
+    probes: default number of `lists` that a search visits; 1 of 1 for an exact index.
+    rescored: for an index of codes, how many candidates to score again from the stored vectors; None for an
+        index of rows, whose distances are right up to rounding.
+    stored: the rows of an exact index, else None.
+    reports_pair_distances: whether reported distances equal those of `pair_distances` bit for bit.
     """
 
     def __init__(self, index: Any, facts: Mapping[str, Any], gpu: bool = False) -> None:
@@ -211,20 +213,20 @@ class Index:
         self.rescored: int | None = facts["rescored"] if code_of(facts["key"]) else None
         self._searcher = Searcher(index, gpu)
         self.stored = None if num_lists(facts["key"]) else _flat_rows(index)
-        self.alone = self._searcher.alone
+        self.reports_pair_distances = self._searcher.reports_pair_distances
         self.in_threads = self._searcher.in_threads
 
     @classmethod
     def open(cls, artifact: Artifact, device: str = "cpu") -> "Index":
-        """Reads the index in its artifact; `device` is where it searches: auto, cpu or cuda.
+        """Reads the index from its artifact; `device` is where to search: auto, cpu or cuda.
 
-        Raises MismatchError for another metric, DamagedArtifactError where faiss cannot read it, and
-        ConfigError where cuda is asked for and faiss has none.
+        Raises MismatchError if the metric is not l2, DamagedArtifactError if faiss cannot read the file or it
+        does not match the artifact's facts, and ConfigError for cuda if faiss has no GPU.
         """
         faiss, gpu = import_faiss(), on_gpu(device)
         facts = artifact.require(metric="l2").facts
         path = artifact.folder / INDEX_FILE
-        path.open("rb").close()  # what the system refuses is its own error, and no damage
+        path.open("rb").close()  # an OSError (such as permission denied) is not a damaged file
         try:
             index = faiss.read_index(str(path))
         except RuntimeError as error:
@@ -238,10 +240,10 @@ class Index:
         return cls(index, facts, gpu)
 
     def search(self, queries: Float32Array, k: int, probes: int | None = None) -> Found:
-        """The k nearest rows of each query: distances (n, k) and ids (n, k), nearest first.
+        """Each query's k nearest rows: distances (n, k) and ids (n, k), nearest first.
 
-        An id of -1, at distance inf, means that the lists visited hold no more rows. Distances are
-        faiss's own: `pair_distances` has the ones that do not depend on the batch.
+        An id of -1, at distance inf, means that the visited lists hold no more rows. Distances are faiss's own
+        and may depend on the batch; `pair_distances` computes ones that do not.
         """
         assert queries.dtype == np.float32 and queries.shape[1:] == (self.dim,), queries
         return self._searcher.search(queries, k, self.probes if probes is None else probes)
@@ -258,11 +260,11 @@ def nearest_by_code(
     num_rows: int,
     excluded: Callable[[IdArray, IdArray], BoolArray] | None = None,
 ) -> IdArray:
-    """The `count` nearest (n, count) that `search` reports, by (distance, id), -1 behind the last one.
+    """Ids (n, count) of the `count` nearest rows that `search` reports, by (distance, id), padded with -1.
 
-    `search(queries, k)` is of an index of `num_rows` rows and reports the k nearest in order, equal ones in
-    any order and choice. Rows for which `excluded(numbers of queries, ids)` holds do not count. `surplus`
-    changes speed only.
+    `search(queries, k)` returns the k nearest of `num_rows` rows in ascending order; among equal distances it may
+    choose and order freely. `excluded(query numbers, ids)` marks rows to skip. `surplus` is how many more rows the
+    first search fetches; it changes speed only.
     """
     found = np.full((len(queries), count), -1, dtype=np.int64)
     pending, fetched = np.arange(len(queries)), count + surplus
@@ -273,7 +275,7 @@ def nearest_by_code(
             part = pending[start : start + max(1, PAIRS_AT_ONCE // fetched)]
             reported, ids = search(queries[part], fetched)
             whole = (ids[:, -1:] < 0) | (fetched == num_rows)
-            # Of those as far as the last one, others may not have been fetched.
+            # Other rows at the last fetched distance may be missing, so rows at that distance do not count yet.
             counts = (ids >= 0) & (whole | (reported < reported[:, -1:]))
             if excluded is not None:
                 counts &= ~excluded(part, ids)

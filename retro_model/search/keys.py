@@ -1,8 +1,8 @@
-"""What kind of index is built: faiss's factory strings, the rule of `auto`, and what each takes in memory.
+"""Index keys (faiss factory strings): how `auto` chooses one, and how much memory each needs.
 
-Three kinds: Flat compares a query with all rows. IVF<lists>,Flat compares it with the rows of the lists
-whose centroids are nearest. IVF<lists>,PQ<m> does so with codes of the rows, of m numbers each, and its
-distances only choose candidates: those are scored again from the stored vectors.
+There are three kinds. Flat compares a query with all rows. IVF<lists>,Flat compares it with the rows of the lists
+with the nearest centroids. IVF<lists>,PQ<m> compares it with product-quantized codes of those rows, m numbers each;
+these distances only select candidates, which are then scored again from the stored vectors.
 """
 
 import re
@@ -17,9 +17,9 @@ from retro_model.core.errors import ConfigError
 # Up to this many rows, exact search is cheap: 2,000 queries of 384 dimensions over 100,000 rows take about
 # 3 seconds on two cores.
 EXACT_ROWS = 200_000
-MIN_POINTS_PER_LIST = 39  # below, faiss calls a k-means clustering unreliable
-MAX_POINTS_PER_LIST = 100  # autofaiss trains on no more
-CODED_DIMS = (2, 4, 8, 16)  # how many numbers of a vector share one code of 4 bits, finest first
+MIN_POINTS_PER_LIST = 39  # below this, faiss warns that the clustering is unreliable
+MAX_POINTS_PER_LIST = 100  # autofaiss uses no more for training
+CODED_DIMS = (2, 4, 8, 16)  # dimensions per 4-bit code, finest first
 
 _KEY = re.compile(r"Flat|IVF([1-9][0-9]*),(?:Flat|PQ([1-9][0-9]*)(x8|x4fs)?)")
 _KEYS = "Flat, IVF<lists>,Flat, IVF<lists>,PQ<m>x4fs or IVF<lists>,PQ<m>x8"
@@ -27,14 +27,16 @@ _KEYS = "Flat, IVF<lists>,Flat, IVF<lists>,PQ<m>x4fs or IVF<lists>,PQ<m>x8"
 
 @dataclass(frozen=True)
 class IndexConfig(Config, section="index"):
-    """What is built and how good it must be.
+    """The kind of index, its recall and its memory limit.
 
-    `key` is a faiss factory string: Flat, IVF<lists>,Flat, or with codes, IVF<lists>,PQ<m>x4fs (m numbers
-    of 4 bits a row) or IVF<lists>,PQ<m>x8 (m bytes); auto chooses (see `choose_key`). `target_recall`
-    holds for the 10 nearest of held-out queries. `seed` draws the training sample of
-    `train_points_per_list` rows for each list, and the queries. `max_memory_gb` is what the finished
-    index may take, in 10^9 bytes. Building it takes twice that at its height, as lists have room to grow;
-    where codes make it small, up to three times the training sample in float32, and blocks of vectors.
+    key: a faiss factory string: Flat, IVF<lists>,Flat, or with codes IVF<lists>,PQ<m>x4fs (m numbers of 4 bits
+        per row) or IVF<lists>,PQ<m>x8 (m bytes per row); auto chooses one (see `choose_key`).
+    target_recall: recall of the 10 nearest rows for held-out queries.
+    train_points_per_list: the training sample has this many rows per list.
+    max_memory_gb: limit for the finished index, in 10^9 bytes. Peak memory while building is twice that, because
+        lists over-allocate as they grow; with codes, up to three times the training sample in float32 plus
+        blocks of vectors.
+    seed: of the training sample and of the queries for recall.
     """
 
     key: str = setting("auto")
@@ -50,16 +52,15 @@ class IndexConfig(Config, section="index"):
 
 
 def choose_key(config: IndexConfig, num_rows: int, dim: int) -> str:
-    """The factory string for `num_rows` rows of `dim` numbers.
+    """The factory string for `num_rows` vectors of `dim` dimensions.
 
-    auto is exact search up to EXACT_ROWS, and from there on IVF with the power of two nearest to
-    4 * sqrt(num_rows) lists: so a query compares itself with about as many centroids as rows of the
-    lists it visits. Those hold the rows themselves while that fits index.max_memory_gb, and else codes:
-    4 bits for every 2 numbers of a row, or for every 4, 8 or 16, the finest that fits; the coarsest
-    where none does.
+    auto is exact search up to EXACT_ROWS rows. Above that it is IVF with about 4 * sqrt(num_rows) lists (a power
+    of two), so that a query is compared with about as many centroids as rows. The lists hold the rows
+    themselves if that fits index.max_memory_gb, else 4-bit codes of 2, 4, 8 or 16 dimensions each: the finest
+    that fit, or the coarsest if none does.
 
-    Raises ConfigError for more lists or codes than the rows can train, and for codes that do not divide
-    the dimensions.
+    Raises ConfigError if there are too few rows to train the lists or codes, or if the number of codes does not
+    divide `dim`.
     """
     if config.key != "auto":
         _check_trainable(config, num_rows, dim)
@@ -101,36 +102,36 @@ def num_lists(key: str) -> int:
 
 
 class Code(NamedTuple):
-    """What stands for a row: so many numbers of so many bits."""
+    """The code of a row: `numbers` numbers of `bits` bits each."""
 
     numbers: int
     bits: int
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of a row's code."""
+        """Bytes per row, rounded up."""
         return (self.numbers * self.bits + 7) // 8
 
 
 def code_of(key: str) -> Code | None:
-    """What a key's codes are; None where the index holds the rows themselves."""
+    """The codes of a key; None if its index holds the rows themselves."""
     matched = _KEY.fullmatch(key)
     assert matched is not None, key
     return Code(int(matched[2]), 4 if matched[3] == "x4fs" else 8) if matched[2] else None
 
 
 def needed_bytes(key: str, num_rows: int, dim: int) -> int:
-    """What an index takes in memory, at the most: rows or codes, ids, centroids."""
+    """An upper bound on the memory of an index in bytes: rows or codes, ids and centroids."""
     lists, code = num_lists(key), code_of(key)
     ids = 8 * num_rows if lists else 0
     if code is None:
         return 4 * dim * (num_rows + lists) + ids
-    padded = num_rows + 31 * lists if code.bits == 4 else num_rows  # fast scan compares 32 codes at once
+    padded = num_rows + 31 * lists if code.bits == 4 else num_rows  # fast scan stores blocks of 32 codes
     return code.num_bytes * padded + ids + 4 * dim * lists + 4 * dim * (1 << code.bits)
 
 
 def check_memory(config: IndexConfig, key: str, num_rows: int, dim: int) -> None:
-    """Raises ConfigError, with both numbers, where the finished index would take more than is allowed."""
+    """Raises ConfigError if the finished index would need more than config.max_memory_gb."""
     needed = needed_bytes(key, num_rows, dim)
     if needed > config.max_memory_gb * 1e9:
         raise ConfigError(

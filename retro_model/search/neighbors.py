@@ -1,13 +1,13 @@
-"""The nearest database chunks of every chunk, from other documents than its own.
+"""Find the nearest database chunks of every chunk, excluding chunks of its own document.
 
-What comes out is defined without the index's batches, surplus, rounding or device: of the candidates in
-the lists that a query visits, the `stored` nearest by (distance, id) that are not of its document, with
-distances computed again from the stored vectors. If those lists hold too few, twice as many are
-visited, until there are enough or the whole database has been seen: -1 means that there are no more.
+The result does not depend on batches, surplus, rounding or device. A query's neighbors are the `stored` nearest
+candidates by (distance, id) from other documents, in the lists that it visits, with distances computed from the
+stored vectors. If there are too few, the query visits twice as many lists, and so on until there are enough or it
+has visited all lists. An id of -1 means that the database holds no more.
 
-Candidates are all rows of the lists. With an index of codes they are fewer: of the rows that are not of
-the query's document, the nearest by (distance of the code, id); as many as the index's `rescored` says,
-or CODES_PER_NEIGHBOR for each neighbor, if that is more.
+With an index of rows, all rows of the visited lists are candidates. With an index of codes, only the nearest of them
+from other documents are, by (distance of the code, id): `rescored` many, or CODES_PER_NEIGHBOR per neighbor if that
+is more.
 """
 
 import time
@@ -44,24 +44,24 @@ from retro_model.search.index import Index, gpu_build, nearest_by_code
 from retro_model.search.keys import code_of
 
 QUERIES_PER_BATCH = 1024
-# Candidates fetched beyond those wanted, at first: the own document's share in most corpora. With 64 wanted
-# they are 100 in all, from where on faiss collects them in a way that costs less.
+# Extra candidates in the first search; they cover the chunks of the query's own document in most corpora. With 64
+# neighbors this fetches 100 candidates, and from 100 on faiss uses a cheaper way to collect them.
 SURPLUS = 36
-PAIRS_AT_ONCE = 1 << 22  # candidates in memory: a batch of many candidates is split
-PERCENTILES = (5, 25, 50, 75, 95)  # of the first neighbor's distance, in the metrics
-CODES_PER_NEIGHBOR = 4  # candidates by code that are scored again, at the least
+PAIRS_AT_ONCE = 1 << 22  # candidates in memory; larger batches are split
+PERCENTILES = (5, 25, 50, 75, 95)  # percentiles of the first neighbor's distance in the metrics
+CODES_PER_NEIGHBOR = 4  # score at least this many candidates again for each neighbor
 
 
 @dataclass(frozen=True)
 class NeighborsConfig(Config, section="neighbors"):
-    """`stored` neighbors are kept for each chunk: more than any run uses, so that sweeps search once."""
+    """How many neighbors to store for each chunk: more than any run uses, so that a sweep searches once."""
 
     stored: int = setting(64, minimum=1, maximum=4096)
 
 
 @dataclass(frozen=True)
 class Database:
-    """What is searched: the index over the train chunks, their stored vectors and their document ids."""
+    """A searchable database: the index over the train chunks, their stored vectors and their document ids."""
 
     index: Index
     vectors: Vectors
@@ -69,9 +69,9 @@ class Database:
 
     @classmethod
     def open(cls, embeddings: Artifact, index: Artifact, chunks: Artifact, device: str = "cpu") -> "Database":
-        """The three, after a check that they were made from one another (MismatchError).
+        """Opens the database; `device` is where faiss searches: auto, cpu or cuda.
 
-        `device` is where faiss searches: auto, cpu or cuda. Raises what `Index.open` does.
+        Raises MismatchError if the artifacts were not made from one another, and what `Index.open` raises.
         """
         embeddings.require(chunks=chunks.fingerprint)
         index.require(embeddings=embeddings.fingerprint, chunks=chunks.fingerprint)
@@ -80,10 +80,10 @@ class Database:
     def nearest(
         self, queries: Float32Array, query_documents: IntArray, k: int, surplus: int = SURPLUS
     ) -> tuple[IdArray, Float32Array]:
-        """Ids (n, k) and distances (n, k) of each query's k nearest, as defined at the top of this module.
+        """Ids (n, k) and distances (n, k) of each query's k neighbors, as defined at the top of this module.
 
-        `query_documents` (n,) names the document whose chunks a query must not get, -1 for none. An id
-        of -1, at distance inf, stands behind the last neighbor. `surplus` changes speed only.
+        `query_documents` (n,) is the document to exclude for each query, -1 for none. Rows with fewer than k
+        neighbors are padded with id -1 at distance inf. `surplus` changes speed only.
         """
 
         return self.index.in_threads(
@@ -93,22 +93,22 @@ class Database:
     def _nearest(
         self, queries: Float32Array, query_documents: IntArray, k: int, surplus: int
     ) -> tuple[IdArray, Float32Array]:
-        ids, distances = _no_neighbors(len(queries), k)
-        among = self._among_lists if self.index.rescored is None else self._among_codes
+        ids, distances = _empty_result(len(queries), k)
+        search = self._nearest_in_lists if self.index.rescored is None else self._nearest_by_codes
         pending, probes = np.arange(len(queries)), self.index.probes
         while len(pending):
-            found = among(queries[pending], query_documents[pending], k, surplus, probes)
+            found = search(queries[pending], query_documents[pending], k, surplus, probes)
             ids[pending], distances[pending] = found
             if probes == self.index.lists:
                 break
             pending, probes = pending[found[0][:, -1] == NO_ROW], min(2 * probes, self.index.lists)
         return ids, distances
 
-    def _among_lists(
+    def _nearest_in_lists(
         self, queries: Float32Array, query_documents: IntArray, k: int, surplus: int, probes: int
     ) -> tuple[IdArray, Float32Array]:
-        """The k nearest in `probes` lists of each query, fetching more and more until they are certain."""
-        ids, distances = _no_neighbors(len(queries), k)
+        """Each query's k nearest in `probes` lists; fetches more candidates until the result is certain."""
+        ids, distances = _empty_result(len(queries), k)
         pending, fetched = np.arange(len(queries)), k + surplus
         while len(pending):
             fetched = min(fetched, self.index.rows)
@@ -117,8 +117,10 @@ class Database:
                 reported, candidates = self.index.search(queries[part], fetched, probes)
                 margin = self._margin(queries[part])
                 excluded = self._excluded(query_documents[part], candidates)
-                ids[part], distances[part] = self._best(queries[part], reported, candidates, excluded, margin, k)
-                # A row that was not fetched is no nearer than the last one that was, give or take rounding.
+                ids[part], distances[part] = self._select_nearest(
+                    queries[part], reported, candidates, excluded, margin, k
+                )
+                # Up to rounding, rows that were not fetched are at least as far as the last fetched one.
                 certain = reported[:, -1] > distances[part, -1] + margin[:, 0]
                 exhausted = candidates[:, -1] == NO_ROW
                 uncertain.append(part[~(certain | exhausted)])
@@ -127,7 +129,7 @@ class Database:
             pending, fetched = np.concatenate(uncertain), 2 * fetched
         return ids, distances
 
-    def _best(
+    def _select_nearest(
         self,
         queries: Float32Array,
         reported: Float32Array,
@@ -136,12 +138,12 @@ class Database:
         margin: Float32Array,
         k: int,
     ) -> tuple[IdArray, Float32Array]:
-        """The k nearest of the `candidates` (n, c), which are in the order of the `reported` distances.
+        """The k nearest of the `candidates` (n, c), which are sorted by their `reported` distances.
 
-        Only those are scored again that rounding could bring among the k nearest: none, where nothing is
-        rounded.
+        Recomputes the distances of only those candidates that could be among the k nearest given the rounding
+        error, and none if the index reports pair distances.
         """
-        if self.index.alone:
+        if self.index.reports_pair_distances:
             distances, ids = smallest(np.where(excluded, np.float32(np.inf), reported), candidates, k)
             return ids, distances
         rank = np.cumsum(~excluded, axis=1)
@@ -152,10 +154,10 @@ class Database:
         distances, ids = smallest(self._distances(queries, places), places, k)
         return ids, distances
 
-    def _among_codes(
+    def _nearest_by_codes(
         self, queries: Float32Array, query_documents: IntArray, k: int, surplus: int, probes: int
     ) -> tuple[IdArray, Float32Array]:
-        """The k nearest of the candidates by code in `probes` lists of each query."""
+        """Each query's k nearest in `probes` lists, among the candidates that codes select."""
         assert self.index.rescored is not None
         count = min(max(self.index.rescored, CODES_PER_NEIGHBOR * k), self.index.rows)
         candidates = nearest_by_code(
@@ -170,24 +172,24 @@ class Database:
         return ids, distances
 
     def _excluded(self, query_documents: IntArray, candidates: IdArray) -> BoolArray:
-        """Which candidates (n, c) are none, or of the query's document."""
+        """A mask (n, c) of candidates that are missing (-1) or in the query's document."""
         none = candidates == NO_ROW
         excluded: BoolArray = none | (self.documents[np.where(none, 0, candidates)] == query_documents[:, None])
         return excluded
 
     def _margin(self, queries: Float32Array) -> Float32Array:
-        if self.index.alone:
+        if self.index.reports_pair_distances:
             return np.zeros((len(queries), 1), dtype=np.float32)
         return rounding_margin(queries, self.index.largest_norm)
 
     def _distances(self, queries: Float32Array, ids: IdArray) -> Float32Array:
-        """Distances (n, c) of the stored vectors; inf where an id is -1."""
+        """Distances (n, c) of the queries to the stored vectors `ids`; inf where an id is -1."""
         if self.index.stored is not None:
             return pair_distances(queries, self.index.stored, ids)
         return stored_distances(queries, self.vectors, ids)
 
 
-def _no_neighbors(num_queries: int, k: int) -> tuple[IdArray, Float32Array]:
+def _empty_result(num_queries: int, k: int) -> tuple[IdArray, Float32Array]:
     return np.full((num_queries, k), NO_ROW, dtype=np.int64), np.full((num_queries, k), np.inf, dtype=np.float32)
 
 
@@ -208,7 +210,7 @@ class _Opened(NamedTuple):
 
 @dataclass(frozen=True)
 class KnnJob:
-    """Searches for ranges of chunks; see retro_model.jobs.engine."""
+    """A job (see retro_model.jobs.engine) whose parts are the neighbors of a range of chunks."""
 
     embeddings: Path
     index: Path
@@ -220,12 +222,12 @@ class KnnJob:
 
     @property
     def uses_gpus(self) -> bool:
-        """Whether faiss can search on GPUs: a build for them, and an index of rows, not of codes."""
+        """Whether faiss can search on GPUs: it is a GPU build and the index holds rows, not codes."""
         key = Artifact.open(self.index, "index", verify=False).facts["key"]
         return self.device != "cpu" and gpu_build() and code_of(key) is None
 
     def open(self) -> _Opened:
-        """The database, and what the queries are."""
+        """The database, and the queries' chunks and embeddings by split."""
         chunks = {split: Artifact.open(self.chunks / split, "chunks", verify=False) for split in SPLITS}
         embeddings = {split: Artifact.open(self.embeddings / split, "embeddings", verify=False) for split in SPLITS}
         index = Artifact.open(self.index, "index", verify=False)
@@ -233,7 +235,7 @@ class KnnJob:
         return _Opened(database, index, chunks, embeddings)
 
     def facts(self, opened: _Opened) -> dict[str, Any]:
-        """What was searched, and how many are kept."""
+        """Fingerprints of the database and the index, and the number of neighbors kept."""
         return {
             "database": opened.chunks["train"].fingerprint,
             "index": opened.searched.fingerprint,
@@ -241,7 +243,7 @@ class KnnJob:
         }
 
     def make(self, opened: _Opened, folder: Path, split: str, start: int, stop: int) -> Iterator[int]:
-        """The neighbors of chunks `start` to `stop` of a split."""
+        """Writes the neighbors of chunks `start` to `stop` of a split."""
         database, _, chunks, embeddings = opened
         id_type = _id_type(database.index.rows)
         with ArtifactWriter(folder, self.kind, max(stop - start, 1)) as writer:
@@ -251,15 +253,15 @@ class KnnJob:
                 ids, distances = database.nearest(queries, documents, self.config.stored)
                 writer.append(ids=ids.astype(id_type), distances=distances)
                 yield len(ids)
-            writer.facts.update(**self.facts(opened), **_of_split(chunks[split], embeddings[split]))
+            writer.facts.update(**self.facts(opened), **_split_facts(chunks[split], embeddings[split]))
 
 
-def _of_split(chunks: Artifact, embeddings: Artifact) -> dict[str, Any]:
+def _split_facts(chunks: Artifact, embeddings: Artifact) -> dict[str, Any]:
     return {"chunks": chunks.fingerprint, "embeddings": embeddings.fingerprint}
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
-    """Slices of `size` rows; one of none where there are none, so that the array is written all the same."""
+    """Slices of `size` rows; a single empty one if there are no rows, so that an empty array is written."""
     for first in range(start, max(stop, start + 1), size):
         yield slice(first, min(first + size, stop))
 
@@ -276,13 +278,13 @@ def make_neighbors(
     engine: Engine | None = None,
     work_folder: Path | None = None,
 ) -> Outcome:
-    """Writes the neighbors of every split's chunks in the train chunks, and returns what there is to say.
+    """Writes every chunk's neighbors among the train chunks, for all splits; returns metrics and timings.
 
-    `queries_per_batch`, `engine` and `device` (auto, cpu or cuda) change speed only. What was finished
-    before a kill is found again in `work_folder`.
+    `queries_per_batch`, `engine` and `device` (auto, cpu or cuda) change speed only. Parts that a killed run
+    finished in `work_folder` are reused.
 
-    Raises MismatchError where chunks, embeddings and index were not made from one another, ConfigError
-    where the device cannot be had.
+    Raises MismatchError if chunks, embeddings and index were not made from one another, ConfigError if the
+    device is missing.
     """
     chunks = {split: Artifact.open(chunks_folder / split, "chunks") for split in SPLITS}
     embeddings = {split: Artifact.open(embeddings_folder / split, "embeddings") for split in SPLITS}
@@ -302,7 +304,7 @@ def make_neighbors(
         Progress("knn", total, "chunk") as bar,
     ):
         for split in SPLITS:
-            facts, rows = _of_split(chunks[split], embeddings[split]), chunks[split].rows
+            facts, rows = _split_facts(chunks[split], embeddings[split]), chunks[split].rows
             size, started = rows_per_part(rows), time.perf_counter()
             with ArtifactWriter(folder / split, "neighbors", size) as writer:
                 for part in running.make(row_parts(split, rows, size, **facts), work, bar):
@@ -310,8 +312,8 @@ def make_neighbors(
                 writer.facts.update(**running.facts, **facts)
             seconds += time.perf_counter() - started
             found = Artifact.open(folder / split, "neighbors", verify=False)
-            said = describe_neighbors(found, chunks[split], embeddings[split], chunks["train"], embeddings["train"])
-            metrics |= {f"{split}_{name}": value for name, value in said.items()}
+            values = describe_neighbors(found, chunks[split], embeddings[split], chunks["train"], embeddings["train"])
+            metrics |= {f"{split}_{name}": value for name, value in values.items()}
     if not bar.num_new:
         return Outcome(metrics, {})
     milliseconds = 1000 * seconds / bar.num_new
@@ -322,13 +324,16 @@ def make_neighbors(
 def describe_neighbors(
     neighbors: Artifact, chunks: Artifact, embeddings: Artifact, database: Artifact, vectors: Artifact, seed: int = 0
 ) -> dict[str, float]:
-    """What there is to say of a split's `neighbors`, read once in blocks.
+    """Metrics of a split's `neighbors`, in one pass over blocks of rows.
 
-    `chunks` and `embeddings` are those of the split, `database` and `vectors` those that were searched.
-    Shares of all queries: `short_share` have fewer than are stored, `copy_share` have a first neighbor with
-    their own input tokens; `missing_share` is of all places for a neighbor. `first_distance_<p>` is the
-    p-th percentile of the first neighbor's squared distance, 0 where no query has one. `recall` is of the
-    RECALL_AT nearest against exact search, for RECALL_QUERIES queries that `seed` draws.
+    `chunks` and `embeddings` belong to the split, `database` and `vectors` are the train chunks and embeddings.
+
+    recall: share of the RECALL_AT nearest that were found, against exact search, for RECALL_QUERIES random queries.
+    missing_share: share of all neighbor slots that hold -1.
+    short_share: share of queries with fewer neighbors than are stored.
+    copy_share: share of queries whose first neighbor has the same input tokens.
+    first_distance_mean, first_distance_<p>: mean and p-th percentile of the first neighbor's squared distance; 0 if
+        no query has a neighbor.
     """
     ids, distances = neighbors["ids"], neighbors["distances"]
     num_missing = num_short = num_copies = 0
@@ -357,14 +362,16 @@ def describe_neighbors(
 def _recall(
     neighbors: Artifact, chunks: Artifact, embeddings: Artifact, database: Artifact, vectors: Artifact, seed: int
 ) -> float:
-    """The share of the nearest there are that were found, ties and rounding allowed; 1 where there are none."""
+    """Recall against exact search, counting ties and rounding as hits; 1 if there are no neighbors to find."""
     num_rows = len(neighbors["ids"])
     if not num_rows:
         return 1.0
     rows = np.random.default_rng(seed).choice(num_rows, min(RECALL_QUERIES, num_rows), replace=False)
     queries = as_float32(embeddings["vectors"][rows])
     k = min(RECALL_AT, neighbors["ids"].shape[1])
-    exact, largest = _exact_elsewhere(queries, chunks["documents"][rows], vectors["vectors"], database["documents"], k)
+    exact, largest = _exact_in_other_documents(
+        queries, chunks["documents"][rows], vectors["vectors"], database["documents"], k
+    )
     there = np.isfinite(exact).sum(axis=1)
     if not there.any():
         return 1.0
@@ -372,16 +379,16 @@ def _recall(
     return int((neighbors["distances"][rows][:, :k] <= limit).sum()) / int(there.sum())
 
 
-def _exact_elsewhere(
+def _exact_in_other_documents(
     queries: Float32Array, query_documents: IntArray, vectors: ShardedArray, documents: ShardedArray, k: int
 ) -> tuple[Float32Array, float]:
-    """The k smallest distances (n, k) to rows of other documents, by brute force, and the largest squared norm."""
+    """Distances (n, k) of the k nearest rows in other documents, by brute force, and the largest squared norm."""
     nearest, largest = np.full((len(queries), k), np.inf, dtype=np.float32), 0.0
     start = 0
     for block in float_blocks(vectors):
         here = documents[start : start + len(block)]
         largest = max(largest, largest_square(block))
-        # So many rows more as any query's own document has here.
+        # Fetch as many more rows as a query's own document can have in this block.
         names, counts = np.unique(here, return_counts=True)
         own = int(counts[np.isin(names, query_documents)].max(initial=0))
         fetched = min(k + own, len(block))

@@ -1,6 +1,6 @@
-"""How much of an index a search looks at: as little as reaches the recall that was asked for.
+"""Choose the cheapest search settings that reach the target recall.
 
-That is found by recall against exact search, never by a clock, so that equal input gives equal effort.
+Recall is measured against exact search and time plays no part, so equal input gives equal settings.
 """
 
 import functools
@@ -22,14 +22,16 @@ from retro_model.search.distances import (
 from retro_model.search.index import Searcher, nearest_by_code
 from retro_model.search.keys import code_of, num_lists
 
-RESCORED = (256, 512, 1024, 2048, 4096)  # how many candidates by code may be scored again
-SURPLUS = 32  # candidates fetched beyond those: codes are often equally near
+RESCORED = (256, 512, 1024, 2048, 4096)  # choices for the number of candidates to score again
+SURPLUS = 32  # extra candidates to fetch, because codes often tie
 
 
-class Effort(NamedTuple):
-    """How much a search looks at, the recall that it so reaches, and the milliseconds that a query took.
+class SearchSettings(NamedTuple):
+    """Search settings, the recall that they reach, and the milliseconds per query.
 
-    `probes` is None for exact search, `rescored` where there are no codes. The clock decides nothing.
+    probes: lists to visit; None for exact search.
+    rescored: candidates to score again; None without codes.
+    milliseconds: for information only; the choice does not depend on it.
     """
 
     probes: int | None
@@ -43,7 +45,7 @@ class Effort(NamedTuple):
         return f"{visited}{again}, recall@{RECALL_AT} {self.recall:.3f}, {self.milliseconds:.3g} ms a query"
 
 
-def choose_effort(
+def choose_search_settings(
     key: str,
     index: Any,
     vectors: Vectors,
@@ -51,17 +53,17 @@ def choose_effort(
     largest_norm: float,
     target_recall: float,
     gpu: bool = False,
-) -> Effort:
-    """The least effort that reaches the target recall for held-out `queries`.
+) -> SearchSettings:
+    """The fewest lists (`probes`) that reach the target recall for `queries`.
 
-    With codes, `rescored` is the smallest of RESCORED with which some number of lists reaches the target,
-    measured after candidates were scored again.
+    With codes, `rescored` is the smallest value of RESCORED that reaches the target with any number of lists;
+    recall is measured after the candidates are scored again.
 
-    Raises ConfigError where the codes are too coarse for that.
+    Raises ConfigError if the codes are too coarse to reach the target.
     """
     searcher, k = Searcher(index, gpu), min(RECALL_AT, len(vectors))
     if not num_lists(key):
-        return Effort(None, None, 1.0, _milliseconds(lambda: searcher.search(queries, k, 1), len(queries)))
+        return SearchSettings(None, None, 1.0, _milliseconds(lambda: searcher.search(queries, k, 1), len(queries)))
     exact = exact_distances(queries, vectors, k)[:, -1:] + rounding_margin(queries, largest_norm)
 
     def nearest(probes: int, rescored: int | None) -> Float32Array:
@@ -81,7 +83,7 @@ def choose_effort(
         probes, reached = fewest_probes(functools.partial(recall, rescored), index.nlist, target_recall)
         if reached >= target_recall:
             milliseconds = _milliseconds(functools.partial(nearest, probes, rescored), len(queries))
-            return Effort(probes, rescored, reached, milliseconds)
+            return SearchSettings(probes, rescored, reached, milliseconds)
     raise ConfigError(
         f"index.target_recall: found {target_recall:g}, expected <= {reached:.3g}: {key} reaches no more with "
         f"{RESCORED[-1]:,} candidates scored again in all {index.nlist:,} lists; use finer codes (a larger "
@@ -96,9 +98,9 @@ def _milliseconds(search: Callable[[], object], num_queries: int) -> float:
 
 
 def fewest_probes(recall: Callable[[int], float], lists: int, target_recall: float) -> tuple[int, float]:
-    """The fewest lists that reach the target, and their recall; or all lists and theirs, where none do.
+    """The fewest lists that reach the target and their recall; all lists and their recall if none do.
 
-    Recall grows with the lists visited: doubled until it is enough, and then by halves.
+    Recall grows with the number of lists: doubles the number until it suffices, then searches by bisection.
     """
     low, high = 1, 1
     while (reached := recall(high)) < target_recall:

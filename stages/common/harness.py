@@ -1,8 +1,8 @@
-"""What every stage needs around its one library call: errors as one line, timings, a place for work in progress.
+"""Runs a stage: one-line errors, timings, and a folder for work in progress.
 
-Git-ignored files below `.retro/` at the repository's root (also for experiments in temporary checkouts):
-`timings.jsonl`, a line for each stage that ran, and `work/<stage>/<key>/`, where a stage that was
-stopped finds what it had done.
+Writes git-ignored files below `.retro/` at the repository's root (also for experiments in temporary checkouts):
+`timings.jsonl`, with the timings of each stage that ran, and `work/<stage>/<key>/`, from which an interrupted stage
+continues.
 """
 
 import errno
@@ -29,27 +29,26 @@ from retro_model.core.processes import allow_open_files
 
 CODE_FOLDERS = ("retro_model", "stages")
 
-# Unfinished work of other settings that is kept, newest first: it may still be wanted.
+# How many folders of unfinished work with other settings to keep, newest first: the user may go back to them.
 KEPT_UNFINISHED = 3
 
-# What the disk or its owner can do to any stage, told in one line as it is.
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-DISK_ERRORS = {*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENFILE}
+# Errors of the disk or its permissions that any stage reports in one line.
+FULL_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+DISK_ERRORS = {*FULL_DISK_ERRNOS, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENFILE}
 
-# The same in the words of libraries that raise errors of their own: faiss, safetensors, tokenizers, SQLite.
-FULL_IN_WORDS = (*map(os.strerror, FULL), "disk I/O error", "database or disk is full")
+# Messages for a full disk from libraries with their own exceptions: faiss, safetensors, tokenizers, SQLite.
+FULL_DISK_MESSAGES = (*map(os.strerror, FULL_DISK_ERRNOS), "disk I/O error", "database or disk is full")
 
 
 def project_root() -> Path:
-    """The repository that the user sees: DVC runs some experiments in temporary copies of it."""
+    """The user's repository; the working directory may be a temporary copy in which DVC runs an experiment."""
     return Path(os.environ.get("DVC_ROOT") or Path.cwd())
 
 
 def run_stage(name: str, main: Callable[[], None]) -> None:
-    """Runs a stage's `main`; what a user, a disk or a corpus caused ends it with one line and status 1.
+    """Runs a stage's `main`. Errors of the user, the disk or the corpus are one line with exit status 1.
 
-    An interrupt exits 130 (SIGINT) or 143 (SIGTERM), never 0: DVC would take a half-done stage for a
-    finished one.
+    Exits with 130 on SIGINT and 143 on SIGTERM, never 0: DVC would take an unfinished stage for a finished one.
     """
     if Path(sys.argv[0]).stem == name and len(sys.argv) > 1:
         _stop(f"{name}: found {' '.join(sys.argv[1:])!r}, expected no argument: params.yaml has all settings", 2)
@@ -68,32 +67,32 @@ def run_stage(name: str, main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _stop(f"{name}: interrupted; the next `dvc repro` goes on", 130)
     except Exception as error:
-        if (reason := _of_the_disk(error)) is None:
+        if (reason := _disk_error_reason(error)) is None:
             raise
         _stop(f"{name}: {reason}; mend that and run `dvc repro` again", 1)
     print(f"{name}: done in {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
-def _of_the_disk(error: Exception) -> str | None:
-    """What the disk or its owner did, and to which file; None for any other error."""
+def _disk_error_reason(error: Exception) -> str | None:
+    """What failed on the disk and for which file; None for any other error."""
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return f"{error.strerror}: {allowed} are allowed, raise that with `ulimit -n`"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"{error.strerror}: {error.filename or 'while writing'}"
-    words = full_disk(error)
-    return f"{words}: while writing" if words else None
+    message = full_disk_message(error)
+    return f"{message}: while writing" if message else None
 
 
-def full_disk(error: BaseException) -> str | None:
-    """What the disk said, where a library tells it by an error of its own; None where it was not the disk."""
-    return next((words for words in FULL_IN_WORDS if words in str(error)), None)
+def full_disk_message(error: BaseException) -> str | None:
+    """The full-disk message in a library's own exception; None for any other error."""
+    return next((message for message in FULL_DISK_MESSAGES if message in str(error)), None)
 
 
 def record_timing(stage: str, made: str = "", /, **timings: float) -> None:
-    """Appends timings to the git-ignored file that `make repro`'s last table reads.
+    """Appends timings to the git-ignored file that `make repro`'s summary reads.
 
-    `made` is the fingerprint of what was made meanwhile; by it `recorded_timings` finds them.
+    `made` is the fingerprint of the artifact made; `recorded_timings` looks timings up by it.
     """
     file = timings_file()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -103,12 +102,12 @@ def record_timing(stage: str, made: str = "", /, **timings: float) -> None:
 
 
 def timings_file() -> Path:
-    """Where timings are recorded: a line of JSON each."""
+    """The file of timings, one JSON object per line."""
     return project_root() / ".retro" / "timings.jsonl"
 
 
 def read_timings() -> list[dict[str, Any]]:
-    """All that was recorded, oldest first. A line that a kill or a full disk cut short says nothing."""
+    """All recorded timings, oldest first; skips lines that a kill or a full disk cut short."""
     records = []
     if timings_file().is_file():
         for line in timings_file().read_text(encoding="utf-8", errors="replace").splitlines():
@@ -118,7 +117,7 @@ def read_timings() -> list[dict[str, Any]]:
 
 
 def recorded_timings(made: str) -> dict[str, float]:
-    """What was last recorded of the making of an artifact, as `stage.name`; nothing of one from DVC's cache."""
+    """The last recorded timings of making an artifact, as `stage.name`; empty if it came from DVC's cache."""
     return {
         f"{record['stage']}.{name}": value
         for record in read_timings()
@@ -130,12 +129,13 @@ def recorded_timings(made: str) -> dict[str, float]:
 
 @contextmanager
 def work_folder(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> Iterator[Path]:
-    """Yields the folder where this stage, on these inputs with these params and this code, keeps its progress.
+    """Yields the folder for a stage's work in progress with these inputs, these params and the current code.
 
-    Another input, param or line of declared code is another folder, so that no old checkpoint is ever
-    picked up. One process at a time: a second one is told so. When the block ends well the folder is
-    marked as finished, and cleared when the stage starts with something else: a kill after the stage and
-    before DVC noted it costs nothing.
+    A change of an input, a param or a line of declared code gives another folder, so a run never continues from
+    outdated work. If the block succeeds, the folder is marked as finished; it is deleted when the stage next runs
+    with another folder. Until then, a kill before DVC records the stage costs nothing.
+
+    Raises RetroError if another process uses the folder.
     """
     folder = work_path(stage, inputs, params)
     home, key = folder.parent, folder.name
@@ -144,15 +144,15 @@ def work_folder(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> It
         if not locked:
             raise RetroError(f"{folder}: another process is running this very stage; wait for it or stop it")
         folder.mkdir(exist_ok=True)
-        with _lock(home / "prune.lock") as alone:
-            if alone:
+        with _lock(home / "prune.lock") as may_prune:
+            if may_prune:
                 _prune(home, keep=key)
         yield folder
         (folder / "finished").touch()
 
 
 def work_path(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> Path:
-    """Where that folder is, for whoever only reads in it."""
+    """The path of `work_folder`'s folder, without creating or locking it."""
     key = hashlib.sha256(json.dumps(_identity(stage, inputs, params), sort_keys=True).encode()).hexdigest()[:16]
     return project_root() / ".retro" / "work" / stage / key
 
@@ -165,7 +165,7 @@ def _identity(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> dict
 
 
 def _code_files(dependency: Path) -> list[Path]:
-    """The files of a declared module or package, at any depth; none of a dependency that is data."""
+    """All files of a declared module or package, at any depth; empty for a dependency that is data."""
     if dependency.parts[0] not in CODE_FOLDERS:
         return []
     if dependency.is_file():
@@ -185,9 +185,9 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def _prune(home: Path, keep: str) -> None:
-    """Removes the finished work of other settings, and unfinished work beyond the newest few.
+    """Deletes finished work of other settings, and unfinished work except the newest KEPT_UNFINISHED.
 
-    Each is renamed before: half of it would pass for unfinished work, which a later run goes on with.
+    Renames each folder first: a half-deleted one would look like unfinished work, which a later run continues.
     """
     for leftover in home.glob("*.deleted"):
         shutil.rmtree(leftover)
@@ -206,7 +206,7 @@ def _prune(home: Path, keep: str) -> None:
 
 
 class _Terminated(BaseException):
-    """SIGTERM, raised so that cleanup runs as for an interrupt."""
+    """Raised on SIGTERM, so that cleanup runs as for an interrupt."""
 
 
 def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:

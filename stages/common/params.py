@@ -1,13 +1,12 @@
-"""params.yaml, parsed once into frozen dataclasses.
+"""Parse params.yaml into frozen dataclasses.
 
-A stage names what it reads:
+A stage names the keys and sections that it reads:
 
     params = read_params("chunk_size", "corpus", "chunk")
     params.corpus.valid
 
-and gets that and nothing else; dvc.yaml declares the same names, and tests/test_contract.py holds the
-two together. Whatever a stage names, the whole file is checked first, so that a mistake anywhere in it
-stops the first stage that runs and not the one that needs the key, hours later.
+and gets nothing else. dvc.yaml declares the same names; tests/test_contract.py checks that they agree. Every stage
+checks the whole file first, so that a mistake stops the first stage that runs, not one that needs the key hours later.
 """
 
 import importlib
@@ -26,8 +25,8 @@ from retro_model.core.errors import ConfigError
 
 PARAMS_FILE = Path("params.yaml")
 
-# Where each section's dataclass lives. Named and not imported: a module that is loaded only to check
-# its section can refuse a run but cannot change a byte of it, so it is no dependency of every stage.
+# The dataclass of each section. Names, not imports, so that these modules are not dependencies of every stage: a
+# module that only checks its section can stop a run but cannot change its output.
 SECTIONS = {
     "sample": "retro_model.sample:SampleConfig",
     "corpus": "retro_model.corpus.documents:CorpusConfig",
@@ -45,7 +44,7 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class FlatConfig(Config):
-    """The keys at the top of params.yaml, which several components share."""
+    """The top-level keys of params.yaml, which several components share."""
 
     documents: str = setting()
     chunk_size: int = setting(minimum=2)
@@ -62,7 +61,10 @@ class FlatConfig(Config):
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
-    """The file's keys and values, with the types that DVC sees (YAML 1.2: `3e-4` is a number, `on` is text)."""
+    """The file's content, with the types that DVC reads (YAML 1.2: `3e-4` is a number, `on` is text).
+
+    Raises ConfigError if the file is missing, is not valid YAML, or holds no mapping.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: not found in {Path.cwd()}; run from the folder that holds dvc.yaml")
     try:
@@ -78,7 +80,10 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
 
 
 def parse_params(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Every key of params.yaml by name: flat values as they are, sections as their dataclasses."""
+    """All keys of params.yaml by name: top-level values as they are, sections as their dataclasses.
+
+    Raises ConfigError for an unknown, missing or invalid key.
+    """
     flat_names = [item.name for item in fields(FlatConfig)]
     for name in content:
         if name not in flat_names and name not in SECTIONS:
@@ -91,19 +96,19 @@ def parse_params(content: Mapping[str, Any]) -> dict[str, Any]:
     for name, place in SECTIONS.items():
         module, _, class_name = place.partition(":")
         params[name] = getattr(importlib.import_module(module), class_name).parse(content[name])
-    for check in TOGETHER:
+    for check in CROSS_SECTION_CHECKS:
         check(SimpleNamespace(**params))
     return params
 
 
 def read_params(*names: str) -> SimpleNamespace:
-    """The named keys and sections of params.yaml, after a check of the whole file."""
+    """The named keys and sections of params.yaml. Checks the whole file."""
     params = parse_params(read_yaml(PARAMS_FILE))
     return SimpleNamespace(**{name: params[name] for name in names})
 
 
 def flat_params() -> dict[str, Any]:
-    """Every param of the file by its dotted key, to be recorded with a run; no stage computes with these."""
+    """All params by their dotted keys, for recording with a run; stages do not compute with these."""
     flat: dict[str, Any] = {}
     for name, value in read_yaml(PARAMS_FILE).items():
         flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, Mapping) else {name: value}
@@ -120,5 +125,5 @@ def _check_stored_neighbors(params: SimpleNamespace) -> None:
         )
 
 
-# Combinations that no single section can judge.
-TOGETHER: tuple[Callable[[SimpleNamespace], None], ...] = (_check_stored_neighbors,)
+# Checks that involve several sections.
+CROSS_SECTION_CHECKS: tuple[Callable[[SimpleNamespace], None], ...] = (_check_stored_neighbors,)

@@ -1,4 +1,4 @@
-"""What the stages baseline and train share: one trainer, one MLflow run, one set of outputs."""
+"""Train a model, record it in MLflow and write metrics and curves: shared by the stages baseline and train."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +14,9 @@ from stages.tracking.runs import training_run
 
 
 def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int, out: Path) -> None:
-    """Trains the model of a stage into `out`, with its metrics, its curves and its MLflow run.
+    """Trains a stage's model and writes it to `out`; also writes its metrics, its curves and its MLflow run.
 
-    Several processes are started by `train_model`. Where torchrun has started this one as another than
-    the first, it takes part in the training and does nothing else.
+    `train_model` starts further processes if needed. Under torchrun, processes other than the first only train.
     """
     chunks, tokenizer = Path("data/chunks"), Path("data/tokenizer")
     inputs = {tokenizer: "tokenizer", chunks / "train": "chunks", chunks / "valid": "chunks"}
@@ -62,7 +61,7 @@ def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int,
 
 
 def _retrieval_timings(neighbors: Path) -> dict[str, float]:
-    """How fast these neighbors, and the vectors and index that they were found with, were made, where it was here."""
+    """The recorded timings of making these neighbors, their vectors and their index, if that was on this machine."""
     found = Artifact.open(neighbors, "neighbors", verify=False)
     made = found.facts["embeddings"], found.facts["index"], found.fingerprint
     return {name: value for fingerprint in made for name, value in recorded_timings(fingerprint).items()}

@@ -1,8 +1,8 @@
-"""What ran, for `mlflow ui`: one MLflow run for each trained model, its evaluations as children.
+"""Records runs for `mlflow ui`: one MLflow run for each trained model, with its evaluations as child runs.
 
-DVC decides what runs; this records it. Nothing here changes an output, and no MLflow id goes into one:
-evaluate finds the run of the model that it reads by the model's fingerprint. The store is `mlflow.db` at
-the repository's root, which `mlflow ui` opens without arguments, also for runs in temporary checkouts.
+DVC decides what runs; this module only records it. It changes no output, and outputs contain no MLflow id: evaluate
+finds a model's run by the model's fingerprint. The store is `mlflow.db` at the repository's root, which `mlflow ui`
+opens without arguments; runs in temporary checkouts use it too.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retro_model.core.errors import RetroError
-from stages.common.harness import full_disk, project_root
+from stages.common.harness import full_disk_message, project_root
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -36,12 +36,12 @@ class TrackedRun:
         self._last_step = last_step
 
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs metrics at a step; a step that an interrupted run had logged already is skipped."""
+        """Logs metrics at a step; skips steps that an interrupted run has logged already."""
         if step > self._last_step:
             self.log_metrics(values, step)
 
     def log_metrics(self, values: Mapping[str, object], step: int = 0) -> None:
-        """Logs those of `values` that are numbers."""
+        """Logs the numbers among `values`."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -51,7 +51,7 @@ class TrackedRun:
         )
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        """Logs params, each once: a continued run has them already."""
+        """Logs the params that the run does not have yet; a continued run has them already."""
         from mlflow.entities import Param
 
         known = self.client.get_run(self.run_id).data.params
@@ -59,11 +59,11 @@ class TrackedRun:
         self.client.log_batch(self.run_id, params=new)
 
     def log_folder(self, folder: Path, name: str) -> None:
-        """Keeps a copy of a folder's files among the run's artifacts."""
+        """Copies a folder's files to the run's artifact folder `name`."""
         self.client.log_artifacts(self.run_id, str(folder), name)
 
     def log_file(self, file: Path, name: str) -> None:
-        """Keeps a copy of a file in the run's artifact folder `name`."""
+        """Copies a file to the run's artifact folder `name`."""
         self.client.log_artifact(self.run_id, str(file), name)
 
     def log_model(self, folder: Path, fingerprint: str, metrics: Mapping[str, object]) -> None:
@@ -86,11 +86,11 @@ class TrackedRun:
 def training_run(
     stage: str, work_key: str, params: Mapping[str, object], inputs: Mapping[str, str]
 ) -> Iterator[TrackedRun]:
-    """Opens the run of a model in training, or continues the one that was interrupted at the same work.
+    """Opens a run for training a model, or continues the interrupted run with the same `work_key`.
 
-    Ends it as FINISHED, KILLED (an interrupt) or FAILED.
+    Ends it as FINISHED, KILLED (by an interrupt) or FAILED.
     """
-    with _told():
+    with _explain_store_errors():
         yield from _training_run(stage, work_key, params, inputs)
 
 
@@ -107,10 +107,10 @@ def _training_run(
         client.update_run(run_id, status="RUNNING")
         run = TrackedRun(client, run_id, experiment_id, max((metric.step for metric in history), default=-1))
     else:
-        tags = {WORK_TAG: work_key, STAGE_TAG: stage, **_origin(), **_input_tags(inputs)}
+        tags = {WORK_TAG: work_key, STAGE_TAG: stage, **_origin_tags(), **_input_tags(inputs)}
         run = _create(client, experiment_id, stage, tags)
     run.log_params(params)
-    with _ending(run):
+    with _set_final_status(run):
         yield run
 
 
@@ -118,11 +118,11 @@ def _training_run(
 def evaluation_run(
     model_fingerprint: str, params: Mapping[str, object], inputs: Mapping[str, str]
 ) -> Iterator[tuple[TrackedRun, TrackedRun]]:
-    """Opens (the run of the evaluated model, a child run for this evaluation).
+    """Opens (the evaluated model's run, a child run for this evaluation).
 
-    A model that was restored from DVC's cache or a remote has no run here; then one is made for it.
+    A model restored from DVC's cache or a remote has no run here yet; one is created for it.
     """
-    with _told():
+    with _explain_store_errors():
         yield from _evaluation_run(model_fingerprint, params, inputs)
 
 
@@ -139,20 +139,20 @@ def _evaluation_run(
     if found:
         parent = TrackedRun(client, found[0].info.run_id, experiment_id)
     else:
-        tags = {STAGE_TAG: "restored", MODEL_TAG: model_fingerprint, **_origin()}
+        tags = {STAGE_TAG: "restored", MODEL_TAG: model_fingerprint, **_origin_tags()}
         parent = _create(client, experiment_id, "restored", tags)
         parent.log_params(params)
         client.set_terminated(parent.run_id, "FINISHED")
-    tags = {"mlflow.parentRunId": parent.run_id, STAGE_TAG: "evaluate", **_origin(), **_input_tags(inputs)}
+    tags = {"mlflow.parentRunId": parent.run_id, STAGE_TAG: "evaluate", **_origin_tags(), **_input_tags(inputs)}
     child = _create(client, experiment_id, "evaluate", tags)
     child.log_params(params)
-    with _ending(child):
+    with _set_final_status(child):
         yield parent, child
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Tells in one line what is wrong with MLflow's store, which is a record that no output needs."""
+def _explain_store_errors() -> Iterator[None]:
+    """Turns an error of MLflow's store into a RetroError that says how to go on; no output needs the store."""
     from alembic.util.exc import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -160,7 +160,7 @@ def _told() -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, CommandError) as error:
-        if full_disk(error) is not None:
+        if full_disk_message(error) is not None:
             raise
         store = project_root() / "mlflow.db"
         raise RetroError(
@@ -170,24 +170,24 @@ def _told() -> Iterator[None]:
 
 
 def _connect() -> tuple["MlflowClient", str]:
-    """The client and the experiment's id; the store is made at the first use, by one process alone."""
+    """The client and the experiment's id. One process creates the store on first use."""
     import mlflow
     from mlflow.tracking import MlflowClient
 
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # not a line for each table of its store
-    # What it cannot write it raises too, and that is told in one line: without this, after a traceback.
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # silences a line for each table of the store
+    # MLflow raises write errors too, and those are reported in one line. Do not also log a traceback.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     root = project_root()
     uri = f"sqlite:///{root / 'mlflow.db'}"
     (root / ".retro").mkdir(parents=True, exist_ok=True)
     with (root / ".retro" / "mlflow.lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)  # the first use migrates the database; two at once break it
+        fcntl.flock(stream, fcntl.LOCK_EX)  # the first use migrates the database; two processes at once break it
         mlflow.set_tracking_uri(uri)
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment is not None:
             return client, str(experiment.experiment_id)
-        # Without a location of its own, the folder of whoever came first would be baked in.
+        # By default MLflow would store the working directory of the first process.
         location = (root / "mlartifacts").as_uri()
         return client, str(client.create_experiment(EXPERIMENT, artifact_location=location))
 
@@ -200,7 +200,7 @@ def _create(client: "MlflowClient", experiment_id: str, name: str, tags: Mapping
 
 
 @contextmanager
-def _ending(run: TrackedRun) -> Iterator[None]:
+def _set_final_status(run: TrackedRun) -> Iterator[None]:
     try:
         yield
     except Exception:
@@ -212,12 +212,12 @@ def _ending(run: TrackedRun) -> Iterator[None]:
     run.client.set_terminated(run.run_id, "FINISHED")
 
 
-def _origin() -> dict[str, str]:
-    """Tags that lead back to the code and the experiment."""
+def _origin_tags() -> dict[str, str]:
+    """Tags that name the code's commit and the DVC experiment."""
     tags = {"mlflow.source.name": "dvc repro"}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if commit.returncode == 0:
-        # Without its locks git writes nothing, and so fails on no full disk.
+        # Without optional locks git writes nothing, so it does not fail on a full disk.
         changed = subprocess.run(
             ["git", "--no-optional-locks", "status", "--porcelain"], capture_output=True, text=True, check=False
         )
