@@ -34,7 +34,7 @@ from retro_model.training.optimizer import (
     NEIGHBOR_DROPOUT,
     RANDOM_NEIGHBORS,
     autocast,
-    gradient_norm_clipped,
+    clip_gradients,
     learning_rate,
     make_optimizer,
     optimizer_tensors,
@@ -44,8 +44,8 @@ from retro_model.training.optimizer import (
     set_learning_rate,
 )
 from retro_model.training.sequences import Batch, PackedSequences
-from retro_model.training.sharding import alike, checkpoint_activations, gradients_stay, replicate, shard, whole_weights
-from retro_model.training.throughput import peak, products
+from retro_model.training.sharding import ensure_neighbor, checkpoint_activations, skip_gradient_sync, replicate, shard, full_weights
+from retro_model.training.throughput import peak, step_flops
 
 Log = Callable[[int, Mapping[str, float]], None]
 
@@ -138,24 +138,24 @@ class Trainer:
         self.number_type = resolve_number_type(config.number_type, world.device)
         if world.device.type == "cpu":
             keep_freed_memory()
-        self.share = _share(config, world)
+        self.sequences_per_process = _sequences_per_process(config, world)
         self.sharded = config.shard and world.size > 1
         self.frozen = not model.embedding.weight.requires_grad
-        self.validation_rows = _spread(validation.ordered_rows(), config.validate_sequences)
+        self.validation_rows = _evenly_spaced(validation.ordered_rows(), config.validate_sequences)
         self.state = TrainingState()
         self.best_weights: dict[str, Tensor] = {}
-        saved = self._saved()
+        saved = self._load_checkpoint()
         if saved is not None:
             self.state = saved.state
             self.best_weights = saved.best_weights if world.main else {}
             model.load_state_dict(saved.weights)
         self.model = model.to(world.device)
-        self.compute_loss = self._laid_out()
+        self.compute_loss = self._prepared_model()
         self.optimizer = make_optimizer(self.model, config.lr, config.weight_decay)
         if saved is not None:
             restore_optimizer(self.model, self.optimizer, saved.optimizer)
 
-    def _saved(self) -> Saved | None:
+    def _load_checkpoint(self) -> Saved | None:
         """Where an earlier run of the same settings and inputs stopped, as every process reads it."""
         if self.checkpoints is None:
             return None
@@ -171,7 +171,7 @@ class Trainer:
             )
         return saved
 
-    def _laid_out(self) -> Callable[..., Tensor]:
+    def _prepared_model(self) -> Callable[..., Tensor]:
         """What computes the loss: the model, laid out over memory and processes as the settings say."""
         if self.config.checkpoint_activations:
             checkpoint_activations(self.model)
@@ -205,13 +205,13 @@ class Trainer:
 
     def _portion(self, rows: IntArray, without: BoolArray, replaced: IntArray) -> Batch:
         """This process's part of a portion that all share."""
-        mine = slice(self.world.rank * self.share, (self.world.rank + 1) * self.share)
+        mine = slice(self.world.rank * self.sequences_per_process, (self.world.rank + 1) * self.sequences_per_process)
         batch = self.training.batch(rows[mine], without=without[mine], replaced=replaced[mine])
         if batch.retrieved is None or not (self.sharded or self.frozen):
             return batch
         # What is trained must run: if all else is frozen always, if it is cut among processes with any of them.
         if self.frozen or (self.training.neighbor_ids(rows[~without]) != NO_ROW).any():
-            return alike(batch, self.training.pad_id)
+            return ensure_neighbor(batch, self.training.pad_id)
         return batch
 
     def step(self, data: Step) -> Row:
@@ -234,11 +234,11 @@ class Trainer:
         total = torch.zeros((), device=world.device)
         for number, portion in enumerate(data.portions, start=1):
             weight = portion.num_labels / data.num_labels
-            with gradients_stay(self.compute_loss) if number < len(data.portions) else nullcontext():
+            with skip_gradient_sync(self.compute_loss) if number < len(data.portions) else nullcontext():
                 loss = self._loss(portion.to(world.device)) * weight
                 torch.autograd.backward(loss * world.size)  # gradients become their mean over the processes
             total += loss.detach()
-        norm = gradient_norm_clipped(self.model.parameters(), config.clip)
+        norm = clip_gradients(self.model.parameters(), config.clip)
         mean_loss, gradient_norm = torch.stack([world.sum(total), norm]).tolist()
         if not (np.isfinite(mean_loss) and np.isfinite(gradient_norm)):
             raise self._not_finite(mean_loss, gradient_norm, data.rows)
@@ -297,7 +297,7 @@ class Trainer:
         for rows in self._validation_portions():
             batch = self.validation.batch(rows, neighbors)
             if self.sharded and batch.retrieved is not None:
-                batch = alike(batch, self.validation.pad_id)
+                batch = ensure_neighbor(batch, self.validation.pad_id)
             batch = batch.to(self.world.device)
             with autocast(self.number_type, self.world.device):
                 losses = self.model.token_losses(batch.seq, batch.retrieved, batch.labels, batch.documents)
@@ -309,24 +309,24 @@ class Trainer:
                 f"validation after step {self.state.step}: loss {loss}, expected a finite number; last good "
                 f"checkpoint: {self._last_good()}; try a lower train.lr or a longer train.warmup"
             )
-        found = {f"valid_loss{suffix}": loss / num_labels}
+        row = {f"valid_loss{suffix}": loss / num_labels}
         if not suffix:
-            found["valid_bits_per_byte"] = loss / np.log(2) / max(num_bytes, 1)
-        return found
+            row["valid_bits_per_byte"] = loss / np.log(2) / max(num_bytes, 1)
+        return row
 
     def _validation_portions(self) -> Iterator[IntArray]:
         """This process's part of the validation sequences; as many portions as the others have."""
-        rows, together = self.validation_rows, self.share * self.world.size
-        if self.world.size > 1 and len(rows) % together:
-            rows = np.concatenate([rows, np.full((-len(rows) % together, rows.shape[1]), NO_ROW)])
-        for first in range(self.world.rank * self.share, len(rows), together):
-            yield rows[first : first + self.share]
+        rows, per_round = self.validation_rows, self.sequences_per_process * self.world.size
+        if self.world.size > 1 and len(rows) % per_round:
+            rows = np.concatenate([rows, np.full((-len(rows) % per_round, rows.shape[1]), NO_ROW)])
+        for first in range(self.world.rank * self.sequences_per_process, len(rows), per_round):
+            yield rows[first : first + self.sequences_per_process]
 
     def _weights(self) -> dict[str, Tensor]:
         """The whole weights, in process 0."""
         if not (self.world.main or self.sharded):
             return {}
-        weights = whole_weights(self.model)  # if they are cut among the processes, all must ask
+        weights = full_weights(self.model)  # if they are cut among the processes, all must ask
         return weights if self.world.main else {}
 
     def save(self) -> Path | None:
@@ -347,26 +347,26 @@ class Trainer:
             fast_float32_products(self.world.device),
             torch.random.fork_rng(),
             _StopSignals(self.checkpoints is not None) as stop,
-            bar as shown,
+            bar as progress,
         ):
             for data in ahead(map(self.data, range(self.state.step, config.steps))):
                 record = self.step(data)
                 validates = self._done or self.state.step % config.validate_every == 0
                 if validates:
-                    with clock.apart():
+                    with clock.paused():
                         record |= _without_step(self.validate())
-                if shown is not None:
-                    shown.update(1, f"loss {record['loss']:.3f}, {clock.rate():,.0f} tokens/s")
+                if progress is not None:
+                    progress.update(1, f"loss {record['loss']:.3f}, {clock.rate():,.0f} tokens/s")
                 if main and (validates or self.state.step % log_every == 0):
                     log(self.state.step, {**record, **self._speed(clock.lap())})
-                stopped = self.world.largest(stop.asked)
+                stopped = self.world.largest(stop.received)
                 if self._done or stopped or self.state.step % checkpoint_every == 0:
-                    with clock.apart():
+                    with clock.paused():
                         path = self.save()
                 if stopped:
                     if main:
                         print(f"{title}: stops after step {self.state.step:,}, saved in {path}", file=sys.stderr)
-                    stop.obey(stopped, main)
+                    stop.raise_again(stopped, main)
         return self._result(clock)
 
     @property
@@ -377,7 +377,7 @@ class Trainer:
         """Labels a second, and which share of the hardware's peak the products are that this takes."""
         neighbors = self.training.knn if self.training.neighbors is not None else 0
         length = self.training.seq_len
-        a_token = products(self.model.config, 1, length, neighbors) / length
+        a_token = step_flops(self.model.config, 1, length, neighbors) / length
         most = peak(self.world.device, self.number_type).rate * self.world.size
         return {"tokens_per_second": tokens_per_second, "peak_share": tokens_per_second * a_token / most}
 
@@ -393,10 +393,10 @@ class Trainer:
         }
         timings = {**self._speed(clock.rate()), "seconds": clock.seconds()}
         if self.world.main and timings["tokens_per_second"]:  # a finished run that is found again trains nothing
-            self._tell(timings)
+            self._print_throughput(timings)
         return TrainingResult(metrics, state.history, timings, self.best_weights, self._weights())
 
-    def _tell(self, timings: Row) -> None:
+    def _print_throughput(self, timings: Row) -> None:
         most = peak(self.world.device, self.number_type)
         print(
             f"trained at {timings['tokens_per_second']:,.0f} tokens/s, {timings['peak_share']:.0%} of "
@@ -406,7 +406,7 @@ class Trainer:
         )
 
 
-def _share(config: TrainConfig, world: World) -> int:
+def _sequences_per_process(config: TrainConfig, world: World) -> int:
     """How many sequences of a portion each process takes; ConfigError where they do not share it evenly."""
     portion = config.batch_size // config.accumulation
     if portion % world.size:
@@ -417,7 +417,7 @@ def _share(config: TrainConfig, world: World) -> int:
     return portion // world.size
 
 
-def _spread(rows: IntArray, count: int) -> IntArray:
+def _evenly_spaced(rows: IntArray, count: int) -> IntArray:
     """`count` of the sequences, at equal distances; all of them for 0 or where there are fewer."""
     if count == 0 or count >= len(rows):
         return rows
@@ -456,7 +456,7 @@ class _Clock:
         return rate
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """What runs in the block does not count."""
         before = time.monotonic()
         yield
@@ -470,20 +470,20 @@ class _StopSignals:
 
     def __init__(self, active: bool) -> None:
         self.active = active and threading.current_thread() is threading.main_thread()
-        self.asked = 0  # the signal's number
+        self.received = 0  # the signal's number
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "_StopSignals":
         for number in (signal.SIGINT, signal.SIGTERM) if self.active else ():
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                self.previous[number] = signal.signal(number, self._ask)
+                self.previous[number] = signal.signal(number, self._receive)
         return self
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = number
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
         self._restore()
 
-    def obey(self, number: int, main: bool) -> None:
+    def raise_again(self, number: int, main: bool) -> None:
         """Does what the signal would have done, which came to this process or to another that trains with it."""
         self._restore()
         if not main:
@@ -498,5 +498,5 @@ class _StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
-        if kind is None and self.asked:  # while the last step was saved
-            signal.raise_signal(self.asked)
+        if kind is None and self.received:  # while the last step was saved
+            signal.raise_signal(self.received)
