@@ -1,11 +1,11 @@
-"""Several processes that train one model: started here, or by torchrun.
+"""Train one model in several processes, started here or by torchrun.
 
-    with launch(2, "cpu", work) as world:      # work(world) runs in one other process, or in none
+    with launch(2, "cpu", work) as world:      # also runs work(world) in one worker process
         work(world)
 
-Process 0 is the one that a person sees: it logs, saves and obeys Ctrl-C; the workers do what it does and end
-with it, however it ends. `torchrun --nproc-per-node 4 -m stages.train` starts all of them from outside,
-on one machine or several; then `together` only joins them.
+Process 0 logs, saves and handles Ctrl-C. The workers run the same work and end when process 0 ends. With
+`torchrun --nproc-per-node 4 -m stages.train`, on one machine or several, torchrun starts all processes, and
+`launch` only joins their process group.
 """
 
 import multiprocessing

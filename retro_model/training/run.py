@@ -31,7 +31,7 @@ from retro_model.network.config import ModelConfig, RETROConfig
 from retro_model.network.model import RETRO
 from retro_model.training.checkpoints import Checkpoints
 from retro_model.training.copying import copying_potential
-from retro_model.training.distributed import World, resolve_processes, launch
+from retro_model.training.distributed import World, launch, resolve_processes
 from retro_model.training.sequences import PackedSequences
 from retro_model.training.trainer import Log, TrainConfig, Trainer, TrainingResult
 from retro_model.training.warm_start import RetrofitConfig, start_from
@@ -54,17 +54,17 @@ def _log_nothing(step: int, record: Mapping[str, float]) -> None:
 
 
 def train_model(run: "TrainingRun", log: Log = _log_nothing, threads: int | None = None) -> TrainingResult:
-    """Trains on the split "train", validates on "valid", and writes `out_folder` with the best weights.
+    """Train on the split "train", validate on "valid", and write the best weights to `out_folder`.
 
-    `log` gets a record every `log_every` steps: loss, learning_rate, grad_norm, tokens_per_second, peak_share, and
-    where validated train_loss, valid_loss, valid_loss_off (no neighbors) and valid_loss_shuffled (those of other
-    chunks).
+    `log` receives a record every `log_every` steps and at each validation: loss, learning_rate, grad_norm,
+    tokens_per_second and peak_share; at validations also train_loss, valid_loss, valid_bits_per_byte, and with
+    retrieval valid_loss_off (no neighbors) and valid_loss_shuffled (neighbors of other chunks).
 
-    Several processes (`train_config.processes`) are started here, unless torchrun has started them; then each of
-    them calls this, and only process 0 logs, saves and writes. With them `device` is cpu or cuda.
+    This starts `train_config.processes` processes, unless torchrun has started them and each of them calls this.
+    Only process 0 logs, saves and writes. With several processes `device` must be cpu or cuda.
 
-    Raises MismatchError or ConfigError where settings and artifacts do not fit launch, and TrainingError for a
-    loss or gradient that is not finite, or a process that has died.
+    Raises MismatchError or ConfigError if settings and artifacts do not match, and TrainingError if loss or gradient
+    is not finite or a process dies.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -225,8 +225,7 @@ class _Inputs:
             facts["index"] = self.neighbors["train"].facts["index"]
         if self.start is not None:
             facts["init_from"] = self.start.fingerprint
-            # All chunk artifacts that these weights were trained on before. Evaluation needs them to detect leakage:
-            # another split of the same documents may hold out what was trained on.
+            # All chunk artifacts that these weights were trained on before; evaluating on another split would leak.
             facts["init_from_chunks"] = sorted(
                 {self.start.facts["chunks"], *self.start.facts.get("init_from_chunks", ())}
             )

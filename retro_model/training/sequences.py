@@ -150,7 +150,7 @@ class PackedSequences:
         `neighbors` selects what is retrieved: "own", a row's own neighbors; "shuffled", the control, those of the
         row half a split away; or "none", also if there is no neighbor artifact. `without` (B,) marks sequences
         whose neighbors are dropped (neighbor dropout). `replaced` (B, L, knn) holds database rows that replace
-        neighbors; -1 keeps the neighbor.
+        neighbors; -1 keeps the neighbor, and missing neighbors stay missing.
         """
         real = rows != NO_ROW
         tokens = np.full((*rows.shape, self.chunk_size + 1), self.pad_id, dtype=np.int64)

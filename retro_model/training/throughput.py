@@ -58,7 +58,8 @@ def step_flops(config: RETROConfig, rows: int, length: int, neighbors: int) -> f
     enc_cross_layers = config.enc_depth if config.enc_cross_attn_layers is None else len(config.enc_cross_attn_layers)
     encoder = (
         config.enc_depth * enc_tokens * (layer(e) + 4 * inner * 2 * m)  # self-attention
-        + enc_cross_layers * (enc_tokens * (4 * e * inner + 4 * inner * m) + tokens * 4 * d * inner)  # cross-attention to the chunk
+        + enc_cross_layers
+        * (enc_tokens * (4 * e * inner + 4 * inner * m) + tokens * 4 * d * inner)  # cross-attention to the chunk
         + (enc_tokens * 2 * d * e if d != e else 0)
     )
     cross = len(config.dec_cross_attn_layers) * (
