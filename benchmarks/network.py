@@ -44,7 +44,7 @@ from retro_model.core.devices import fast_float32_products, keep_freed_memory, r
 from retro_model.inference.generation import CachedDecoder
 from retro_model.network.config import RETROConfig
 from retro_model.network.model import RETRO
-from retro_model.training.throughput import DATA_SHEETS, known_chip, products
+from retro_model.training.throughput import DATA_SHEETS, known_chip, step_flops
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def print_training(setting: Setting, dtype_name: str, seconds: Mapping[str, floa
     print(f", the data sheet's {promised / 1e9:,.0f} GFLOP/s" if promised else "")
     for name, of_task in seconds.items():
         neighbors = 0 if name == "without neighbors" else setting.neighbors
-        rate = products(setting.config, setting.batch, setting.length, neighbors) / of_task
+        rate = step_flops(setting.config, setting.batch, setting.length, neighbors) / of_task
         tokens = setting.batch * setting.length / of_task
         line = f"    {name:22} {of_task * 1e3:8.0f} ms  {tokens:8,.0f} tokens/s  {rate / limit:6.1%} of that"
         print(line + (f"  {rate / promised:6.1%} of the data sheet's" if promised else ""))
@@ -282,7 +282,7 @@ def print_training(setting: Setting, dtype_name: str, seconds: Mapping[str, floa
         at_least=2 if setting.device == "cpu" else 3,
         ours=tokens / min(of for name, of in seconds.items() if name.startswith("ours")),
         theirs=tokens / theirs if theirs else None,
-        limit=tokens * limit / products(setting.config, setting.batch, setting.length, setting.neighbors),
+        limit=tokens * limit / step_flops(setting.config, setting.batch, setting.length, setting.neighbors),
         unit="tokens/s",
     )
     if "theirs" in seconds:
@@ -293,7 +293,7 @@ def print_training(setting: Setting, dtype_name: str, seconds: Mapping[str, floa
         if SET_UP_AS_OURS in seconds:
             ratio = seconds[SET_UP_AS_OURS] / seconds["ours"]
             print(f"    ours to theirs in a process set up as this project's trainer sets up its own: {ratio:.2f}")
-        most = seconds["theirs"] * limit / products(setting.config, setting.batch, setting.length, setting.neighbors)
+        most = seconds["theirs"] * limit / step_flops(setting.config, setting.batch, setting.length, setting.neighbors)
         print(f"    a step at the speed of the fastest matrix product would have a ratio of {most:.2f}")
 
 

@@ -89,7 +89,7 @@ def test_neighbors_see_themselves_and_no_padding() -> None:
     mask = torch.ones(2, 3, 4, dtype=torch.bool)
     mask[0, 1, 2:] = False
     mask[1, 2] = False
-    out = model.see_neighbors(torch.cat([q, k, v], dim=2), still(4, 4), 0.0, mask_AKR=mask)
+    out = model.attend_neighbors(torch.cat([q, k, v], dim=2), still(4, 4), 0.0, mask_AKR=mask)
     assert out.isfinite().all()
     for a in range(2):
         for j in range(12):

@@ -122,9 +122,9 @@ def test_products_are_those_that_torch_counts(network: ModuleType) -> None:
         counts = counter.get_flop_counts()["Global"]
         linear = counts[torch.ops.aten.mm] + counts.get(torch.ops.aten.addmm, 0)
         scores = sum(count for name, count in counts.items() if name not in (torch.ops.aten.mm, torch.ops.aten.addmm))
-        # causal attention in one block computes all scores; `products` counts the half that is needed
+        # causal attention in one block computes all scores; `step_flops` counts the half that is needed
         unneeded = 2 * 16 * setting.config.dec_depth * 2 * 8 * 16
-        assert 3 * (linear + scores - unneeded) == network.products(setting.config, 2, 16, neighbors)
+        assert 3 * (linear + scores - unneeded) == network.step_flops(setting.config, 2, 16, neighbors)
 
 
 def test_known_chips(network: ModuleType) -> None:

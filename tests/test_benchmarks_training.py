@@ -19,7 +19,7 @@ from woven import write_woven
 from retro_model.network.config import ModelConfig, RETROConfig
 from retro_model.network.model import RETRO
 from retro_model.training.run import build_model
-from retro_model.training.throughput import DATA_SHEETS, peak, products
+from retro_model.training.throughput import DATA_SHEETS, peak, step_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = SimpleNamespace(knn=2, seq_len=SEQ_LEN, seed=0, model=MODEL, train=dataclasses.replace(TRAIN, accumulation=1))
@@ -163,6 +163,6 @@ def test_a_known_chip_has_its_data_sheet_and_another_is_measured(monkeypatch: py
 
 def test_products_grow_with_what_is_computed() -> None:
     config = RETROConfig(num_tokens=50, enc_dim=16, enc_depth=1, dec_dim=8, dec_depth=2, dec_cross_attn_layers=(2,))
-    bare = products(config, 2, 128, 0)
-    assert products(config, 4, 128, 0) == 2 * bare
-    assert bare < products(config, 2, 128, 1) < products(config, 2, 128, 2)
+    bare = step_flops(config, 2, 128, 0)
+    assert step_flops(config, 4, 128, 0) == 2 * bare
+    assert bare < step_flops(config, 2, 128, 1) < step_flops(config, 2, 128, 2)

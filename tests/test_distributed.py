@@ -22,7 +22,7 @@ from woven import Woven, write_woven
 
 from retro_model.core.errors import ConfigError, TrainingError
 from retro_model.training.distributed import ALONE, World, resolve_processes
-from retro_model.training.sharding import alike
+from retro_model.training.sharding import ensure_neighbor
 from retro_model.training.trainer import TrainConfig
 
 # Without dropout, whose masks depend on the process; half of the neighbors are dropped, so that in some
@@ -276,7 +276,7 @@ def test_a_batch_without_neighbors_gets_a_sequence_that_teaches_nothing(woven: W
     trainer = make_trainer(woven)
     rows = trainer.training.training_rows(0, 0, 2)
     bare = trainer.training.batch(rows, without=np.array([True, True]))
-    changed = alike(bare, trainer.training.pad_id)
+    changed = ensure_neighbor(bare, trainer.training.pad_id)
     assert len(changed.seq) == 3 and changed.retrieved is not None
     assert bool((changed.retrieved != trainer.training.pad_id).any())
     model = trainer.model.eval()
@@ -289,4 +289,4 @@ def test_a_batch_without_neighbors_gets_a_sequence_that_teaches_nothing(woven: W
     gradients = [parameter.grad for parameter in model.encoder.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients), "all took part, none learned"
     full = trainer.training.batch(rows)
-    assert alike(full, trainer.training.pad_id) is full
+    assert ensure_neighbor(full, trainer.training.pad_id) is full

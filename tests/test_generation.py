@@ -12,15 +12,15 @@ from torch import Tensor
 
 from retro_model.core.errors import ConfigError
 from retro_model.inference.generation import (
-    ALONE,
+    SINGLE_THREAD_BELOW,
     CachedDecoder,
-    SharedOut,
+    ThreadedLinear,
     Writer,
     generate,
     sample,
-    threads,
     top_k,
     top_p,
+    torch_threads,
 )
 from retro_model.network.model import RETRO
 
@@ -142,13 +142,13 @@ def test_all_threads_have_a_part_in_a_product(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for inputs in (3, 12, 20):
         weight = torch.randn(outputs, inputs, dtype=torch.float64)
-        shared_out = SharedOut(weight)
-        assert shared_out.part_PIO.shape == (parts, inputs, outputs // parts)
-        assert shared_out.part_PIO.stride(2 if outputs > inputs else 1) == 1  # along the longer axis
-        assert (shared_out.part_PIO.data_ptr() == weight.data_ptr()) == (outputs <= inputs)  # else no copy
+        linear = ThreadedLinear(weight)
+        assert linear.part_PIO.shape == (parts, inputs, outputs // parts)
+        assert linear.part_PIO.stride(2 if outputs > inputs else 1) == 1  # along the longer axis
+        assert (linear.part_PIO.data_ptr() == weight.data_ptr()) == (outputs <= inputs)  # else no copy
         for shape in ((inputs,), (1, 1, inputs), (5, inputs), (2, 3, inputs)):
             x = torch.randn(shape, dtype=torch.float64)
-            torch.testing.assert_close(shared_out(x), F.linear(x, weight), atol=1e-12, rtol=0)
+            torch.testing.assert_close(linear(x), F.linear(x, weight), atol=1e-12, rtol=0)
 
 
 def test_only_matrices_are_made_anew_for_single_tokens() -> None:
@@ -181,10 +181,10 @@ def test_a_token_is_read_by_one_thread_and_more_by_all(monkeypatch: pytest.Monke
     decoder.read(tokens(1, M - 1), [M - 1])
     decoder.read(tokens(1, 1), [1], {0: tokens(K, R)})
     assert (reading, encoding) == ([1, 1], [3])
-    monkeypatch.setattr(decoder, "largest_matrix", ALONE)
+    monkeypatch.setattr(decoder, "largest_matrix", SINGLE_THREAD_BELOW)
     decoder.read(tokens(1, 1), [1])
     assert reading == [1, 1, 3]
-    with pytest.raises(KeyError), threads(2):
+    with pytest.raises(KeyError), torch_threads(2):
         assert number[-1] == 2
         raise KeyError
     assert number[-1] == 3

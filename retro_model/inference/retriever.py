@@ -1,8 +1,8 @@
-"""Looking up live text: a prompt, a generated chunk, an evaluation text; section 2.3's RET(C).
+"""Retrieve neighbors for new text: prompts, generated chunks, evaluation texts; RET(C) of section 2.3.
 
-A query goes the way that the database went: the same tokens-to-text, the same encoder in the same number
-type, the same rounding to half precision, the same search. So a stored chunk finds live what was
-precalculated for it.
+Queries are processed exactly like the database: the same decoding of tokens to text, the same encoder in the same
+number type, the same rounding to half precision, the same search. So a stored chunk retrieves the neighbors that
+were precomputed for it.
 
     retriever = Retriever.open("data")
     found = retriever.retrieve(token_chunks, k=2)     # (B, M) ids
@@ -30,7 +30,7 @@ from retro_model.search.neighbors import Database
 
 @dataclass(frozen=True)
 class Retrieved:
-    """What was found for B queries, nearest first."""
+    """The neighbors of B queries, nearest first."""
 
     tokens: npt.NDArray[np.int64]  # (B, K, 2 * M): neighbor and continuation; pad where there is none
     ids: npt.NDArray[np.int64]  # (B, K): rows of the database; -1 where there is none
@@ -38,7 +38,7 @@ class Retrieved:
 
 
 class Retriever:
-    """A database that can be searched by token chunks or by text. `Retriever.open` makes one."""
+    """Searches a database by token chunks or by text. Create one with `Retriever.open`."""
 
     def __init__(self, chunks: Artifact, database: Database, encoder: Encoder, tokenizer: Tokenizer) -> None:
         self.chunks = chunks
@@ -56,14 +56,13 @@ class Retriever:
         batch_size: int | None = None,
         verify: bool = True,
     ) -> "Retriever":
-        """Opens tokenizer, train chunks, embeddings, index and encoder, and checks that they are one set.
+        """Open tokenizer, train chunks, embeddings, index and encoder, and check that they belong together.
 
-        `encoder` says where the encoder is now, as `embed.encoder` does, where the recorded name does
-        not lead to it. `verify` compares every byte of chunks and embeddings with what was written, about a
-        second a gigabyte.
+        `encoder` is the encoder's name or folder, as in `embed.encoder`; pass it if the recorded name no longer leads
+        to the encoder. `verify` checks the digests of chunks, embeddings and index, about a second per gigabyte.
 
-        Raises SourceError where the encoder cannot be loaded, MismatchError where it is not the one
-        that made the embeddings or where the artifacts were not made from one another.
+        Raises SourceError if the encoder cannot be loaded, MismatchError if it is not the one that made the
+        embeddings or if the artifacts were not made from each other.
         """
         folder = Path(data_folder)
         tokenizer = Tokenizer.open(folder / "tokenizer")
@@ -75,12 +74,12 @@ class Retriever:
         return cls(chunks, database, opened, tokenizer)
 
     def retrieve(self, token_chunks: IntArray, k: int, exclude_documents: IntArray | None = None) -> Retrieved:
-        """The k nearest database chunks of each row of input ids (B, M) of the database's tokenizer.
+        """The k nearest database chunks of each row of token ids (B, M), from the database's tokenizer.
 
-        Rows may be of any width. `exclude_documents` (B,) names for each query a document whose chunks
-        it must not get, -1 for none.
+        Rows may have any width. `exclude_documents` (B,) is, for each query, a document whose chunks are not
+        returned, -1 for none.
 
-        Raises ConfigError for ids that the tokenizer does not have.
+        Raises ConfigError for ids outside the vocabulary, or if k < 1.
         """
         rows = np.asarray(token_chunks)
         vocab_size = self.chunks.facts["vocab_size"]
@@ -92,7 +91,7 @@ class Retriever:
         return self.retrieve_text(chunk_text(self.tokenizer, rows), k, exclude_documents)
 
     def retrieve_text(self, texts: list[str], k: int, exclude_documents: IntArray | None = None) -> Retrieved:
-        """The same for texts, of which the encoder reads as much as of a chunk."""
+        """The same for texts; the encoder truncates them as it truncates chunks."""
         if k < 1:
             raise ConfigError(f"knn: found {k}, expected >= 1")
         vectors = stored_vectors(self.encoder.embed(texts), self.encoder).astype(np.float32)
@@ -106,7 +105,7 @@ class Retriever:
         return chunk_text(self.tokenizer, self.chunks["tokens"][np.asarray(ids)][:, :-1])
 
     def for_generation(self, k: int) -> Callable[[Tensor], Tensor]:
-        """What `generate` calls: from chunks (B, M) to neighbors (B, k, 2 * M), on their device."""
+        """The `retrieve` function for `generate`: chunks (B, M) to neighbors (B, k, 2 * M), on the same device."""
 
         def retrieve(token_chunks: Tensor) -> Tensor:
             found = self.retrieve(token_chunks.cpu().numpy(), k)
@@ -116,7 +115,10 @@ class Retriever:
 
 
 def _same_encoder(embeddings: Artifact, source: str | None, device: str, batch_size: int | None) -> Encoder:
-    """The encoder that made `embeddings`, found under `source` or the recorded name."""
+    """Open the encoder that made `embeddings`, from `source` or the recorded name.
+
+    Raises MismatchError if it is another encoder.
+    """
     facts = embeddings.facts
     config = EmbedConfig(
         encoder=source or facts["encoder_name"],

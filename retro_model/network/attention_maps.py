@@ -1,10 +1,10 @@
-"""How much attention each token gives to each neighbor token, measured while the network runs.
+"""Attention weights from each token to each neighbor token, recorded during a forward pass.
 
     attention = neighbor_attention_maps(model, seq, retrieved, documents)
-    attention.neighbors_BNKR[0, 70, 1, 5]    # of token 70 to token 5 of the second neighbor that it reads
+    attention.neighbors_BNKR[0, 70, 1, 5]    # from token 70 to token 5 of the second neighbor that it attends to
 
-The network does not change for this: a hook on each cross-attention of the decoder takes its queries and keys,
-and computes the weights once more. The letters of model.py and attention.py name the axes.
+The model itself is not changed: a forward hook on each cross-attention of the decoder recomputes the weights
+from queries and keys. Shape suffixes are those of model.py and attention.py.
 """
 
 import math
@@ -20,36 +20,36 @@ from retro_model.network.model import RETRO, Stream, attends_retrieval
 
 
 class AttentionMaps(NamedTuple):
-    """The mean over the heads and cross-attention layers of the decoder; the sum for a token is 1 or 0.
+    """Attention weights, averaged over the heads and cross-attention layers of the decoder.
 
-    The last token of a chunk reads the neighbors of its own chunk, the others read those of the chunk before. A
-    token that reads no neighbor has zeros.
+    The last token of a chunk attends to the neighbors of its own chunk, the others to those of the previous
+    chunk. A token's weights in both fields sum to 1, or to 0 if it attends to no neighbors.
     """
 
-    neighbors_BNKR: Tensor  # float32, in a model of float64 that; zero at padding
-    nothing_BN: Tensor  # the share of the sink; zero without one
+    neighbors_BNKR: Tensor  # float32, or float64 for a float64 model; zero at padding
+    nothing_BN: Tensor  # the weight of the sink; zero without one
 
 
 @torch.no_grad()
 def neighbor_attention_maps(
     model: RETRO, seq: Tensor, retrieved: Tensor, documents: Tensor | None = None
 ) -> AttentionMaps:
-    """The attention to neighbors when the model reads this batch; its arguments are those of `RETRO.forward`.
+    """The attention to neighbors on this batch. The arguments are those of `RETRO.forward`.
 
-    The model should be in eval mode: dropout changes what the layers see, and is not in the weights.
+    Put the model in eval mode first: dropout would change the layers' inputs, and the weights do not include it.
     """
     retrieved_BLKR = retrieved if retrieved.dim() == 4 else retrieved[:, :, None]
     totals: list[Tensor] = []
     layers = [
         cast("NeighborAttention", block.cross_attention.inner) for block in model.decoder if block.cross_attention
     ]
-    hooks = [layer.register_forward_pre_hook(partial(_add_weights, totals=totals)) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(partial(_append_weights, totals=totals)) for layer in layers]
     try:
         _, stream = model.hidden_states(seq, retrieved, documents)
     finally:
         for hook in hooks:
             hook.remove()
-    if not totals:  # no neighbor in the whole batch, or no layer that reads them
+    if not totals:  # the batch has no neighbors, or the model no cross-attention
         empty = seq.new_zeros((*seq.shape, *retrieved_BLKR.shape[2:]), dtype=torch.float32)
         return AttentionMaps(empty, empty.new_zeros(seq.shape))
     weights_BNJ = _to_rows(torch.stack(totals).sum(0) / len(totals), stream, seq, retrieved_BLKR, model.config.pad_id)
@@ -58,29 +58,31 @@ def neighbor_attention_maps(
     return AttentionMaps(neighbors_BNKR, weights_BNJ[:, :, :sinks].sum(2))
 
 
-def _add_weights(layer: nn.Module, arguments: tuple[Tensor, Tensor, partial[Tensor]], *, totals: list[Tensor]) -> None:
+def _append_weights(
+    layer: nn.Module, arguments: tuple[Tensor, Tensor, partial[Tensor]], *, totals: list[Tensor]
+) -> None:
     """Append the weights of one layer, averaged over its heads: (A, M, J), with a sink (A, M, 1 + J).
 
-    x has the tokens before the first query too, if the layer looks back to them.
+    Queries are x without its first `lead` tokens.
     """
     assert isinstance(layer, NeighborAttention)
-    x_QD, table_MF, see = arguments
+    x_QD, table_MF, attend = arguments
     query_AMHF = layer.queries(x_QD)
-    key_AJHF = see.keywords["context_BJHF"][:, :, : layer.heads]  # after the keys come the values
+    key_AJHF = attend.keywords["context_BJHF"][:, :, : layer.heads]  # drop the values, which follow the keys
     precise = torch.promote_types(query_AMHF.dtype, torch.float32)
     query_AHMF = rotate(query_AMHF.to(precise), table_MF).transpose(1, 2)
-    key_AHJF = rotate(key_AJHF.to(precise), see.keywords["key_table_JF"]).transpose(1, 2)
+    key_AHJF = rotate(key_AJHF.to(precise), attend.keywords["key_table_JF"]).transpose(1, 2)
     with torch.autocast(x_QD.device.type, enabled=False):
         scores_AHMJ = query_AHMF @ key_AHJF.mT / math.sqrt(query_AHMF.shape[-1])
-    mask_AJ = see.keywords["mask_BJ"]
+    mask_AJ = attend.keywords["mask_BJ"]
     totals.append(scores_AHMJ.masked_fill(~mask_AJ[:, None, None], -math.inf).softmax(-1).mean(1))
 
 
 def _to_rows(weights_AMJ: Tensor, stream: Stream, seq: Tensor, retrieved_BLKR: Tensor, pad_id: int) -> Tensor:
-    """The weights of the attending chunks, given back to the tokens of each row: (B, N, J)."""
+    """Map the weights of the attending chunks back to the tokens of each row: (B, N, J)."""
     chunk_size = weights_AMJ.shape[1]
     active_BL = (retrieved_BLKR != pad_id).flatten(2).any(2)
-    if seq.shape[1] % chunk_size:  # the tail of a row is a chunk of the stream that retrieves nothing
+    if seq.shape[1] % chunk_size:  # the incomplete chunk at the end of a row has no neighbors
         active_BL = torch.cat([active_BL, active_BL.new_zeros(len(seq), 1)], dim=1)
     order_C = torch.arange(active_BL.numel(), device=seq.device) if stream.order_C is None else stream.order_C
     active_C = active_BL.flatten()[order_C]

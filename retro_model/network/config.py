@@ -1,4 +1,4 @@
-"""The network's settings."""
+"""The configuration of the network."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from retro_model.core.config import Config, setting
 from retro_model.core.errors import ConfigError
 
 NORM_NAMES = ("rmsnorm", "gated_rmsnorm", "layernorm")
-# A config.json from before these settings existed lacks them; their defaults are the network without them.
+# Older config.json files lack these settings; their defaults reproduce the network of that time.
 ADDED_LATER = {"copy_tokens", "cross_attn_sink"}
 
 
 @dataclass(frozen=True)
 class ModelConfig(Config, section="model"):
-    """The settings that are free to choose: the section `model` of params.yaml. Layers count from 1."""
+    """The settings that the user chooses: the section `model` of params.yaml. Layer numbers start at 1."""
 
     enc_dim: int = setting(896, minimum=1)
     enc_depth: int = setting(2, minimum=1)
@@ -33,8 +33,8 @@ class ModelConfig(Config, section="model"):
     gated_rmsnorm: bool = setting(False)
     use_deepnet: bool = setting(False)
     tie_embeddings: bool = setting(False)
-    # The paper's network has neither of these.
-    copy_tokens: int = setting(0, minimum=0)  # cross-attention looks for what followed this many last tokens
+    # These two are not in the paper.
+    copy_tokens: int = setting(0, minimum=0)  # cross-attention matches this many last tokens to find what follows
     cross_attn_sink: bool = setting(False)  # each head of cross-attention can attend to nothing
 
     def __post_init__(self) -> None:
@@ -54,15 +54,17 @@ class ModelConfig(Config, section="model"):
 
 @dataclass(frozen=True)
 class RETROConfig(ModelConfig):
-    """All that determines the network: the arguments of RETRO, and what config.json holds."""
+    """The complete configuration of the network: the arguments of RETRO, and the contents of config.json."""
 
     num_tokens: int = setting(28996, minimum=1)
     max_seq_len: int = setting(2048, minimum=1)
     chunk_size: int = setting(64, minimum=1)
     pad_id: int = setting(0, minimum=0)
-    enc_scale_residual: float | None = setting(None, above=0.0)  # None: DeepNet's with use_deepnet, else 1
+    enc_scale_residual: float | None = setting(None, above=0.0)  # None: DeepNet's alpha with use_deepnet, else 1
     dec_scale_residual: float | None = setting(None, above=0.0)
-    norm_klass: Any = None  # None: "rmsnorm"; or one of NORM_NAMES, or a class of norms that takes a width
+    # One of NORM_NAMES, or a module class whose constructor takes a width. None: "gated_rmsnorm" with
+    # gated_rmsnorm, else "rmsnorm".
+    norm_klass: Any = None
     retrieval: bool = setting(True)  # False: the plain decoder, without encoder and cross-attention
 
     def __post_init__(self) -> None:
@@ -80,11 +82,11 @@ class RETROConfig(ModelConfig):
 
     @property
     def copy_rows(self) -> bool:
-        """Whether copying needs the output rows of the neighbors' tokens, because they are not the embedding."""
+        """Whether copying needs the output rows of neighbor tokens: untied, they differ from the embeddings."""
         return self.copy_tokens > 0 and not self.tie_embeddings
 
     def deepnet(self, side: str) -> tuple[float, float]:
-        """The skip connection's alpha and the initialization's beta of "enc" or "dec" (Wang et al. 2022, figure 2)."""
+        """DeepNet's alpha (skip connections) and beta (init) for side "enc" or "dec" (Wang et al. 2022, figure 2)."""
         if not self.use_deepnet:
             return 1.0, 1.0
         n, m = self.enc_depth, self.dec_depth
@@ -93,7 +95,10 @@ class RETROConfig(ModelConfig):
         return (3 * m) ** (1 / 4), (12 * m) ** (-1 / 4)
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds: every argument, none derived."""
+        """The contents of config.json: every argument, no derived values.
+
+        Raises ConfigError if `norm_klass` is a class.
+        """
         if not isinstance(self.norm_klass, str | None):
             allowed = f"one of {', '.join(NORM_NAMES)}, because a class cannot be saved"
             raise ConfigError(f"norm_klass: found {self.norm_klass!r}, expected {allowed}")
@@ -101,7 +106,7 @@ class RETROConfig(ModelConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RETROConfig":
-        """The inverse of `to_dict`: no key unknown, and none missing but those of ADDED_LATER."""
+        """The inverse of `to_dict`. Raises ConfigError for unknown keys and for missing ones not in ADDED_LATER."""
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - names):
             raise ConfigError(f"unknown model config keys {unknown}; known are {sorted(names)}")

@@ -1,8 +1,8 @@
-"""Operations whose textbook form wastes time or memory, each with its gradient written out.
+"""Faster or leaner versions of standard operations, with hand-written gradients.
 
-Every one of them equals a line of ordinary torch, which its docstring gives and the tests compare it
-with. They matter on CPUs, where eager torch spends a third of a training step on passes over memory
-that a GPU hides or fuses; the loss matters everywhere.
+Each function equals one line of plain torch. Its docstring gives that line, and the tests compare the two. RMSNorm
+and attention matter on CPUs, where eager torch spends a third of a training step on passes over memory that a GPU
+hides or fuses. The loss saves memory on every device. These three sections can be skipped on a first reading.
 """
 
 import math
@@ -16,30 +16,32 @@ from torch import Tensor
 
 
 def rotate(x_QHF: Tensor, table_QF: Tensor) -> Tensor:
-    """Turn each head's features (..., Q, H, F) by the position of its token (cosines and sines).
+    """Rotate each head's features (..., Q, H, F) by its token's position (rotary embedding, Su et al. 2021).
 
-    The product of a rotated query and a rotated key depends on the two positions only through
-    their difference, which is what makes an absolute rotation a relative position.
+    `table_QF` holds cosines, then sines. The dot product of a rotated query and a rotated key depends on their
+    positions only through the difference.
     """
-    cos, sin = table_QF.to(x_QHF.dtype).unsqueeze(-2).chunk(2, dim=-1)  # (Q, 1, F/2): equal for all heads
+    cos, sin = table_QF.to(x_QHF.dtype).unsqueeze(-2).chunk(2, dim=-1)  # (Q, 1, F/2): shared by all heads
     a, b = x_QHF.chunk(2, dim=-1)  # (..., Q, H, F/2)
     return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1)
 
 
-# ---- RMSNorm ---------------------------------------------------------------------------------------
+# ---- RMSNorm (skip on a first reading) -------------------------------------------------------------
 
 
-EPSILON = 1e-6  # one for all dtypes: that of bfloat16 would drown an embedding's small numbers
+EPSILON = 1e-6  # for all dtypes; bfloat16's machine epsilon would swamp the small values of embeddings
 
 
 def _one_over_rms(x_TD: Tensor) -> Tensor:
-    """What RMSNorm multiplies each token by: (T, 1)."""
+    """RMSNorm's scale of each token, 1 / sqrt(mean(x^2) + EPSILON): (T, 1)."""
     size_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True)
     epsilon = size_T1.new_full((), EPSILON)
     return torch.addcmul(epsilon, size_T1, size_T1, value=1 / x_TD.shape[-1]).rsqrt_()
 
 
 class _RMSNorm(torch.autograd.Function):
+    """`F.rms_norm(x, gain.shape, gain, EPSILON)`."""
+
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, gain_D: Tensor) -> Tensor:
         scale_T1 = _one_over_rms(x_TD)
@@ -59,7 +61,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x_TD: Tensor, gain_D: Tensor) -> Tensor:
-    """`F.rms_norm(x, gain.shape, gain, EPSILON)`, which on a CPU takes eleven passes over memory."""
+    """`F.rms_norm(x, gain.shape, gain, EPSILON)`, whose CPU version takes eleven passes over memory."""
     gain_D = gain_D.to(x_TD.dtype)
     if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
         return F.rms_norm(x_TD, gain_D.shape, gain_D, EPSILON)
@@ -69,10 +71,10 @@ def rms_norm(x_TD: Tensor, gain_D: Tensor) -> Tensor:
     return normed
 
 
-# ---- attention -------------------------------------------------------------------------------------
+# ---- attention (skip on a first reading) -----------------------------------------------------------
 
-BYTES_OF_SCORES = 2**21  # that are in memory at a time, so few that they stay in the cores' caches
-QUERIES = 128  # of causal attention at a time: no later key is looked at
+BYTES_OF_SCORES = 2**21  # attention scores held at a time; small enough to stay in the CPU's caches
+QUERIES = 128  # queries per block of causal attention; a block skips all keys after its last query
 
 
 def rotary_attention(
@@ -87,31 +89,35 @@ def rotary_attention(
 ) -> Tensor:
     """`F.scaled_dot_product_attention(rotate(q), rotate(k), v)` for every head: (B, Q, H, F).
 
-    Self-attention gives its fused projection (B, Q, 3H, F) and no context; cross-attention gives queries
-    (B, Q, H, F) and the fused projection of its context (B, J, 2H, F). Where the mask is False, no
-    attention; causal attention takes none.
+    Self-attention passes its fused projection (B, Q, 3H, F) and no context. Cross-attention passes queries
+    (B, Q, H, F) and the fused projection of its context (B, J, 2H, F). `mask_BJ` is False at keys to ignore;
+    causal attention takes no mask.
 
-    On a CPU this goes through a few rows and heads at a time, which stay in the cache from their
-    rotation to the gradient of their projections. torch's parts, one after the other, take half as long
-    again; for bfloat16, where its backward pass converts and packs small tiles anew, twice as long.
+    On a CPU this processes a few rows and heads at a time, which stay in the cache from the rotation to the
+    gradients of the projections. Calling torch's operations one after the other takes 1.5 times as long; for
+    bfloat16, whose backward pass converts and repacks small tiles, twice as long.
     """
     assert not causal or mask_BJ is None
     if queries.device.type != "cpu" or torch.compiler.is_compiling() or dropout > 0:
-        q, k, v = _split(queries, context)
+        q, k, v = _split_qkv(queries, context)
         q, k, v = (x.transpose(1, 2) for x in (rotate(q, query_table_QF), rotate(k, key_table_JF), v))
         mask = None if mask_BJ is None else mask_BJ[:, None, None]  # (B, 1, 1, J)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2)
     bias = None
     if mask_BJ is not None:
         bias = queries.new_zeros(mask_BJ.shape).masked_fill_(~mask_BJ, -math.inf)
-    scaled_QF = query_table_QF / math.sqrt(queries.shape[-1])  # the scale of the scores costs nothing here
+    scaled_QF = query_table_QF / math.sqrt(queries.shape[-1])  # scaling the table scales the scores for free
     tables = scaled_QF.to(queries.dtype), key_table_JF.to(queries.dtype)
     out: Tensor = _RotaryAttention.apply(queries, context, *tables, bias, causal)  # type: ignore[no-untyped-call]
     return out
 
 
 class _RotaryAttention(torch.autograd.Function):
-    """Axes: `G` rows times heads of a tile; else those of `rotary_attention`."""
+    """`F.scaled_dot_product_attention(rotate(q), rotate(k), v, bias)`, tile by tile.
+
+    The tables include the scale of the scores. Axes are those of `rotary_attention`, and `G`, the rows times the
+    heads of a tile.
+    """
 
     @staticmethod
     def forward(
@@ -120,16 +126,16 @@ class _RotaryAttention(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(queries, context, query_table, key_table, bias)
         ctx.causal = causal
-        q, k, v = _split(queries, context)
+        q, k, v = _split_qkv(queries, context)
         out = q.new_empty(q.shape)
         blocks = _blocks(q, k, causal)
         with torch.autocast("cpu", enabled=False):
             for tile in _tiles(q, k, causal):
                 q_GQF, k_GJF = _heads_first(q[tile], query_table), _heads_first(k[tile], key_table)
                 v_GJF, bias_tile = _heads_first(v[tile]), None if bias is None else bias[tile[0]]
-                for some, seen, future in blocks:
-                    weights = _weights(q_GQF[:, some], k_GJF[:, seen], bias_tile, future)
-                    _tokens_first(weights @ v_GJF[:, seen], out[tile][:, some])
+                for q_slice, k_slice, future in blocks:
+                    weights = _weights(q_GQF[:, q_slice], k_GJF[:, k_slice], bias_tile, future)
+                    _tokens_first(weights @ v_GJF[:, k_slice], out[tile][:, q_slice])
         return out
 
     @staticmethod
@@ -137,22 +143,22 @@ class _RotaryAttention(torch.autograd.Function):
         queries, context, query_table, key_table, bias = ctx.saved_tensors
         grad_queries = torch.empty_like(queries)
         grad_context = None if context is None else torch.empty_like(context)
-        q, k, v = _split(queries, context)
-        grad_q, grad_k, grad_v = _split(grad_queries, grad_context)
+        q, k, v = _split_qkv(queries, context)
+        grad_q, grad_k, grad_v = _split_qkv(grad_queries, grad_context)
         blocks = _blocks(q, k, ctx.causal)
         for tile in _tiles(q, k, ctx.causal):
             q_GQF, k_GJF = _heads_first(q[tile], query_table), _heads_first(k[tile], key_table)
             v_GJF, bias_tile = _heads_first(v[tile]), None if bias is None else bias[tile[0]]
             grad_GQF = _heads_first(grads[0][tile])
             grad_q_GQF, grad_k_GJF, grad_v_GJF = (torch.empty_like(x) for x in (q_GQF, k_GJF, v_GJF))
-            add = 0  # the last queries look at all keys, so theirs come first
-            for some, seen, future in reversed(blocks):
-                weights = _weights(q_GQF[:, some], k_GJF[:, seen], bias_tile, future)
-                grad_weights = grad_GQF[:, some] @ v_GJF[:, seen].mT
+            add = 0  # the last queries attend to all keys, so they come first and initialize the gradients
+            for q_slice, k_slice, future in reversed(blocks):
+                weights = _weights(q_GQF[:, q_slice], k_GJF[:, k_slice], bias_tile, future)
+                grad_weights = grad_GQF[:, q_slice] @ v_GJF[:, k_slice].mT
                 grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-                grad_v_GJF[:, seen].baddbmm_(weights.mT, grad_GQF[:, some], beta=add)
-                grad_k_GJF[:, seen].baddbmm_(grad_scores.mT, q_GQF[:, some], beta=add)
-                torch.bmm(grad_scores, k_GJF[:, seen], out=grad_q_GQF[:, some])
+                grad_v_GJF[:, k_slice].baddbmm_(weights.mT, grad_GQF[:, q_slice], beta=add)
+                grad_k_GJF[:, k_slice].baddbmm_(grad_scores.mT, q_GQF[:, q_slice], beta=add)
+                torch.bmm(grad_scores, k_GJF[:, k_slice], out=grad_q_GQF[:, q_slice])
                 add = 1
             _tokens_first(grad_q_GQF, grad_q[tile], query_table)
             _tokens_first(grad_k_GJF, grad_k[tile], key_table)
@@ -160,7 +166,7 @@ class _RotaryAttention(torch.autograd.Function):
         return grad_queries, grad_context, None, None, None, None
 
 
-def _split(queries: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _split_qkv(queries: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, each (B, Q or J, H, F), as views of the fused projections."""
     if context is None:
         q, k, v = queries.chunk(3, dim=-2)
@@ -170,7 +176,7 @@ def _split(queries: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Ten
 
 
 def _tiles(q_BQHF: Tensor, k_BJHF: Tensor, causal: bool) -> list[tuple[slice, slice, slice]]:
-    """The rows and heads that are taken together, as indices."""
+    """Index tuples (rows, tokens, heads), one per tile."""
     rows, num_queries, heads, _ = q_BQHF.shape
     scores_of_head = min(num_queries, QUERIES if causal else num_queries) * k_BJHF.shape[1]
     scores = BYTES_OF_SCORES // q_BQHF.element_size()
@@ -184,8 +190,10 @@ def _tiles(q_BQHF: Tensor, k_BJHF: Tensor, causal: bool) -> list[tuple[slice, sl
 
 
 def _blocks(q_BQHF: Tensor, k_BJHF: Tensor, causal: bool) -> list[tuple[slice, slice, Tensor | None]]:
-    """The queries that are taken together, the keys that they look at, and minus infinity at those of
-    the last keys that come after a query."""
+    """Blocks of queries: (queries, keys they attend to, causal bias of the last keys).
+
+    The bias is minus infinity where a key comes after a query; None without `causal`.
+    """
     num_queries = q_BQHF.shape[1]
     if not causal:
         return [(slice(0, num_queries), slice(0, k_BJHF.shape[1]), None)]
@@ -198,35 +206,35 @@ def _blocks(q_BQHF: Tensor, k_BJHF: Tensor, causal: bool) -> list[tuple[slice, s
 
 
 def _heads_first(x_BQHF: Tensor, table_QF: Tensor | None = None) -> Tensor:
-    """x, rotated if there is a table, for matrix products: (G, Q, F), contiguous."""
+    """Move heads before tokens for matrix products, and rotate if there is a table: (G, Q, F), contiguous."""
     if table_QF is None:
         return x_BQHF.transpose(1, 2).flatten(0, 1).contiguous()
     x_BHQF = x_BQHF.transpose(1, 2)
     out_BHQF = x_BHQF.new_empty(x_BHQF.shape)
     cos, sin = table_QF.chunk(2, dim=-1)
-    _turn(x_BHQF, cos, sin, out_BHQF)
+    _rotate_into(x_BHQF, cos, sin, out_BHQF)
     return out_BHQF.flatten(0, 1)
 
 
 def _tokens_first(x_GQF: Tensor, out_BQHF: Tensor, table_QF: Tensor | None = None) -> None:
-    """Write to `out` what went through `_heads_first`, turned back if there is a table."""
+    """The inverse of `_heads_first`, written to `out`."""
     x_BHQF = x_GQF.view(len(out_BQHF), -1, *x_GQF.shape[1:])
     if table_QF is None:
         out_BQHF.copy_(x_BHQF.transpose(1, 2))
     else:
         cos, sin = table_QF.chunk(2, dim=-1)
-        _turn(x_BHQF, cos, -sin, out_BQHF.transpose(1, 2))
+        _rotate_into(x_BHQF, cos, -sin, out_BQHF.transpose(1, 2))
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """`rotate`, written to `out`."""
+def _rotate_into(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """`out.copy_(rotate(x))`, with tokens on the second-to-last axis."""
     (a, b), (out_a, out_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=out_b).addcmul_(a, sin)
 
 
 def _weights(q_GQF: Tensor, k_GJF: Tensor, bias_BJ: Tensor | None, future: Tensor | None) -> Tensor:
-    """How much of each value every query gets: (G, Q, J)."""
+    """The attention weights, softmax(q @ k.T + biases): (G, Q, J)."""
     scores = q_GQF @ k_GJF.mT
     if future is not None:
         scores[..., -len(future) :] += future
@@ -235,16 +243,16 @@ def _weights(q_GQF: Tensor, k_GJF: Tensor, bias_BJ: Tensor | None, future: Tenso
     return scores.softmax(-1)
 
 
-# ---- loss ------------------------------------------------------------------------------------------
+# ---- loss (skip on a first reading) ----------------------------------------------------------------
 
-ROWS_OF_LOGITS = 512  # logits that are in memory at a time
+ROWS_OF_LOGITS = 512  # rows of logits held in memory at a time
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The summed cross-entropy of hidden @ weight.T, without ever holding all logits.
+    """`F.cross_entropy(hidden @ weight.T, labels, reduction="sum")`, without ever holding all logits.
 
-    The gradient of the logits is softmax - onehot whatever comes after the sum, up to a factor: so the
-    forward pass turns each block of logits into gradients at once and forgets it.
+    The gradient of the logits is softmax - onehot, up to a factor that depends only on what follows the sum. So
+    the forward pass computes the gradients from each block of logits at once, and discards the block.
     """
 
     @staticmethod
@@ -291,6 +299,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
-    """The cross-entropy of logits hidden @ weight.T summed over all tokens, in nats."""
+    """`F.cross_entropy(hidden @ weight.T, labels, reduction="sum")`, in nats, in little memory."""
     total: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T)  # type: ignore[no-untyped-call]
     return total

@@ -1,27 +1,27 @@
-"""RETRO, a language model that reads what it retrieves (Borgeaud et al. 2022, arXiv 2112.04426).
+"""RETRO, a language model that attends to retrieved text (Borgeaud et al. 2022, arXiv 2112.04426).
 
-Read from top to bottom: configuration, small parts, encoder, decoder, how chunks are laid out, the
-model, its loss. "Section", "equation" and "algorithm" are the paper's. What is unusual:
+Read it from top to bottom: small parts, encoder, stream of chunks, chunked cross-attention, the model and
+its loss, initialization. "Section", "equation" and "algorithm" refer to the paper. Notable features:
 
-- A text is cut into chunks of M tokens. With each chunk come K neighbors, found beforehand in a
-  database: R tokens each, a similar chunk and what followed it there.
-- The encoder reads the neighbors while it looks at the chunk that retrieved them; the decoder
-  attends to them from the next chunk on, so that a token never sees what was found with its help.
-- Inside, a batch is a stream of chunks without rows: T = C * M tokens, documents one after the
-  other. All parts but two work on single tokens or chunks; only self-attention and the shift of
-  chunked cross-attention know where a document ends, so packing costs no padding and no masks.
-- Copying is built in where the config says so (`copy_tokens`): cross-attention then looks for the place in a
-  neighbor where the text stands now, which the paper's network does not learn in a short training.
-- A chunk without neighbors skips chunked cross-attention whole. A model without a single neighbor is
-  therefore exactly its plain decoder, and a plain decoder can be given retrieval later (RETROfit).
+- The text is split into chunks of M tokens. Each chunk comes with K neighbors, retrieved in advance from a
+  database. A neighbor has R tokens: a similar chunk and its continuation.
+- The encoder encodes the neighbors and cross-attends to the chunk that retrieved them. The decoder attends to
+  the encoded neighbors from the last token of that chunk on, so no token sees what later tokens retrieved.
+- Internally a batch is a flat stream of T = C * M tokens, one document after the other. Only self-attention and
+  the shift of chunked cross-attention depend on document boundaries; everything else works on single tokens
+  or chunks. So packed sequences need neither padding nor attention masks.
+- Optional copying (`copy_tokens`): cross-attention starts out matching the last tokens of the text against the
+  tokens of each neighbor, which the paper's network does not learn in a short training.
+- A chunk without neighbors skips chunked cross-attention entirely. A model that gets no neighbors is therefore
+  exactly its plain decoder, and a trained decoder can be extended with retrieval later (RETROfit).
 
-Names end in their axes:
+Shape suffixes:
 
-    B  rows of a batch           M  tokens of a chunk              D  width of the decoder
-    N  tokens of a row           K  neighbors of a chunk           E  width of the encoder
-    L  chunks of a row           R  tokens of a neighbor           V  vocabulary
-    C  chunks of the stream      J  K * R, all that a chunk got    T  C * M, tokens of the stream
-    A  those with neighbors      H  heads                          F  features of a head
+    B  rows of a batch                 M  tokens in a chunk                 D  decoder width
+    N  tokens in a row                 K  neighbors of a chunk              E  encoder width
+    L  chunks in a row                 R  tokens in a neighbor              V  vocabulary size
+    C  chunks in the stream            J  K * R, neighbor tokens per chunk  T  C * M, tokens in the stream
+    A  chunks that have neighbors      H  heads                             F  features per head
 """
 
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ class RMSNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(dim))
 
     def forward(self, x_D: Tensor) -> Tensor:
-        """The normalized x."""
+        """Normalize x over its last axis."""
         return rms_norm(x_D, self.gain)
 
 
@@ -72,7 +72,7 @@ class GatedRMSNorm(RMSNorm):
         self.gate = nn.Parameter(torch.ones(dim))
 
     def forward(self, x_D: Tensor) -> Tensor:
-        """The normalized and gated x."""
+        """Normalize and gate x."""
         return super().forward(x_D) * torch.sigmoid(self.gate * x_D)
 
 
@@ -84,7 +84,7 @@ NORMS: dict[str, type[nn.Module]] = {
 
 
 class FeedForward(nn.Module):
-    """Two layers, four times as wide inside."""
+    """Two linear layers with GELU and dropout between them; the hidden width is 4 * dim."""
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
@@ -93,13 +93,13 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(4 * dim, dim, bias=False)
 
     def forward(self, x_D: Tensor) -> Tensor:
-        """What is added to x; dropout is between the two layers."""
+        """The update of x, without the skip connection."""
         out: Tensor = self.out(self.dropout(F.gelu(self.up(x_D))))
         return out
 
 
 class Residual(nn.Module):
-    """alpha x + f(norm(x)), or with DeepNet norm(alpha x + f(x)) (Wang et al. 2022, equation 1)."""
+    """Pre-norm: alpha x + f(norm(x)). Post-norm (DeepNet): norm(alpha x + f(x)) (Wang et al. 2022, equation 1)."""
 
     def __init__(self, inner: nn.Module, norm: nn.Module, alpha: float, post_norm: bool) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Residual(nn.Module):
         self.alpha, self.post_norm = alpha, post_norm
 
     def forward(self, x_D: Tensor, *args: Any) -> Tensor:
-        """x after the sublayer; the arguments after x go to f."""
+        """Apply the sublayer f with its skip connection; `args` are passed on to f."""
         skipped = x_D if self.alpha == 1 else self.alpha * x_D
         if self.post_norm:
             normed: Tensor = self.norm(skipped + self.inner(x_D, *args))
@@ -118,7 +118,7 @@ class Residual(nn.Module):
 
 @dataclass(frozen=True)
 class Side:
-    """One side of the network, encoder or decoder: its settings, and the sublayers that they make."""
+    """The settings of the encoder or of the decoder, and factories for its sublayers."""
 
     config: RETROConfig
     dim: int
@@ -126,13 +126,13 @@ class Side:
     cross_attn_layers: tuple[int, ...] | None  # None: every layer
     attn_dropout: float
     ff_dropout: float
-    alpha: float  # of the skip connections
-    beta: float  # of DeepNet's initialization
-    reads_neighbors: bool  # the decoder's cross-attention reads neighbors, the encoder's reads the decoder
+    alpha: float  # scale of the skip connections
+    beta: float  # gain of DeepNet's initialization
+    reads_neighbors: bool  # cross-attention goes to neighbors (decoder), or to the retrieving chunk (encoder)
 
     @classmethod
     def encoder(cls, config: RETROConfig) -> "Side":
-        """The side that reads neighbors."""
+        """The settings of the encoder."""
         alpha, beta = config.deepnet("enc")
         return cls(
             config, config.enc_dim, config.enc_depth, config.enc_cross_attn_layers, config.enc_attn_dropout,
@@ -141,7 +141,7 @@ class Side:
 
     @classmethod
     def decoder(cls, config: RETROConfig) -> "Side":
-        """The side that predicts."""
+        """The settings of the decoder."""
         alpha, beta = config.deepnet("dec")
         return cls(
             config, config.dec_dim, config.dec_depth, config.dec_cross_attn_layers, config.dec_attn_dropout,
@@ -149,24 +149,24 @@ class Side:
         )  # fmt: skip
 
     def norm(self) -> nn.Module:
-        """A new norm of the kind that the config names and this side's width."""
+        """A new norm layer of the configured class and this side's width."""
         klass = self.config.norm_klass or ("gated_rmsnorm" if self.config.gated_rmsnorm else "rmsnorm")
         return (NORMS[klass] if isinstance(klass, str) else klass)(self.dim)
 
     def final_norm(self) -> nn.Module:
-        """The norm after the last sublayer; the identity with post-norm."""
+        """The final norm; the identity with post-norm, where the last sublayer already ends in a norm."""
         return nn.Identity() if self.config.use_deepnet else self.norm()
 
     def residual(self, inner: nn.Module) -> Residual:
-        """A sublayer with its norm and its skip connection."""
+        """Wrap a sublayer with a norm and a skip connection."""
         return Residual(inner, self.norm(), self.alpha, self.config.use_deepnet)
 
     def self_attention(self) -> Residual:
-        """Self-attention with its residual."""
+        """A self-attention sublayer."""
         return self.residual(SelfAttention(self.dim, self.config.heads, self.config.dim_head, self.attn_dropout))
 
     def cross_attention(self, layer: int) -> Residual | None:
-        """Attention to the other side, in the layers that have it."""
+        """The cross-attention sublayer of a layer (from 1); None if this layer has none."""
         config = self.config
         if not config.retrieval or (self.cross_attn_layers is not None and layer not in self.cross_attn_layers):
             return None
@@ -178,12 +178,15 @@ class Side:
         return self.residual(NeighborAttention(*sizes, copy_tokens=copying, copy_rows=rows, sink=sink))
 
     def feed_forward(self) -> Residual:
-        """The feed-forward layers with their residual."""
+        """A feed-forward sublayer."""
         return self.residual(FeedForward(self.dim, self.ff_dropout))
 
 
 class Block(nn.Module):
-    """One layer of either side: self-attention, in some layers cross-attention, feed-forward."""
+    """One layer of the encoder or decoder: self-attention, cross-attention in some layers, feed-forward.
+
+    It has no `forward`: Encoder and RETRO call the three sublayers with what each of them needs.
+    """
 
     attention: Residual
     cross_attention: Residual | None
@@ -197,7 +200,7 @@ class Block(nn.Module):
 
 
 def block_list(side: Side) -> Sequence[Block]:
-    """All layers of one side; a ModuleList, typed by what is in it."""
+    """All layers of one side: a ModuleList, with a type that tells mypy what it contains."""
     blocks = nn.ModuleList(Block(side, layer) for layer in range(1, side.depth + 1))
     return cast("Sequence[Block]", blocks)
 
@@ -206,7 +209,7 @@ def block_list(side: Side) -> Sequence[Block]:
 
 
 class Encoder(nn.Module):
-    """Reads each neighbor in the light of the chunk that retrieved it (section 2.3, algorithm 1)."""
+    """Encodes each neighbor, conditioned on the chunk that retrieved it (section 2.3, algorithm 1)."""
 
     def __init__(self, config: RETROConfig) -> None:
         super().__init__()
@@ -215,44 +218,43 @@ class Encoder(nn.Module):
         same = config.enc_dim == config.dec_dim
         self.widen = nn.Identity() if same else nn.Linear(config.dec_dim, config.enc_dim, bias=False)
         self.norm_in = side.norm()
-        self.norm_hidden = Side.decoder(config).final_norm()  # with post-norm, hidden states are normalized already
+        self.norm_hidden = Side.decoder(config).final_norm()  # identity with post-norm: already normalized
         self.blocks = block_list(side)
         self.norm = side.final_norm()
 
     def forward(self, embedded_AKRD: Tensor, mask_AKR: Tensor, hidden_AMD: Tensor) -> Tensor:
-        """The encoded neighbors of each chunk, end to end: (A, J, E).
+        """The encoded neighbors of each chunk, concatenated: (A, J, E).
 
-        `mask_AKR` is False at padding. `hidden_AMD` are the decoder's states of the retrieving chunk.
+        `mask_AKR` is False at padding. `hidden_AMD` holds the decoder's hidden states of the retrieving chunk.
         """
         _, num_neighbors, length, _ = embedded_AKRD.shape
         dtype = embedded_AKRD.dtype
         positions = torch.arange(max(length, hidden_AMD.shape[1]), device=embedded_AKRD.device)
         table = rotary_table(positions, self.dim_head, dtype)
         table_RF, table_MF = table[:length], table[: hidden_AMD.shape[1]]
-        table_JF = table_RF.repeat(num_neighbors, 1)  # every neighbor counts from 0
-        see = partial(see_neighbors, mask_AKR=mask_AKR)
+        table_JF = table_RF.repeat(num_neighbors, 1)  # positions start at 0 in every neighbor
+        attend = partial(attend_neighbors, mask_AKR=mask_AKR)
 
         hidden_AMD = self.norm_hidden(hidden_AMD)
-        widened_AKRE = self.widen(embedded_AKRD).to(dtype)  # under autocast, too, the residual stream is exact
+        widened_AKRE = self.widen(embedded_AKRD).to(dtype)  # keep the residual stream in full precision under autocast
         x_AJE = self.norm_in(widened_AKRE).flatten(1, 2)  # (A, K, R, E) -> (A, KR, E)
         for block in self.blocks:
-            x_AJE = block.attention(x_AJE, table_RF, see)
+            x_AJE = block.attention(x_AJE, table_RF, attend)
             if block.cross_attention is not None:
-                # a neighbor's token i and the chunk's token j are at distance i - j
+                # Token i of a neighbor and token j of the chunk are at distance i - j.
                 context = block.cross_attention.inner.context(hidden_AMD)
-                see_chunk = partial(attend_context, context_BJHF=context, key_table_JF=table_MF)
-                x_AJE = block.cross_attention(x_AJE, table_JF, see_chunk)
+                attend_chunk = partial(attend_context, context_BJHF=context, key_table_JF=table_MF)
+                x_AJE = block.cross_attention(x_AJE, table_JF, attend_chunk)
             x_AJE = block.feed_forward(x_AJE)
         out: Tensor = self.norm(x_AJE)
         return out
 
 
-def see_neighbors(qkv_AJHF: Tensor, table_RF: Tensor, dropout: float, *, mask_AKR: Tensor) -> Tensor:
-    """Attention in both directions inside each neighbor, and not to its padding: (A, J, H, F)."""
+def attend_neighbors(qkv_AJHF: Tensor, table_RF: Tensor, dropout: float, *, mask_AKR: Tensor) -> Tensor:
+    """Bidirectional attention within each neighbor, masking its padding: (A, J, H, F)."""
     a, k, _ = mask_AKR.shape
     qkv = rearrange(qkv_AJHF, "a (k r) h f -> (a k) r h f", k=k)
-    # A neighbor that is nothing but padding must attend to something, or its softmax is 0 / 0;
-    # nobody will look at the result.
+    # If a neighbor is all padding, unmask it: softmax over no key would be 0 / 0. Its output is masked later.
     mask_AKR = mask_AKR | ~mask_AKR.any(-1, keepdim=True)
     out = rotary_attention(qkv, None, table_RF, table_RF, mask_BJ=mask_AKR.flatten(0, 1), dropout=dropout)
     return rearrange(out, "(a k) r h f -> a (k r) h f", a=a)
@@ -262,24 +264,24 @@ def see_neighbors(qkv_AJHF: Tensor, table_RF: Tensor, dropout: float, *, mask_AK
 
 
 class Stream(NamedTuple):
-    """How the chunks of a batch lie in the stream: documents of one length side by side.
+    """The order of a batch's chunks in the stream: documents sorted by length, each one contiguous.
 
-    Only what is attended together must lie together, so documents are sorted by their number of
-    chunks, and self-attention takes all documents of one length at once, as a view.
+    Sorting puts documents with the same number of chunks next to each other, so self-attention processes them
+    as one batch, through a view.
     """
 
-    order_C: Tensor | None  # the batch's chunk at each place of the stream; None: as in the batch
-    groups: list[tuple[int, int]]  # (documents, chunks of each), in the stream's order
-    index_C: Tensor  # which chunk of its document each is, from 0
+    order_C: Tensor | None  # index in the batch of each chunk of the stream; None: the order of the batch
+    groups: list[tuple[int, int]]  # (number of documents, chunks per document), in stream order
+    index_C: Tensor  # index of each chunk within its document, from 0
 
 
 def stream_of_rows(rows: int, chunks: int, device: torch.device) -> Stream:
-    """The stream of a batch whose rows are one document each."""
+    """The stream of a batch in which each row is one document."""
     return Stream(None, [(rows, chunks)], torch.arange(chunks, device=device).repeat(rows))
 
 
 def stream_of_documents(documents_BL: Tensor) -> Stream:
-    """The stream of packed rows: neighboring chunks with one document id are one document."""
+    """The stream of packed rows: a run of adjacent chunks with the same id, within a row, is one document."""
     first_BL = torch.ones_like(documents_BL, dtype=torch.bool)
     first_BL[:, 1:] = documents_BL[:, 1:] != documents_BL[:, :-1]
     starts = first_BL.flatten().nonzero().squeeze(1)
@@ -295,9 +297,8 @@ def stream_of_documents(documents_BL: Tensor) -> Stream:
 def attends_retrieval(index_C: Tensor, active_C: Tensor, chunk_size: int) -> Tensor:
     """Whether each token of the stream attends to neighbors: (T,).
 
-    The last token of a chunk attends to its own chunk's neighbors, the others to those of the
-    chunk before, if that belongs to the same document; so the first M - 1 tokens of a document
-    attend to none.
+    The last token of a chunk attends to the neighbors of its own chunk. The others attend to the neighbors of the
+    previous chunk of the document, so the first M - 1 tokens of a document attend to none.
     """
     before_C = torch.zeros_like(active_C)
     before_C[1:] = active_C[:-1] & (index_C[1:] > 0)
@@ -308,14 +309,14 @@ def attends_retrieval(index_C: Tensor, active_C: Tensor, chunk_size: int) -> Ten
 
 
 class Retrieval(NamedTuple):
-    """What the chunks with neighbors got, ready to be attended to."""
+    """The encoded neighbors of a batch, with all that chunked cross-attention needs to attend to them."""
 
     encoded_AJE: Tensor
-    rows_AJD: Tensor | None  # see RETRO.output_rows
+    rows_AJD: Tensor | None  # from RETRO.output_rows
     mask_AKR: Tensor  # False at padding and missing neighbors
-    mask_AJ: Tensor  # the same for each key, of which the first may be a sink
-    active_A: Tensor | None  # those chunks' places in the stream; None: all of them
-    attends_T: Tensor  # which tokens attend to any of it
+    mask_AJ: Tensor  # the same per key; with a sink, one more key at the front
+    active_A: Tensor | None  # stream indices of the chunks that have neighbors; None: all chunks have some
+    attends_T: Tensor  # which tokens attend to neighbors
     query_table_MF: Tensor
     key_table_JF: Tensor
 
@@ -323,9 +324,10 @@ class Retrieval(NamedTuple):
 def cross_positions(config: RETROConfig, num_neighbors: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary tables of the queries (M, F) and keys (J, F) of chunked cross-attention.
 
-    Query i and token j of a neighbor are at distance i - j + M - 1 (appendix B): the first query is the
-    last token of the retrieving chunk, which stands where token M - 1 of each neighbor stands. A sink, the
-    first key, stands at 0. With `copy_tokens` nothing has a position: what is alike is found at any distance.
+    Query i and token j of a neighbor are at distance i - j + M - 1 (appendix B): the first query is the last
+    token of the retrieving chunk, and its position is that of token M - 1 of each neighbor. The sink, if there
+    is one, is the first key, at position 0. With `copy_tokens` all positions are 0, so that a match scores the
+    same at any distance.
     """
     query_M = torch.arange(config.chunk_size, device=like.device) + config.chunk_size - 1
     key_J = torch.arange(length, device=like.device).repeat(num_neighbors)
@@ -337,23 +339,23 @@ def cross_positions(config: RETROConfig, num_neighbors: int, length: int, like: 
 
 
 def cross_mask(config: RETROConfig, mask_AKR: Tensor) -> Tensor:
-    """Which keys of chunked cross-attention may be attended to (A, J): a sink always."""
+    """The key mask of chunked cross-attention: (A, J), with a sink (A, 1 + J). The sink is never masked."""
     return F.pad(mask_AKR.flatten(1), (1 if config.cross_attn_sink else 0, 0), value=True)
 
 
 def chunked_cross_attention(cross: Residual, x_TD: Tensor, retrieval: Retrieval, chunk_size: int) -> Tensor:
-    """CCA with its residual (section 2.4, equation 4); a token without neighbors stays as it is."""
+    """CCA with its residual (section 2.4, equation 4): (T, D). Tokens without neighbors pass through unchanged."""
     lead = cross.inner.lead
     attending_CMD = attending_chunks(x_TD, chunk_size, lead)
     active_A = retrieval.active_A
     attending_AMD = attending_CMD if active_A is None else attending_CMD[active_A]
-    see = partial(
+    attend = partial(
         attend_context,
         context_BJHF=cross.inner.neighbor_context(retrieval.encoded_AJE, retrieval.mask_AKR, retrieval.rows_AJD),
         key_table_JF=retrieval.key_table_JF,
         mask_BJ=retrieval.mask_AJ,
     )
-    changed = cross(attending_AMD, retrieval.query_table_MF, see)[:, lead:]
+    changed = cross(attending_AMD, retrieval.query_table_MF, attend)[:, lead:]
     if active_A is not None:
         changed = attending_CMD[:, lead:].to(changed.dtype).index_copy(0, active_A, changed)
     return torch.where(retrieval.attends_T[:, None], unshift(changed, x_TD[: chunk_size - 1]), x_TD)
@@ -363,7 +365,7 @@ def chunked_cross_attention(cross: Residual, x_TD: Tensor, retrieval: Retrieval,
 
 
 class RETRO(nn.Module):
-    """The decoder with retrieval. Its arguments are the fields of RETROConfig, by name."""
+    """The decoder with retrieval. The keyword arguments are the fields of RETROConfig."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
@@ -381,24 +383,24 @@ class RETRO(nn.Module):
 
     @classmethod
     def from_config(cls, config: RETROConfig) -> "RETRO":
-        """A fresh model with the given config."""
+        """A newly initialized model with the given config."""
         return cls(**vars(config))
 
     @classmethod
     def from_pretrained(
         cls, folder: str | PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> "RETRO":
-        """The model that `save_pretrained` wrote, in eval mode; in the dtype it was saved with, or in `dtype`.
+        """Load a model that `save_pretrained` wrote, in eval mode and in `dtype` (None: the dtype it was saved in).
 
-        Raises MissingArtifactError, DamagedArtifactError or MismatchError unless the folder holds every tensor of
-        the network in its shape, and no other.
+        Raises MissingArtifactError, DamagedArtifactError or MismatchError unless the folder holds exactly the
+        tensors of the network, each with the right shape.
         """
         from retro_model.network.pretrained import load_config, load_weights
 
         config = load_config(folder)
-        with torch.device("meta"):  # weights that take no memory yet
+        with torch.device("meta"):  # allocates no memory for the weights
             model = cls.from_config(config)
-        model.load_state_dict(load_weights(folder, model.state_dict()), assign=True)  # assign keeps the saved dtype
+        model.load_state_dict(load_weights(folder, model.state_dict()), assign=True)  # keeps the saved dtype
         for parameter in model.parameters():
             parameter.requires_grad_()
         return model.to(device=device, dtype=dtype).eval()
@@ -411,11 +413,11 @@ class RETRO(nn.Module):
 
     @property
     def output_weight_VD(self) -> Tensor:
-        """The matrix that turns hidden states into logits: the embedding itself if they are tied."""
+        """The output matrix, which maps hidden states to logits; the embedding matrix if they are tied."""
         return self.embedding.weight if self.unembedding is None else self.unembedding.weight
 
     def output_rows(self, retrieved_AKR: Tensor) -> Tensor | None:
-        """The rows of the output matrix for the neighbors' tokens, of equal size (A, J, D); None if none are copied."""
+        """The RMS-normalized output matrix rows of the neighbors' tokens: (A, J, D); None without `copy_rows`."""
         if not self.config.copy_rows:
             return None
         return F.rms_norm(F.embedding(retrieved_AKR.flatten(1), self.output_weight_VD), (self.config.dec_dim,))
@@ -431,10 +433,10 @@ class RETRO(nn.Module):
     ) -> Tensor:
         """Logits (B, N, V), or with `return_loss` the mean cross-entropy over labels that are not pad.
 
-        `seq` is (B, N); with `return_loss` and no labels it is (B, N + 1) and holds the labels too.
-        `retrieved` is (B, N // M, K, R), or (B, N // M, R) for one neighbor; padding in it is masked,
-        and a neighbor of nothing but padding is a missing one. None: no retrieval.
-        `documents` (B, chunks) numbers the document of each chunk; attention stays inside documents.
+        `seq` is (B, N); with `return_loss` and no labels it is (B, N + 1) and also supplies the labels.
+        `retrieved` is (B, N // M, K, R), or (B, N // M, R) for one neighbor. Padding in it is masked; a neighbor
+        that is all padding counts as missing. None: no retrieval.
+        `documents` (B, chunks) holds the document id of each chunk; attention never crosses documents.
         """
         if return_loss and labels is None:
             if seq.dim() != 2:
@@ -458,21 +460,21 @@ class RETRO(nn.Module):
         labels: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
-        """The cross-entropy of each token in nats: (B, N) float32, and 0 where the label is pad."""
+        """The cross-entropy of each token in nats: (B, N) float32, 0 where the label is pad."""
         if labels is None:
             raise ConfigError("token_losses needs labels of the shape of seq")
         hidden_TD, stream = self.hidden_states(seq, retrieved, documents)
         labels_T, labeled = self._labels(labels, stream, seq)
         losses_T = hidden_TD.new_zeros(len(labels_T), dtype=torch.float32)
-        for some in torch.split(labeled, ROWS_OF_LOGITS):
-            logits = F.linear(hidden_TD[some], self.output_weight_VD).float()
-            losses_T = losses_T.index_copy(0, some, F.cross_entropy(logits, labels_T[some], reduction="none"))
+        for indices in torch.split(labeled, ROWS_OF_LOGITS):
+            logits = F.linear(hidden_TD[indices], self.output_weight_VD).float()
+            losses_T = losses_T.index_copy(0, indices, F.cross_entropy(logits, labels_T[indices], reduction="none"))
         return self._to_rows(losses_T, stream, seq)
 
     def hidden_states(
         self, seq: Tensor, retrieved: Tensor | None = None, documents: Tensor | None = None
     ) -> tuple[Tensor, Stream]:
-        """The normalized states before the logits, in the stream's order: (T, D), and the stream."""
+        """The final hidden states after the last norm (T, D), in stream order, and the stream."""
         self._check(seq, retrieved, documents)
         stream = self._stream(seq, documents)
         tokens_T = self._to_stream(seq, stream, "seq", seq)
@@ -480,17 +482,17 @@ class RETRO(nn.Module):
         return self._decode(tokens_T, retrieved_CKR, stream), stream
 
     def _decode(self, tokens_T: Tensor, retrieved_CKR: Tensor | None, stream: Stream) -> Tensor:
-        """Algorithm 1: the decoder, which calls the encoder at its first layer with cross-attention."""
+        """Algorithm 1: run the decoder; the first layer with cross-attention calls the encoder."""
         chunk_size = self.config.chunk_size
         groups = [(count, chunks * chunk_size) for count, chunks in stream.groups]
         position_N = torch.arange(max(length for _, length in groups), device=tokens_T.device)
         table_NF = rotary_table(position_N, self.config.dim_head, self.embedding.weight.dtype)
-        see = partial(attend_documents, groups=groups)
+        attend = partial(attend_documents, groups=groups)
 
         x_TD = self.norm_in(self.embedding(tokens_T))
         retrieval: Retrieval | None = None
         for block in self.decoder:
-            x_TD = block.attention(x_TD, table_NF, see)
+            x_TD = block.attention(x_TD, table_NF, attend)
             if block.cross_attention is not None and retrieved_CKR is not None:
                 if retrieval is None:
                     retrieval = self._retrieve(retrieved_CKR, x_TD, stream)
@@ -500,7 +502,7 @@ class RETRO(nn.Module):
         return normed
 
     def _retrieve(self, retrieved_CKR: Tensor, hidden_TD: Tensor, stream: Stream) -> Retrieval:
-        """Encode the neighbors of all chunks that have any; there is at least one."""
+        """Encode the neighbors of all chunks that have some; at least one chunk must."""
         config = self.config
         assert self.encoder is not None
         mask_CKR = retrieved_CKR != config.pad_id
@@ -524,20 +526,20 @@ class RETRO(nn.Module):
             *cross_positions(config, num_neighbors, length, self.embedding.weight),
         )
 
-    # -- between rows and the stream
+    # -- converting between rows and the stream
 
     def _stream(self, seq: Tensor, documents: Tensor | None) -> Stream:
         rows, length = seq.shape
         chunks = -(-length // self.config.chunk_size)
         if documents is None:
             return stream_of_rows(rows, chunks, seq.device)
-        if documents.shape[1] < chunks:  # the tail belongs to the last chunk's document
+        if documents.shape[1] < chunks:  # an incomplete chunk at the end belongs to the document before it
             last = documents[:, -1:] if documents.shape[1] else documents.new_zeros(rows, 1)
             documents = torch.cat([documents, last], dim=1)
         return stream_of_documents(documents)
 
     def _to_stream(self, tokens_BN: Tensor, stream: Stream, name: str, seq: Tensor) -> Tensor:
-        """Rows of tokens in the stream's order, filled up with padding to whole chunks: (T,)."""
+        """Pad rows of tokens to whole chunks and flatten them in stream order: (T,)."""
         if tokens_BN.shape != seq.shape:
             raise ConfigError(f"{name} must have the shape of seq, {tuple(seq.shape)}: {tuple(tokens_BN.shape)}")
         chunk_size = self.config.chunk_size
@@ -546,13 +548,16 @@ class RETRO(nn.Module):
         return (tokens_CM if stream.order_C is None else tokens_CM[stream.order_C]).flatten()
 
     def _labels(self, labels: Tensor, stream: Stream, seq: Tensor) -> tuple[Tensor, Tensor]:
-        """The labels in the stream's order (T,), and the places of those that are not pad."""
+        """The labels in stream order (T,), and the indices of those that are not pad."""
         check_ids("labels", labels, self.config.num_tokens)
         labels_T = self._to_stream(labels, stream, "labels", seq)
         return labels_T, (labels_T != self.config.pad_id).nonzero().squeeze(1)
 
     def _retrieved_to_stream(self, retrieved: Tensor, stream: Stream, seq: Tensor) -> Tensor | None:
-        """The neighbors of each chunk of the stream (C, K, R), None in a row's tail; None if there are none at all."""
+        """The neighbors of each chunk of the stream: (C, K, R), or None if no chunk has any.
+
+        The incomplete chunk at the end of a row gets padding.
+        """
         if not bool((retrieved != self.config.pad_id).any()):
             return None
         retrieved_BLKR = retrieved.long() if retrieved.dim() == 4 else retrieved.long()[:, :, None]
@@ -562,14 +567,14 @@ class RETRO(nn.Module):
         return retrieved_CKR if stream.order_C is None else retrieved_CKR[stream.order_C]
 
     def _to_rows(self, x_T: Tensor, stream: Stream, seq: Tensor) -> Tensor:
-        """What the stream holds for each token (T, ...) as rows again, without their filling: (B, N, ...)."""
+        """Turn per-token values in stream order (T, ...) back into rows, without the padding: (B, N, ...)."""
         x_CM = rearrange(x_T, "(c m) ... -> c m ...", m=self.config.chunk_size)
         if stream.order_C is not None:
             x_CM = torch.empty_like(x_CM).index_copy(0, stream.order_C, x_CM)
         return rearrange(x_CM, "(b l) m ... -> b (l m) ...", b=len(seq))[:, : seq.shape[1]]
 
     def _check(self, seq: Tensor, retrieved: Tensor | None, documents: Tensor | None) -> None:
-        """Raise ConfigError unless the arguments fit the configuration and each other."""
+        """Raise ConfigError unless the arguments match the config and each other."""
         config = self.config
         if seq.dim() != 2 or seq.is_floating_point() or not seq.numel():
             raise ConfigError(f"seq must be integers (batch, tokens), at least 1 x 1: {seq.dtype} {tuple(seq.shape)}")
@@ -606,28 +611,29 @@ class RETRO(nn.Module):
 
 
 def check_ids(name: str, ids: Tensor, num_tokens: int) -> None:
-    """Raise ConfigError for an id outside the vocabulary. A GPU is not asked: it would have to be waited for."""
+    """Raise ConfigError for an id outside the vocabulary. Skipped on a GPU, where it would force a synchronization."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
         return
-    least, most = (int(end) for end in ids.aminmax())
-    if least < 0 or most >= num_tokens:
-        raise ConfigError(f"{name} has token ids {least} to {most}; num_tokens is {num_tokens}")
+    lowest, highest = (int(end) for end in ids.aminmax())
+    if lowest < 0 or highest >= num_tokens:
+        raise ConfigError(f"{name} has token ids {lowest} to {highest}; num_tokens is {num_tokens}")
 
-
-COPYING = 0.5  # how strongly a copied token is added to the residual stream at first
-SHARPNESS = 3.0  # how much larger the scores of copying are at first than those of other attention
 
 # ---- initialization --------------------------------------------------------------------------------
+
+# With copy_tokens, at initialization:
+COPY_OUTPUT_SCALE = 0.5  # scale of the copied token that cross-attention adds to the residual stream
+COPY_SCORE_SCALE = 3.0  # attention scores of copying, relative to those of other attention
 
 
 @torch.no_grad()
 def initialize(model: RETRO) -> None:
-    """Give a model its first weights: a fresh one predicts every token equally, so its loss is ln(V)."""
+    """Initialize all weights; the new model predicts a nearly uniform distribution, so its loss is about ln(V)."""
     config = model.config
     nn.init.normal_(model.embedding.weight, std=0.02)
     if model.unembedding is None:
-        # Tied, the output weights are as large as the embedding. The input is normalized, so its size is free:
-        # small, a fresh model does not predict its own input, and no gain has to grow before it learns.
+        # Tied embeddings are also the output weights. The input is normalized, so their scale is free; a small
+        # one keeps a new model from predicting its own input, and no gain has to grow before it learns.
         nn.init.normal_(model.embedding.weight, std=1 / config.dec_dim)
     else:
         nn.init.normal_(model.unembedding.weight, std=0.02 * config.dec_dim**-0.5)
@@ -643,14 +649,15 @@ def initialize(model: RETRO) -> None:
 
 
 def start_copying(model: RETRO) -> None:
-    """Let cross-attention begin as copying: a query matches keys of equal tokens, and brings the token after them.
+    """Initialize cross-attention to copy: queries match keys of equal tokens and retrieve the token that follows.
 
-    From random weights several parts would have to agree before any of them is of use, which no short training
-    reaches. The encoder passes embeddings on almost unchanged at first, so it is enough that keys are projected
-    as queries are, and that the output undoes the projection of the values: of the embeddings, or of the output
-    rows where these are others. Heads bring different parts of a token. Scores are large from the start: where a
-    match hardly stands out, what is brought is noise, and a model learns first to attend to nothing, and then no
-    more.
+    With random weights several parts would have to fit together before any of them helps, and no short training
+    gets there. A new encoder passes embeddings through almost unchanged. So it is enough to give keys the
+    projection of queries, and to make the output projection the inverse of the value projection (of the
+    embeddings, or with `copy_rows` of the output rows). Each head copies a different part of a token.
+
+    Scores start large. If matches barely stood out, cross-attention would add noise, and the model would first
+    learn to attend to nothing, and then stop learning from neighbors.
     """
     config, encoder = model.config, model.encoder
     assert encoder is not None
@@ -664,7 +671,7 @@ def start_copying(model: RETRO) -> None:
             continue
         attention = block.cross_attention.inner
         key, value = attention.key_value.weight.chunk(2)
-        attention.query.weight.mul_(SHARPNESS**0.5)
+        attention.query.weight.mul_(COPY_SCORE_SCALE**0.5)
         key.copy_(attention.query.weight @ widen_ED.T)
         if attention.copy_rows is None:
             nn.init.orthogonal_(value)
@@ -672,13 +679,13 @@ def start_copying(model: RETRO) -> None:
         else:
             nn.init.zeros_(value)
             nn.init.orthogonal_(copied := attention.copy_rows.weight)
-        attention.out.weight.copy_(COPYING * copied.T)
+        attention.out.weight.copy_(COPY_OUTPUT_SCALE * copied.T)
 
 
 def initialize_block(block: Block, side: Side) -> None:
-    """Weights that keep the size of what they see; what is added to the residual stream starts smaller.
+    """Initialize with std 1 / sqrt(fan-in), which preserves scale; smaller for outputs to the residual stream.
 
-    With DeepNet: Xavier's normal, its gain beta for values, outputs and feed-forward (Wang et al. 2022).
+    With DeepNet: Xavier normal, with gain beta for values, outputs and feed-forward (Wang et al. 2022).
     """
     shrink = (2 * side.depth) ** -0.5
     for name, weight in block.named_parameters():

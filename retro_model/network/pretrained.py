@@ -1,8 +1,8 @@
-"""Models on disk; `RETRO.save_pretrained` and `RETRO.from_pretrained` are what users call.
+"""Save and load models. Users call `RETRO.save_pretrained` and `RETRO.from_pretrained`.
 
-A model is a folder of two files: `model.safetensors`, every parameter under its name in the network,
-and `config.json`, every argument of RETROConfig. config.json is written last, so a folder that has one
-is whole. Readers refuse what they do not know.
+A model is a folder with two files: `model.safetensors` holds every parameter under its name in the network, and
+`config.json` every argument of RETROConfig. config.json is written last, so a folder that has one is complete.
+Loading refuses unknown tensors and config keys.
 """
 
 import json
@@ -23,14 +23,14 @@ CONFIG_NAME = "config.json"
 
 
 def save_model(folder: str | os.PathLike[str], config: RETROConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write a model's weights and config into `folder`, which is made if it is not there.
+    """Write a model's weights and config to `folder`, creating it if needed.
 
-    Equal weights give equal bytes. Each file appears whole or not at all.
+    Equal weights give equal bytes. Each file is written atomically.
     """
     folder = Path(folder)
     text = json.dumps(config.to_dict(), indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).unlink(missing_ok=True)  # without it the folder holds no model, until all is written
+    (folder / CONFIG_NAME).unlink(missing_ok=True)  # marks the folder as incomplete until everything is written
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     write_tensors(tensors, folder / f"{WEIGHTS_NAME}.part", metadata={"format": "pt"})
     os.replace(folder / f"{WEIGHTS_NAME}.part", folder / WEIGHTS_NAME)
@@ -39,7 +39,7 @@ def save_model(folder: str | os.PathLike[str], config: RETROConfig, weights: Map
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file; a full disk is the OSError that it is for any other file."""
+    """Write a safetensors file. Raises OSError for a full disk, as for any other file."""
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
@@ -50,7 +50,10 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
 
 def load_config(folder: str | os.PathLike[str]) -> RETROConfig:
-    """The config of the model in `folder`."""
+    """The config of the model in `folder`.
+
+    Raises MissingArtifactError, DamagedArtifactError or ConfigError.
+    """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise MissingArtifactError(f"{path} is not there: no model was saved in this folder, or not to its end")
@@ -67,7 +70,10 @@ def load_config(folder: str | os.PathLike[str]) -> RETROConfig:
 
 
 def load_weights(folder: str | os.PathLike[str], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the model in `folder`, by their names in the network; `expected` says which, and their shapes."""
+    """The weights of the model in `folder`, by name; they must have the names and shapes of `expected`.
+
+    Raises MissingArtifactError, DamagedArtifactError or MismatchError.
+    """
     path = Path(folder) / WEIGHTS_NAME
     if not path.is_file():
         raise MissingArtifactError(f"{path} is not there, though {CONFIG_NAME} is; save the model again")
@@ -81,7 +87,7 @@ def load_weights(folder: str | os.PathLike[str], expected: Mapping[str, Tensor])
 
 
 def check_names(found: set[str], expected: set[str], where: str) -> None:
-    """Raise MismatchError unless the tensors found are those of the network."""
+    """Raise MismatchError unless the names found are exactly the expected ones."""
     if missing := sorted(expected - found):
         raise MismatchError(f"{where} lacks {len(missing)} tensors of the network, the first is {missing[0]}")
     if extra := sorted(found - expected):

@@ -1,14 +1,13 @@
-"""Training states on disk: whole or absent, and found again only by the same settings and inputs.
+"""Training checkpoints: written atomically, and loaded only by a run with the same settings and inputs.
 
     checkpoint-00000400/
-        state.json            step, counts, history, the fingerprint of settings and inputs, digests of all
+        state.json            step, counts, history, fingerprint of settings and inputs, digests of all files
         weights.safetensors   the weights after that step
-        optimizer.safetensors what AdamW remembers of each weight
-    best-00000300.safetensors the weights of the best validation so far
+        optimizer.safetensors AdamW's state
+    best-00000300.safetensors the weights with the best validation loss so far
 
-A checkpoint is renamed into place when all of it is written, and only then are older ones deleted,
-so that a kill at any moment leaves the last one that was whole. What decides the batches and dropout
-is a function of (seed, step) and need not be stored.
+A checkpoint is renamed into place once it is complete, and only then are older ones deleted. So a kill at any
+moment leaves the last complete checkpoint. Batches and dropout are functions of (seed, step) and need not be stored.
 """
 
 import hashlib
@@ -31,19 +30,19 @@ Row = dict[str, float]
 
 @dataclass
 class TrainingState:
-    """All that training remembers beside weights and optimizer."""
+    """The state of training besides weights and optimizer."""
 
     step: int = 0  # steps done
-    tokens: int = 0  # labels trained on
-    positions: int = 0  # the same and padding
-    interval_loss: float = 0.0  # summed over the labels since the last validation
-    interval_tokens: int = 0
-    history: list[Row] = field(default_factory=list)  # a row for each validation
-    best: Row | None = None  # the history's row with the least validation loss, the first of equals
+    tokens: int = 0  # labels trained on, without padding
+    positions: int = 0  # the same with padding
+    interval_loss: float = 0.0  # sum of the losses of all labels since the last validation
+    interval_tokens: int = 0  # labels since the last validation
+    history: list[Row] = field(default_factory=list)  # one row per validation
+    best: Row | None = None  # the row of `history` with the lowest validation loss; the earliest of equal ones
 
 
 class Saved(NamedTuple):
-    """A checkpoint in main memory, whole, however the model was spread over processes."""
+    """A checkpoint in main memory, with full tensors even if training was sharded."""
 
     state: TrainingState
     weights: dict[str, Tensor]
@@ -52,10 +51,10 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one training run in `folder`, which nobody else writes.
+    """The checkpoints of one training run in `folder`; nothing else may write there.
 
-    `fingerprint` stands for all settings and inputs: a checkpoint that was written under another one
-    is never read, and goes when training starts.
+    `fingerprint` identifies all settings and inputs. Checkpoints with another fingerprint are never loaded, and
+    `prune` deletes them when training starts.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
@@ -69,10 +68,10 @@ class Checkpoints:
         optimizer: dict[str, Tensor],
         best_weights: dict[str, Tensor],
     ) -> Path:
-        """Writes a checkpoint, then deletes those before it."""
+        """Write a checkpoint, then delete all earlier ones."""
         if state.best is not None:
             best = self._best_file(state)
-            if not best.exists():  # a step's weights never change
+            if not best.exists():  # the weights of a given step never change
                 partial = best.with_suffix(".partial")
                 write_tensors(best_weights, partial)
                 partial.replace(best)
@@ -92,12 +91,12 @@ class Checkpoints:
         return max(same, default=None)
 
     def prune(self) -> None:
-        """Deletes all but the newest checkpoint: nothing of another run may pass for a part of this one."""
+        """Delete all but the newest checkpoint of this run, so that files of other runs cannot be taken for its own."""
         path = self.latest()
         self._delete_others(path, _state(path) if path is not None else TrainingState())
 
     def load(self) -> Saved | None:
-        """The newest checkpoint, or None. Raises DamagedArtifactError where a file of it is not what was written."""
+        """The newest checkpoint of this run, or None. Raises DamagedArtifactError if one of its files has changed."""
         path = self.latest()
         if path is None:
             return None
@@ -138,7 +137,7 @@ def _state(path: Path) -> TrainingState:
 
 
 def _write_state(folder: Path, fingerprint: str, state: TrainingState, best: Path | None) -> None:
-    """Writes state.json, with digests of the checkpoint's files, of the best weights and of itself."""
+    """Write state.json, with digests of the checkpoint's files, of the best weights and of itself."""
     files = [*sorted(folder.iterdir()), *([best] if best else [])]
     values = {"fingerprint": fingerprint, **asdict(state), "sha256": {file.name: file_digest(file) for file in files}}
     write_json(folder / "state.json", {**values, "digest": _digest(values)})

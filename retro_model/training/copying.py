@@ -1,14 +1,14 @@
-"""The bigram rule: what can be predicted by copying from the neighbors alone, without any network.
+"""The bigram rule: predict tokens by copying from the neighbors alone, without a network.
 
-The rule looks, in the neighbors that a token attends to, for the places where the same token stands, and
-predicts what follows it there. It is the simplest way to profit from retrieval, so it says how much there
-is to gain (`copying_potential`, before training), and mixed with a plain decoder it is a control that a
-trained RETRO should beat (`mixed_losses`).
+The rule finds occurrences of the current token in the neighbors that it attends to, and predicts the token that
+follows there. It is the simplest use of retrieval. So it shows before training how much there is to gain
+(`copying_potential`), and mixed with a plain decoder it is a control that a trained RETRO should beat
+(`mixed_losses`).
 
     rule = rule_of_rows(inputs, labels, follows, neighbor_ids, database)
-    rule.right[labels != pad_id].mean()        # the share of tokens that it gets right
+    rule.right[labels != pad_id].mean()        # the share of tokens that it predicts correctly
 
-Letters: C chunks, M tokens of a chunk, K neighbors, R tokens of a neighbor.
+Shape suffixes: C chunks, M tokens in a chunk, K neighbors, R tokens in a neighbor.
 """
 
 from typing import NamedTuple
@@ -21,26 +21,26 @@ from retro_model.core.artifacts import Artifact
 from retro_model.core.rows import NO_ROW, retrieved_tokens
 from retro_model.training.sequences import PackedSequences
 
-# The weights of the rule that are tried. Not 1: what the rule does not know would cost infinitely much.
+# Candidate weights of the rule. Not 1: a label that the rule gives probability 0 would have infinite loss.
 WEIGHTS = tuple(step / 50 for step in range(50))
 
-# Chunks whose neighbors are in memory at once.
+# Chunks whose neighbors are held in memory at once.
 CHUNKS_AT_ONCE = 1024
 
 
 class Rule(NamedTuple):
-    """The rule's predictions, each (C, M); a padding label has none."""
+    """The rule's predictions, each (C, M); 0 or False where the label is padding."""
 
-    probability: Float64Array  # that the rule gives the label: its share of the matches, 0 without a match
-    matched: BoolArray  # whether the current token stands in what is read, with a token after it
-    right: BoolArray  # whether the most frequent follower (of equally frequent ones the smallest id) is the label
+    probability: Float64Array  # of the label: its share of the followers of all matches; 0 without a match
+    matched: BoolArray  # whether the current token occurs in the neighbors, followed by another token
+    right: BoolArray  # whether the label is the most frequent follower (the smallest id of equally frequent ones)
 
 
 def neighbors_read(follows_C: BoolArray, num_tokens: int) -> npt.NDArray[np.int64]:
-    """For each token (C, M) the chunk whose neighbors it attends to, -1 for none.
+    """For each token, the chunk whose neighbors it attends to, -1 for none: (C, M).
 
-    The last token of a chunk attends to those of its own chunk, the others to those of the chunk before,
-    if it is of the same document (`follows_C`): as in chunked cross-attention (section 2.4).
+    As in chunked cross-attention (section 2.4): the last token of a chunk attends to the neighbors of its own chunk,
+    the others to those of the previous chunk if it belongs to the same document (`follows_C`).
     """
     own_C = np.arange(len(follows_C))
     read_CM = np.repeat(np.where(follows_C, own_C - 1, NO_ROW)[:, None], num_tokens, axis=1)
@@ -53,8 +53,8 @@ def bigram_rule(
 ) -> Rule:
     """The rule's predictions of the labels.
 
-    `follows_C` says which chunks continue the one before them; of the first one there is none. A match is
-    a pair of tokens next to each other in one neighbor, neither of them padding.
+    `follows_C` says which chunks continue the document of the previous chunk; it must be False for the first. A
+    match is a pair of adjacent tokens in one neighbor, neither of them padding.
     """
     empty = np.zeros(labels_CM.shape, dtype=np.bool_)
     rule = Rule(np.zeros(labels_CM.shape), empty, empty.copy())
@@ -62,8 +62,8 @@ def bigram_rule(
     asked = (read_CM != NO_ROW) & (labels_CM != pad_id)
     vocabulary = 1 + max(int(tokens.max(initial=0)) for tokens in (inputs_CM, labels_CM, retrieved_CKR))
 
-    # Every pair of neighboring tokens as one number: chunk, token, follower. Sorted, the followers of one
-    # token in the neighbors of one chunk stand side by side.
+    # Encode every pair of adjacent tokens as one number: chunk, token, follower. Sorting then groups the
+    # followers of a token in the neighbors of a chunk.
     before, after = retrieved_CKR[..., :-1].astype(np.int64), retrieved_CKR[..., 1:]
     chunks = np.arange(len(retrieved_CKR))[:, None, None]
     real = (before != pad_id) & (after != pad_id)
@@ -88,7 +88,7 @@ def bigram_rule(
 
 
 def _look_up(sorted_values: IntArray, wanted: IntArray) -> tuple[IntArray, BoolArray]:
-    """Places of the wanted values, and whether they are there; any place where not."""
+    """The index of each wanted value in `sorted_values`, and whether it is present; if not, the index is arbitrary."""
     places = np.minimum(np.searchsorted(sorted_values, wanted), len(sorted_values) - 1)
     return places, sorted_values[places] == wanted
 
@@ -96,10 +96,12 @@ def _look_up(sorted_values: IntArray, wanted: IntArray) -> tuple[IntArray, BoolA
 def rule_of_rows(
     inputs_CM: IntArray, labels_CM: IntArray, follows_C: BoolArray, neighbors_CK: IntArray, database: Artifact
 ) -> Rule:
-    """The rule over rows `neighbors_CK` of the database (-1: none), with few neighbors in memory at a time."""
+    """The rule with the database rows `neighbors_CK` (-1: none) as neighbors, computed block by block."""
     parts = []
     for start in range(0, len(labels_CM), CHUNKS_AT_ONCE):
-        some = slice(max(start - 1, 0), start + CHUNKS_AT_ONCE)  # the chunk before is read by the first one
+        some = slice(
+            max(start - 1, 0), start + CHUNKS_AT_ONCE
+        )  # the first chunk needs the neighbors of the previous one
         retrieved = retrieved_tokens(database, neighbors_CK[some])
         part = bigram_rule(inputs_CM[some], labels_CM[some], retrieved, follows_C[some], database.facts["pad_id"])
         parts.append([values[start - some.start :] for values in part])
@@ -110,17 +112,17 @@ def rule_of_rows(
 
 
 def mixed_losses(losses_CM: FloatArray, rule: Rule, weight: float) -> Float64Array:
-    """The losses in nats of (1 - weight) * the network + weight * the rule; the network's where nothing matches."""
+    """Losses in nats of the mixture (1 - weight) * network + weight * rule; the network's own where nothing matches."""
     mixed: Float64Array = losses_CM.astype(np.float64)
     if weight > 0:
-        with np.errstate(divide="ignore"):  # the log of a probability of 0 is -inf, which adds nothing
+        with np.errstate(divide="ignore"):  # log(0) = -inf contributes nothing
             of_rule = np.log(weight) + np.log(rule.probability[rule.matched])
         mixed[rule.matched] = -np.logaddexp(np.log1p(-weight) - mixed[rule.matched], of_rule)
     return mixed
 
 
 def best_weight(losses_CM: FloatArray, rule: Rule) -> float:
-    """Which of WEIGHTS gives the lowest loss; of equally good ones the smallest."""
+    """The weight from WEIGHTS with the lowest loss; the smallest of equally good ones."""
     sums = [float(mixed_losses(losses_CM, rule, weight).sum()) for weight in WEIGHTS]
     return WEIGHTS[int(np.argmin(sums))]
 
@@ -129,13 +131,13 @@ def best_weight(losses_CM: FloatArray, rule: Rule) -> float:
 
 
 class CopyingPotential(NamedTuple):
-    """The share of tokens that the rule gets right, with a chunk's own neighbors and with another's."""
+    """The share of tokens that the rule predicts correctly with a chunk's own neighbors, and with shuffled ones."""
 
     own: float
     shuffled: float
 
     def line(self) -> str:
-        """Both shares in a sentence, for a terminal."""
+        """Both shares in a sentence, for the terminal."""
         return (
             f"copying the token that followed the current one in the neighbors is right for {self.own:.0%} of the "
             f"validation tokens (shuffled neighbors: {self.shuffled:.0%})"
@@ -143,7 +145,7 @@ class CopyingPotential(NamedTuple):
 
 
 def copying_potential(sequences: PackedSequences, rows: IntArray) -> CopyingPotential:
-    """What the rule gets right in the sequences made of `rows` (B, L), of which -1 is padding."""
+    """How often the rule is right in the sequences of the chunk rows `rows` (B, L); -1 is padding."""
     batch = sequences.batch(rows, neighbors="none")
     documents = batch.documents.numpy()
     follows = np.diff(documents, axis=1, prepend=NO_ROW) == 0

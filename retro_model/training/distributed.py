@@ -1,11 +1,11 @@
-"""Several processes that train one model: started here, or by torchrun.
+"""Train one model in several processes, started here or by torchrun.
 
-    with together(2, "cpu", work) as world:      # work(world) runs in one other process, or in none
+    with launch(2, "cpu", work) as world:      # also runs work(world) in one worker process
         work(world)
 
-Process 0 is the one that a person sees: it logs, saves and obeys Ctrl-C; the others do what it does and end
-with it, however it ends. `torchrun --nproc-per-node 4 -m stages.train` starts all of them from outside,
-on one machine or several; then `together` only joins them.
+Process 0 logs, saves and handles Ctrl-C. The workers run the same work and end when process 0 ends. With
+`torchrun --nproc-per-node 4 -m stages.train`, on one machine or several, torchrun starts all processes, and
+`launch` only joins their process group.
 """
 
 import multiprocessing
@@ -28,12 +28,12 @@ from retro_model.core.errors import ConfigError, RetroError, TrainingError
 from retro_model.core.processes import end_with_parent
 
 CPU = torch.device("cpu")
-SECONDS_TO_END = 10.0  # for a process whose group has broken
+SECONDS_TO_END = 10.0  # how long to wait for a failed worker's exit status after a collective failed
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together, as one of them sees it; alone unless told."""
+    """This process's rank, the number of processes, and this process's device; by default a single process."""
 
     rank: int = 0
     size: int = 1
@@ -41,17 +41,17 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that logs and saves."""
+        """Whether this is process 0, which logs and saves."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of all processes' values, in each of them."""
+        """The sum of `values` over all processes (all-reduce; changes `values` in place)."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def largest(self, number: int) -> int:
-        """The largest of all processes' numbers, in each of them."""
+        """The maximum of `number` over all processes (all-reduce)."""
         if self.size == 1:
             return number
         numbers = torch.tensor(number, device=self.device)
@@ -59,7 +59,7 @@ class World:
         return int(numbers)
 
     def wait_for_all(self) -> None:
-        """Returns when every process has come here."""
+        """Barrier: return when every process has called this."""
         self.largest(0)
 
 
@@ -67,20 +67,19 @@ ALONE = World()
 
 
 def started_from_outside() -> bool:
-    """Whether torchrun, or whoever sets what it sets, started this process."""
+    """Whether torchrun, or a launcher that sets the same environment variables, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that logs and saves, as far as the environment says."""
+    """Whether this process is the one that logs and saves, judged by torchrun's environment variables."""
     return not started_from_outside() or os.environ["RANK"] == "0"
 
 
 def resolve_processes(processes: int, device: str, sequences: int) -> int:
-    """How many processes `train.processes` stands for: 0 is one for each GPU, or one.
+    """The number of processes for a value of `train.processes`; 0 means one per GPU, or one without GPUs.
 
-    Of the GPUs only so many are used as can share `sequences` evenly. Raises ConfigError where more are asked
-    for than there are.
+    0 uses the largest number of GPUs that divides `sequences`. Raises ConfigError if `processes` exceeds the GPUs.
     """
     num_gpus = torch.cuda.device_count() if device == "cuda" else 0
     if device == "cuda" and processes > num_gpus:
@@ -89,14 +88,14 @@ def resolve_processes(processes: int, device: str, sequences: int) -> int:
 
 
 @contextmanager
-def together(count: int, device: str, work: Callable[[World], object]) -> Iterator[World]:
-    """Starts `count` - 1 other processes, in each of which `work` runs, and yields this one's world.
+def launch(count: int, device: str, work: Callable[[World], object]) -> Iterator[World]:
+    """Start `count` - 1 worker processes that run `work`, and yield the World of this process.
 
-    `work` must be importable by them (a function of a module), and a script that calls this must do so below
-    `if __name__ == "__main__"`, because they import it, too. They end with this one: well
-    when the block ends well, else at once. Processes that torchrun started are joined instead.
+    Workers are spawned, so `work` must be picklable (a module's function), and a script must call this under
+    `if __name__ == "__main__"`. If the block succeeds, this waits for the workers; otherwise it kills them.
+    Under torchrun, join the existing processes instead of starting any.
 
-    Raises TrainingError where another process ended and left this one alone, or never began.
+    Raises TrainingError if a worker fails to start or ends early.
     """
     if started_from_outside():
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -109,33 +108,33 @@ def together(count: int, device: str, work: Callable[[World], object]) -> Iterat
     threads = max(torch.get_num_threads() // count, 1) if device == "cpu" else torch.get_num_threads()
     store = _store(0, count, main=True)
     spawn = multiprocessing.get_context("spawn")
-    others = [
-        spawn.Process(target=_other, args=(rank, count, store.port, device, threads, work), daemon=True)
+    workers = [
+        spawn.Process(target=_worker_main, args=(rank, count, store.port, device, threads, work), daemon=True)
         for rank in range(1, count)
     ]
     before = torch.get_num_threads()
-    for process in others:
+    for process in workers:
         process.start()
     try:
         torch.set_num_threads(threads)
-        _wait_for(others, store)
-        with _group(0, count, 0, device, store) as world, _ending(others):
+        _wait_until_started(workers, store)
+        with _group(0, count, 0, device, store) as world, _watch_workers(workers):
             yield world
     finally:
         torch.set_num_threads(before)
-        for process in others:
+        for process in workers:
             process.kill()
             process.join()
 
 
 def _store(port: int, size: int, main: bool) -> Any:
-    """Where the processes of this machine meet; port 0 is any that is free."""
+    """The store at which the processes of this machine find each other; port 0 picks a free port."""
     return dist.TCPStore("127.0.0.1", port, size, is_master=main, wait_for_workers=False)  # type: ignore[attr-defined]
 
 
 @contextmanager
 def _group(rank: int, size: int, local: int, device: str, store: Any | None) -> Iterator[World]:
-    """This process as a member of the group."""
+    """Join the process group for the duration of the block."""
     place = torch.device(device)
     if device == "cuda":
         place = torch.device("cuda", local)
@@ -149,61 +148,64 @@ def _group(rank: int, size: int, local: int, device: str, store: Any | None) -> 
 
 
 @contextmanager
-def _ending(others: Sequence[BaseProcess]) -> Iterator[None]:
-    """Waits for the others when the block ends well; else ends them, and says if it was one of them that failed."""
+def _watch_workers(workers: Sequence[BaseProcess]) -> Iterator[None]:
+    """Wait for the workers if the block succeeds; otherwise kill them.
+
+    Raises TrainingError if the block failed because a worker had ended.
+    """
     try:
         yield
     except BaseException as error:
-        lost = _lost(others) if isinstance(error, RuntimeError) else None
-        for process in others:
-            process.kill()  # before they notice that they are alone
+        lost = _first_exited(workers) if isinstance(error, RuntimeError) else None
+        for process in workers:
+            process.kill()  # before they report the broken group themselves
         if lost is None:
             raise
         rank, status = lost
         raise TrainingError(
-            f"process {rank} of {len(others) + 1} ended with status {status} and left the others alone; what it said "
+            f"process {rank} of {len(workers) + 1} ended with status {status} and left the others alone; what it said "
             "stands above; run again to go on from the last checkpoint"
         ) from error
-    for process in others:
+    for process in workers:
         process.join()
 
 
-def _wait_for(others: Sequence[BaseProcess], store: Any) -> None:
-    """Returns when all others have begun; one that ends before would be waited for in vain."""
-    while not store.check([_begun(rank) for rank in range(1, len(others) + 1)]):
-        for rank, process in enumerate(others, start=1):
+def _wait_until_started(workers: Sequence[BaseProcess], store: Any) -> None:
+    """Return when all workers have started. Raises TrainingError if one exits before that."""
+    while not store.check([_started_key(rank) for rank in range(1, len(workers) + 1)]):
+        for rank, process in enumerate(workers, start=1):
             if process.exitcode is not None:
                 raise TrainingError(
-                    f"process {rank} of {len(others) + 1} ended with status {process.exitcode} before it began; what "
+                    f"process {rank} of {len(workers) + 1} ended with status {process.exitcode} before it began; what "
                     'it said stands above; a script must train below `if __name__ == "__main__":`'
                 )
         time.sleep(0.05)
 
 
-def _begun(rank: int) -> str:
+def _started_key(rank: int) -> str:
     return f"begun {rank}"
 
 
-def _lost(others: Sequence[BaseProcess]) -> tuple[int, int] | None:
-    """The first of the other processes that has ended, and its status."""
-    multiprocessing.connection.wait([process.sentinel for process in others], timeout=SECONDS_TO_END)
-    for rank, process in enumerate(others, start=1):
+def _first_exited(workers: Sequence[BaseProcess]) -> tuple[int, int] | None:
+    """The rank and exit status of the first worker that has exited; None if none has after SECONDS_TO_END."""
+    multiprocessing.connection.wait([process.sentinel for process in workers], timeout=SECONDS_TO_END)
+    for rank, process in enumerate(workers, start=1):
         if process.exitcode is not None:
             return rank, process.exitcode
     return None
 
 
-def _other(rank: int, size: int, port: int, device: str, threads: int, work: Callable[[World], object]) -> None:
-    """What each of the other processes runs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; process 0 says when to stop
+def _worker_main(rank: int, size: int, port: int, device: str, threads: int, work: Callable[[World], object]) -> None:
+    """The main function of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; process 0 decides when to stop
     end_with_parent()
     torch.set_num_threads(threads)
     store = _store(port, size, main=False)
-    store.set(_begun(rank), "")
+    store.set(_started_key(rank), "")
     try:
         with _group(rank, size, rank, device, store) as world:
             work(world)
     except TrainingError:
-        sys.exit(1)  # all see the same numbers, and process 0 says it
+        sys.exit(1)  # all processes see the same loss, and process 0 reports it
     except RetroError as error:
         sys.exit(f"process {rank}: {error}")

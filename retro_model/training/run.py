@@ -1,4 +1,4 @@
-"""Training, with retrieval or without: the settings, the loop, and the folder of the model that came out.
+"""Train a model with or without retrieval: open the inputs, run the trainer, write the model's folder.
 
     run = TrainingRun(
         Path("data/chunks"), Path("data/neighbors"), Path("data/tokenizer"), model_config, train_config,
@@ -6,10 +6,10 @@
     )
     result = train_model(run)
 
-What a step does is a function of the seed and of the step's number: its sequences, whose neighbors are
-dropped, the dropout. So a run that was stopped continues from its last checkpoint in `work_folder` as if
-nothing had been, bit for bit on a CPU in float32. `out_folder` gets the best weights by validation
-loss; equal settings and inputs give equal bytes on one machine.
+The sequences of a step, its neighbor dropout and its dropout are functions of the seed and the step number. So a
+stopped run that resumes from its last checkpoint in `work_folder` gives the same result as an uninterrupted one,
+bit for bit on a CPU in float32. `out_folder` gets the weights with the best validation loss; equal settings and
+inputs give equal bytes on one machine.
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ from retro_model.network.config import ModelConfig, RETROConfig
 from retro_model.network.model import RETRO
 from retro_model.training.checkpoints import Checkpoints
 from retro_model.training.copying import copying_potential
-from retro_model.training.distributed import World, resolve_processes, together
+from retro_model.training.distributed import World, launch, resolve_processes
 from retro_model.training.sequences import PackedSequences
 from retro_model.training.trainer import Log, TrainConfig, Trainer, TrainingResult
 from retro_model.training.warm_start import RetrofitConfig, start_from
 
 
 def build_model(config: ModelConfig, facts: Mapping[str, Any], seq_len: int, retrieval: bool) -> RETRO:
-    """The network for chunks with the given facts; without retrieval, its plain decoder alone."""
+    """A new network for chunks with the given facts; without `retrieval`, only its plain decoder."""
     return RETRO(
         num_tokens=facts["vocab_size"],
         chunk_size=facts["chunk_size"],
@@ -54,33 +54,33 @@ def _log_nothing(step: int, record: Mapping[str, float]) -> None:
 
 
 def train_model(run: "TrainingRun", log: Log = _log_nothing, threads: int | None = None) -> TrainingResult:
-    """Trains on the split "train", validates on "valid", and writes `out_folder` with the best weights.
+    """Train on the split "train", validate on "valid", and write the best weights to `out_folder`.
 
-    `log` gets a record every `log_every` steps: loss, learning_rate, grad_norm, tokens_per_second, peak_share, and
-    where validated train_loss, valid_loss, valid_loss_off (no neighbors) and valid_loss_shuffled (those of other
-    chunks).
+    `log` receives a record every `log_every` steps and at each validation: loss, learning_rate, grad_norm,
+    tokens_per_second and peak_share; at validations also train_loss, valid_loss, valid_bits_per_byte, and with
+    retrieval valid_loss_off (no neighbors) and valid_loss_shuffled (neighbors of other chunks).
 
-    Several processes (`train_config.processes`) are started here, unless torchrun has started them; then each of
-    them calls this, and only process 0 logs, saves and writes. With them `device` is cpu or cuda.
+    This starts `train_config.processes` processes, unless torchrun has started them and each of them calls this.
+    Only process 0 logs, saves and writes. With several processes `device` must be cpu or cuda.
 
-    Raises MismatchError or ConfigError where settings and artifacts do not fit together, and TrainingError for a
-    loss or gradient that is not finite, or a process that has died.
+    Raises MismatchError or ConfigError if settings and artifacts do not match, and TrainingError if loss or gradient
+    is not finite or a process dies.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     sequences = run.train_config.batch_size // run.train_config.accumulation
     processes = resolve_processes(run.train_config.processes, run.device, sequences)
-    with together(processes, run.device, run.train) as world:
+    with launch(processes, run.device, run.train) as world:
         return run.train(world, log)
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A training: what it reads, its settings, and where it writes.
+    """The inputs, settings and output folders of one training.
 
-    Without `neighbors_folder` it trains the baseline: the same decoder and data, no retrieval. `retrofit` names a
-    trained model to start from, and how to train then; by default the weights are new. With `work_folder` a run
-    that was stopped continues there, and the last weights are left in `work_folder/last`.
+    Without `neighbors_folder` it trains the baseline: the same decoder and data, no retrieval. `retrofit` may name
+    a trained model to start from; by default the weights are new. With `work_folder` a stopped run can resume, and
+    the last weights are written to `work_folder/last`.
     """
 
     chunks_folder: Path
@@ -100,7 +100,7 @@ class TrainingRun:
     checkpoint_every: int = 100  # steps
 
     def train(self, world: World, log: Log = _log_nothing) -> TrainingResult:
-        """Trains, and in process 0 writes the models."""
+        """Train in this process; process 0 also writes the models."""
         tokenizer = Artifact.open(self.tokenizer_folder, "tokenizer")
         inputs = _Inputs.open(self.chunks_folder, self.neighbors_folder, tokenizer, self.retrofit)
         training = inputs.sequences("train", self.seq_len, self.knn)
@@ -140,12 +140,12 @@ class TrainingRun:
         return result
 
     def _model(self, inputs: "_Inputs") -> RETRO:
-        """The network with its first weights."""
+        """The network with its initial weights."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             facts = inputs.chunks["train"].facts
             model = build_model(self.model_config, facts, self.seq_len, inputs.retrieval)
-            if inputs.retrieval:  # its decoder begins as the baseline's does, so that no luck is between them
+            if inputs.retrieval:  # the same initial decoder as the baseline, so that they differ by no luck
                 torch.manual_seed(self.seed)
                 plain = build_model(self.model_config, facts, self.seq_len, retrieval=False)
                 model.load_state_dict({**model.state_dict(), **plain.state_dict()})
@@ -176,7 +176,7 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The artifacts that a model is trained from."""
+    """The input artifacts of a training."""
 
     chunks: dict[str, Artifact]
     neighbors: dict[str, Artifact]  # empty: no retrieval
@@ -203,7 +203,7 @@ class _Inputs:
         return bool(self.neighbors)
 
     def sequences(self, split: str, seq_len: int, knn: int) -> PackedSequences:
-        """A split's sequences, with neighbors from the split "train" where there are any."""
+        """The sequences of a split; with retrieval, their neighbors come from the split "train"."""
         if not self.retrieval:
             return PackedSequences(self.chunks[split], seq_len)
         return PackedSequences(self.chunks[split], seq_len, self.neighbors[split], self.chunks["train"], knn)
@@ -217,7 +217,7 @@ class _Inputs:
         return {name: artifact.fingerprint for name, artifact in artifacts.items()}
 
     def facts(self) -> dict[str, Any]:
-        """What the model's description says about its data."""
+        """The facts of the model artifact that describe its inputs."""
         chunks = self.chunks["train"]
         facts = {"tokenizer": chunks.facts["tokenizer"], "chunks": chunks.fingerprint}
         if self.retrieval:
@@ -225,7 +225,7 @@ class _Inputs:
             facts["index"] = self.neighbors["train"].facts["index"]
         if self.start is not None:
             facts["init_from"] = self.start.fingerprint
-            # All chunks that its weights have seen before: an evaluation on others of them would be a leak.
+            # All chunk artifacts that these weights were trained on before; evaluating on another split would leak.
             facts["init_from_chunks"] = sorted(
                 {self.start.facts["chunks"], *self.start.facts.get("init_from_chunks", ())}
             )
@@ -235,7 +235,7 @@ class _Inputs:
 def _write_model(
     path: Path, config: RETROConfig, weights: dict[str, Tensor], tokenizer: Artifact, facts: Mapping[str, Any]
 ) -> None:
-    """Writes a model artifact: weights, config, a copy of the tokenizer, and `facts`."""
+    """Write a model artifact: weights, config, a copy of the tokenizer, and `facts`."""
     with torch.device("meta"):
         model = RETRO.from_config(config)
     model.load_state_dict(weights, assign=True)

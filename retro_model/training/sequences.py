@@ -1,17 +1,16 @@
-"""Training sequences, packed from the chunk rows of an artifact.
+"""Training sequences, packed from the rows of a chunk artifact.
 
-On disk: rows of M + 1 tokens, a document's rows one after the other, documents one after the other
-(chunks); for each row the ids of its nearest database rows, nearest first, -1 for none (neighbors).
-A sequence is any L consecutive rows, wherever documents begin and end: nothing is padded but the last
-row of a document. What keeps documents apart is the batch's `documents`, by which the network limits
-self-attention and chunked cross-attention.
+On disk: the chunk artifact has rows of M + 1 tokens, the rows of a document contiguous and in order. The neighbor
+artifact has, for each row, the ids of its nearest database rows, nearest first, -1 for none.
+A sequence is L consecutive rows, regardless of document boundaries, so only the last row of a document is padded.
+The batch's `documents` tells the network where to stop self-attention and chunked cross-attention.
 
     sequences = PackedSequences(chunks, seq_len=512, neighbors=neighbors, database=chunks, knn=2)
     sequences.batch(sequences.training_rows(seed=0, first=0, count=16))     # the first 16 sequences
     sequences.batch(sequences.ordered_rows()[:16], neighbors="shuffled")    # validation, the control
 
-Letters: B sequences, L rows (chunks) of a sequence, M tokens of a chunk, N = L * M, K neighbors,
-R = 2 * M tokens of a retrieved neighbor (the chunk and its continuation).
+Shape suffixes: B sequences, L rows (chunks) in a sequence, M tokens in a chunk, N = L * M, K neighbors,
+R = 2 * M tokens in a retrieved neighbor (the chunk and its continuation).
 """
 
 from dataclasses import dataclass
@@ -30,13 +29,13 @@ from retro_model.core.rows import NO_ROW, retrieved_tokens
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed sequences, ready for the network."""
+    """A batch of packed sequences: the network's inputs."""
 
     rows: IntArray  # (B, L): the chunk rows, -1 for a row of padding
     seq: Tensor  # (B, N) int64: inputs
     labels: Tensor  # (B, N) int64: the token after each input, pad where there is none
-    documents: Tensor  # (B, L) int64: equal for neighboring rows of one document, numbered from 0
-    bytes: Tensor  # (B, L) int64: bytes of text that a row's labels stand for
+    documents: Tensor  # (B, L) int64: the document of each row, numbered from 0 within the sequence
+    bytes: Tensor  # (B, L) int64: bytes of text that the labels of each row stand for
     retrieved: Tensor | None  # (B, L, K, R) int64; None: no retrieval
     num_labels: int  # labels that are not pad
 
@@ -56,11 +55,11 @@ class Batch:
 class PackedSequences:
     """Sequences of L consecutive rows of a chunk artifact, with or without their neighbors.
 
-    `seq_len` is in tokens. `neighbors` belong to these chunks, `database` is the chunk artifact whose
-    rows they name, and of the neighbors stored only the `knn` nearest are used.
+    `seq_len` is in tokens. `neighbors` is the neighbor artifact of these chunks, `database` the chunk artifact
+    whose rows it lists. Only the `knn` nearest of the stored neighbors are used.
 
-    Raises ConfigError where `seq_len` or `knn` does not fit the data, MismatchError where the artifacts
-    were not made from each other.
+    Raises ConfigError if `seq_len` or `knn` does not match the data, MismatchError if the artifacts were not made
+    from each other.
     """
 
     def __init__(
@@ -99,16 +98,16 @@ class PackedSequences:
 
     @property
     def sequences_per_epoch(self) -> int:
-        """How many sequences an epoch of training has."""
+        """The number of sequences in an epoch of training."""
         return max(1, self.num_rows // self.rows_per_sequence)
 
     def training_rows(self, seed: int, first: int, count: int) -> IntArray:
-        """The rows (count, L) of the training sequences `first` to `first + count`, counted over all epochs.
+        """The rows (count, L) of `count` training sequences from number `first` on, counted over all epochs.
 
-        A function of the arguments alone, so that any process can continue anywhere. An epoch is a
-        ring of all rows, cut at a random place into stretches of L, in random order: each row comes
-        at most once, and fewer than L of them, others in each epoch, are left out. Where there are
-        fewer than L rows at all, the one sequence is padded.
+        Depends on the arguments alone, so any process can resume anywhere. An epoch treats all rows as a ring,
+        starts at a random row, and shuffles the segments of L rows. So each row appears at most once per epoch,
+        and fewer than L rows, different ones each epoch, are left out. If the split has fewer than L rows, its only
+        sequence is padded.
         """
         numbers = np.arange(first, first + count)
         epochs, places = np.divmod(numbers, self.sequences_per_epoch)
@@ -122,7 +121,7 @@ class PackedSequences:
         return rows % self.num_rows
 
     def _epoch_starts(self, seed: int, epoch: int) -> IntArray:
-        """Where the sequences of an epoch begin, in their order; the last answer is kept."""
+        """The first row of each sequence of an epoch, in training order; caches the latest epoch."""
         if self._epoch is None or self._epoch[0] != (seed, epoch):
             random = np.random.default_rng([seed, epoch])
             starts = random.permutation(self.sequences_per_epoch) * self.rows_per_sequence
@@ -132,7 +131,7 @@ class PackedSequences:
         return self._epoch[1]
 
     def ordered_rows(self) -> IntArray:
-        """Sequences (ceil(rows / L), L) that hold every row once, in order; the last is filled up with -1."""
+        """All rows once, in order, as sequences (ceil(rows / L), L); -1 pads the last one."""
         count = -(-self.num_rows // self.rows_per_sequence)
         rows = np.arange(count * self.rows_per_sequence, dtype=np.int64)
         return np.where(rows < self.num_rows, rows, NO_ROW).reshape(count, self.rows_per_sequence)
@@ -146,12 +145,12 @@ class PackedSequences:
         without: BoolArray | None = None,
         replaced: IntArray | None = None,
     ) -> Batch:
-        """The sequences of the given rows (B, L), of which -1 is padding.
+        """The batch for the given rows (B, L); -1 is padding.
 
-        `neighbors` says what is retrieved: a row's own neighbors; the control, those of a row half the
-        split away; or none. Without neighbor artifact it is none. `without` (B,) marks sequences whose
-        neighbors are dropped (all missing), while others of the batch keep theirs. `replaced` (B, L, knn) has
-        database rows that are read in place of the neighbors, -1 where these stay.
+        `neighbors` selects what is retrieved: "own", a row's own neighbors; "shuffled", the control, those of the
+        row half a split away; or "none", also if there is no neighbor artifact. `without` (B,) marks sequences
+        whose neighbors are dropped (neighbor dropout). `replaced` (B, L, knn) holds database rows that replace
+        neighbors; -1 keeps the neighbor, and missing neighbors stay missing.
         """
         real = rows != NO_ROW
         tokens = np.full((*rows.shape, self.chunk_size + 1), self.pad_id, dtype=np.int64)
@@ -178,14 +177,14 @@ class PackedSequences:
         )
 
     def count_labels(self, rows: IntArray) -> int:
-        """How many labels the sequences of the given rows have."""
+        """The number of labels in the given rows, without padding."""
         return int(np.count_nonzero(self.chunks["tokens"][rows[rows != NO_ROW]][:, 1:] != self.pad_id))
 
     def neighbor_ids(self, rows: IntArray, shuffled: bool = False) -> npt.NDArray[np.int64]:
         """The nearest database rows (B, L, knn) of the given rows, -1 where there is none.
 
-        Shuffled gives each row what the row half the split away has: neighbors as good as any, and,
-        unless one document fills half the split, of another document's text.
+        With `shuffled`, each row gets the neighbors of the row half a split away: just as real, but retrieved for
+        another document, unless one document fills half the split.
         """
         assert self.neighbors is not None
         real = rows != NO_ROW
@@ -195,9 +194,9 @@ class PackedSequences:
         return ids
 
     def _document_numbers(self, rows: IntArray) -> npt.NDArray[np.int64]:
-        """Documents (B, L), numbered within each sequence; rows that do not follow each other are of two."""
-        documents = self._documents[rows]  # a row of padding reads any document: it follows no row
-        together = (np.diff(rows) == 1) & (np.diff(documents) == 0)
-        together |= (rows[:, 1:] == NO_ROW) & (rows[:, :-1] == NO_ROW)
+        """Document numbers (B, L), from 0 within each sequence; non-consecutive rows count as different documents."""
+        documents = self._documents[rows]  # arbitrary for padding (-1), which never follows a real row
+        same_document = (np.diff(rows) == 1) & (np.diff(documents) == 0)
+        same_document |= (rows[:, 1:] == NO_ROW) & (rows[:, :-1] == NO_ROW)
         first = np.zeros((len(rows), 1), dtype=np.int64)
-        return np.concatenate([first, np.cumsum(~together, axis=1, dtype=np.int64)], axis=1)
+        return np.concatenate([first, np.cumsum(~same_document, axis=1, dtype=np.int64)], axis=1)

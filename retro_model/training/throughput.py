@@ -1,6 +1,6 @@
-"""How much of the hardware a training step uses: its matrix products against the peak.
+"""Hardware utilization of a training step: the FLOP/s of its matrix products as a share of the peak.
 
-products(config, rows=4, length=512, neighbors=2) / seconds / peak(device, "bfloat16").rate
+step_flops(config, rows=4, length=512, neighbors=2) / seconds / peak(device, "bfloat16").rate
 """
 
 import re
@@ -13,7 +13,7 @@ import torch
 from retro_model.core.devices import NumberType, fast_float32_products
 from retro_model.network.config import RETROConfig
 
-# Dense bfloat16 and float32 FLOP/s that the data sheets promise, by words of the chip's name; the first counts.
+# Dense bfloat16 and float32 FLOP/s from the data sheets, by words of the chip's name; the first match counts.
 DATA_SHEETS: dict[str, tuple[float, float]] = {
     "GH200": (989e12, 67e12),
     "H100 PCIe": (756e12, 51e12),
@@ -28,23 +28,23 @@ DATA_SHEETS: dict[str, tuple[float, float]] = {
     "RTX 3090": (71e12, 35.6e12),
 }
 
-# (rows, inner, columns) of the products that stand for the peak where no data sheet is known.
+# (rows, inner, columns) of the matrix products that are timed as the peak if no data sheet is known.
 SHAPES = {"cpu": [(2048, 256, 1536), (1024, 1024, 1024)], "cuda": [(8192, 8192, 8192)]}
-TIMES = 4  # that each is computed; the fastest counts
+REPEATS = 4  # runs of each product; the fastest counts
 
 
 class Peak(NamedTuple):
-    """Floating-point operations a second that the device can do, and who says so."""
+    """The device's peak in FLOP/s, and the source of that number."""
 
     rate: float
     source: str
 
 
-def products(config: RETROConfig, rows: int, length: int, neighbors: int) -> float:
-    """Floating-point operations of the matrix products of one step, forward and backward (three times forward).
+def step_flops(config: RETROConfig, rows: int, length: int, neighbors: int) -> float:
+    """FLOPs of one step's matrix products, forward and backward (three times the forward pass).
 
-    Of `rows` sequences of `length` tokens, each one document, its chunks with `neighbors` each of two chunks'
-    length. Packed sequences need less: no attention between documents.
+    The step has `rows` sequences of `length` tokens, each one document, and `neighbors` neighbors per chunk, of two
+    chunks' length each. Packed sequences need less, because there is no attention across documents.
     """
     inner = config.heads * config.dim_head
     tokens, m = rows * length, config.chunk_size
@@ -52,13 +52,14 @@ def products(config: RETROConfig, rows: int, length: int, neighbors: int) -> flo
     d, e = config.dec_dim, config.enc_dim
 
     def layer(width: int) -> float:
-        return 2 * (4 * width * inner + 8 * width * width)  # qkv and out, feed-forward: for each token
+        return 2 * (4 * width * inner + 8 * width * width)  # per token: qkv and out, feed-forward
 
     decoder = tokens * config.dec_depth * (layer(d) + 2 * inner * length)  # causal: half of all scores
-    looking = config.enc_depth if config.enc_cross_attn_layers is None else len(config.enc_cross_attn_layers)
+    enc_cross_layers = config.enc_depth if config.enc_cross_attn_layers is None else len(config.enc_cross_attn_layers)
     encoder = (
         config.enc_depth * enc_tokens * (layer(e) + 4 * inner * 2 * m)  # self-attention
-        + looking * (enc_tokens * (4 * e * inner + 4 * inner * m) + tokens * 4 * d * inner)  # looks at the chunk
+        + enc_cross_layers
+        * (enc_tokens * (4 * e * inner + 4 * inner * m) + tokens * 4 * d * inner)  # cross-attention to the chunk
         + (enc_tokens * 2 * d * e if d != e else 0)
     )
     cross = len(config.dec_cross_attn_layers) * (
@@ -69,12 +70,12 @@ def products(config: RETROConfig, rows: int, length: int, neighbors: int) -> flo
 
 
 def known_chip(name: str) -> str | None:
-    """The entry of DATA_SHEETS that a device's name means, if there is one."""
+    """The key of DATA_SHEETS that matches a device's name, or None."""
     return next((chip for chip in DATA_SHEETS if re.search(rf"\b{chip}\b", name)), None)
 
 
 def peak(device: torch.device, number_type: NumberType) -> Peak:
-    """What the device's data sheet promises, if its chip is known; else the fastest matrix product here."""
+    """The peak from the device's data sheet if the chip is known, else the rate of the fastest matrix product."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if (chip := known_chip(name)) is not None:
         return Peak(DATA_SHEETS[chip][number_type == "float32"], f"the data sheet of {chip}")
@@ -83,13 +84,13 @@ def peak(device: torch.device, number_type: NumberType) -> Peak:
 
 @lru_cache
 def _fastest_product(device: torch.device, number_type: NumberType, threads: int) -> float:
-    """In FLOP/s; once for each setting, it takes a tenth of a second."""
+    """In FLOP/s. Takes a tenth of a second, so it is measured once per setting."""
     dtype = torch.bfloat16 if number_type == "bfloat16" else torch.float32
     fastest = 0.0
     for m, k, n in SHAPES[device.type]:
         a, b = torch.ones(m, k, dtype=dtype, device=device), torch.ones(n, k, dtype=dtype, device=device)
         with fast_float32_products(device):
-            for _ in range(TIMES):
+            for _ in range(REPEATS):
                 started = _now(device)
                 torch.nn.functional.linear(a, b)
                 fastest = max(fastest, 2 * m * k * n / (_now(device) - started))

@@ -1,7 +1,10 @@
-"""The training loop: settings, one step, validation, and stopping without losing anything.
+"""The training loop: settings, training step, validation, and stopping on signals after saving a checkpoint.
 
-What a step does is a function of the seed and of the step's number: its sequences, whose neighbors are
-dropped, the dropout. Weights, optimizer and a few counts are therefore all that a checkpoint needs.
+The sequences of a step, its neighbor dropout and its dropout are functions of the seed and the step number. So a
+checkpoint needs only the weights, the optimizer's state and a few counts.
+
+A "portion" is a micro-batch: a step accumulates gradients over `train.accumulation` portions, and the processes
+split each portion evenly.
 """
 
 import signal
@@ -34,7 +37,7 @@ from retro_model.training.optimizer import (
     NEIGHBOR_DROPOUT,
     RANDOM_NEIGHBORS,
     autocast,
-    gradient_norm_clipped,
+    clip_gradients,
     learning_rate,
     make_optimizer,
     optimizer_tensors,
@@ -44,34 +47,41 @@ from retro_model.training.optimizer import (
     set_learning_rate,
 )
 from retro_model.training.sequences import Batch, PackedSequences
-from retro_model.training.sharding import alike, checkpoint_activations, gradients_stay, replicate, shard, whole_weights
-from retro_model.training.throughput import peak, products
+from retro_model.training.sharding import (
+    checkpoint_activations,
+    ensure_neighbor,
+    full_weights,
+    replicate,
+    shard,
+    skip_gradient_sync,
+)
+from retro_model.training.throughput import peak, step_flops
 
 Log = Callable[[int, Mapping[str, float]], None]
 
 
 @dataclass(frozen=True)
 class TrainConfig(Config, section="train"):
-    """How the network is trained. A step is one update of the weights."""
+    """The training settings: the section `train` of params.yaml. A step is one update of the weights."""
 
     steps: int = setting(800, minimum=1)
-    batch_size: int = setting(4, minimum=1)  # sequences of a step
-    accumulation: int = setting(1, minimum=1)  # portions of a step that are computed one after the other
+    batch_size: int = setting(4, minimum=1)  # sequences per step
+    accumulation: int = setting(1, minimum=1)  # portions (micro-batches) per step
     lr: float = setting(4e-3, above=0.0)
     schedule: str = setting("cosine", choices=("cosine", "constant"))
     warmup: int = setting(30, minimum=0)  # steps
-    final_lr: float = setting(0.1, minimum=0.0, maximum=1.0)  # share of lr at the end of the cosine
+    final_lr: float = setting(0.1, minimum=0.0, maximum=1.0)  # at the end of the cosine, as a share of lr
     weight_decay: float = setting(0.1, minimum=0.0)
-    clip: float = setting(1.0, minimum=0.0)  # greatest norm of the gradient; 0: any
+    clip: float = setting(1.0, minimum=0.0)  # maximum gradient norm; 0: no clipping
     neighbor_dropout: float = setting(0.1, minimum=0.0, maximum=1.0)  # share of sequences without neighbors
-    random_neighbors: float = setting(0.0, minimum=0.0, maximum=1.0)  # share of chunks with random ones instead
+    random_neighbors: float = setting(0.0, minimum=0.0, maximum=1.0)  # share of chunks with random neighbors
     validate_every: int = setting(200, minimum=1)  # steps
-    validate_sequences: int = setting(32, minimum=0)  # spread over the split; 0: all
+    validate_sequences: int = setting(32, minimum=0)  # evenly spaced in the split; 0: all
     number_type: str = setting("auto", choices=("auto", "float32", "bfloat16"))
     compile: bool = setting(False)
     checkpoint_activations: bool = setting(False)  # less memory, a third more time
-    processes: int = setting(0, minimum=0)  # that share a step; 0: one for each GPU, or one
-    shard: bool = setting(False)  # each process holds a part of the weights only
+    processes: int = setting(0, minimum=0)  # that split a step; 0: one per GPU, or one
+    shard: bool = setting(False)  # FSDP: each process holds a part of the weights
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,20 +93,20 @@ class TrainConfig(Config, section="train"):
             raise ConfigError(f"train.warmup: found {self.warmup}, expected {allowed}")
 
     def of_baseline(self) -> "TrainConfig":
-        """The same for the plain decoder, which the settings of retrieval do not concern."""
+        """The same settings for the plain decoder, without those of retrieval."""
         return replace(self, neighbor_dropout=0.0, random_neighbors=0.0)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the outcome: all but how the work is spread, which a run that goes on may change."""
+        """The settings that determine the result; a resumed run may change the others (processes, shard)."""
         return {name: value for name, value in vars(self).items() if name not in ("processes", "shard")}
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What came out.
+    """The result of a training run.
 
-    `history` has a row for each validation and `metrics` sums up: equal for equal inputs. `timings`
-    are of this process: they never are. Weights are whole, and those of process 0 only.
+    `history` has a row for each validation, and `metrics` summarizes it; both are reproducible. `timings` measure
+    this process and are not. The weights are full tensors, in process 0 only.
     """
 
     metrics: dict[str, float]
@@ -111,15 +121,15 @@ class Step:
     """The data of one update of the weights."""
 
     rows: IntArray  # (batch_size, L): the chunk rows of all processes
-    portions: list[Batch]  # of this process, to be computed one after the other
-    num_labels: int  # of all processes
+    portions: list[Batch]  # this process's part of each portion
+    num_labels: int  # labels of the step in all processes
 
 
 class Trainer:
-    """One training run: a network, its data, its optimizer and how far it has come.
+    """One training run: the network, its data, its optimizer and its progress.
 
-    Without neighbors in the data it trains the plain decoder. `checkpoints` may be None: then a run
-    that is stopped is lost. Of several processes each has a trainer with the same arguments but `world`.
+    Without neighbors in the data it trains the plain decoder. If `checkpoints` is None, a stopped run cannot
+    resume. With several processes, each has a trainer; their arguments differ only in `world`.
     """
 
     def __init__(
@@ -138,25 +148,28 @@ class Trainer:
         self.number_type = resolve_number_type(config.number_type, world.device)
         if world.device.type == "cpu":
             keep_freed_memory()
-        self.share = _share(config, world)
+        self.sequences_per_process = _sequences_per_process(config, world)
         self.sharded = config.shard and world.size > 1
         self.frozen = not model.embedding.weight.requires_grad
-        self.validation_rows = _spread(validation.ordered_rows(), config.validate_sequences)
+        self.validation_rows = _evenly_spaced(validation.ordered_rows(), config.validate_sequences)
         self.state = TrainingState()
         self.best_weights: dict[str, Tensor] = {}
-        saved = self._saved()
+        saved = self._load_checkpoint()
         if saved is not None:
             self.state = saved.state
             self.best_weights = saved.best_weights if world.main else {}
             model.load_state_dict(saved.weights)
         self.model = model.to(world.device)
-        self.compute_loss = self._laid_out()
+        self.compute_loss = self._prepared_model()
         self.optimizer = make_optimizer(self.model, config.lr, config.weight_decay)
         if saved is not None:
             restore_optimizer(self.model, self.optimizer, saved.optimizer)
 
-    def _saved(self) -> Saved | None:
-        """Where an earlier run of the same settings and inputs stopped, as every process reads it."""
+    def _load_checkpoint(self) -> Saved | None:
+        """Load the checkpoint of an earlier run with the same settings and inputs, in every process; None if none.
+
+        Raises TrainingError if the processes find different checkpoints.
+        """
         if self.checkpoints is None:
             return None
         if self.world.main:
@@ -171,8 +184,8 @@ class Trainer:
             )
         return saved
 
-    def _laid_out(self) -> Callable[..., Tensor]:
-        """What computes the loss: the model, laid out over memory and processes as the settings say."""
+    def _prepared_model(self) -> Callable[..., Tensor]:
+        """Apply activation checkpointing, compilation and DDP or FSDP as configured; return what computes the loss."""
         if self.config.checkpoint_activations:
             checkpoint_activations(self.model)
         if self.config.compile:
@@ -184,18 +197,18 @@ class Trainer:
         return self.model
 
     def data(self, step: int) -> Step:
-        """What a step reads: a function of the seed and the step, and of which process this is."""
+        """The data of a step for this process; depends only on seed, step, settings and rank."""
         config, training = self.config, self.training
         rows = training.training_rows(self.seed, step * config.batch_size, config.batch_size)
         chances = random_numbers(self.seed, step, NEIGHBOR_DROPOUT).random(config.batch_size)
-        # A frozen decoder learns nothing from a sequence without neighbors, and need not.
+        # No neighbor dropout for a frozen decoder: nothing would be learned from a sequence without neighbors.
         without = chances < (0.0 if self.frozen else config.neighbor_dropout)
         cut = (np.split(x, config.accumulation) for x in (rows, without, self._random_neighbors(step, rows)))
         portions = zip(*cut, strict=True)
         return Step(rows, [self._portion(*portion) for portion in portions], training.count_labels(rows))
 
     def _random_neighbors(self, step: int, rows: IntArray) -> IntArray:
-        """Database rows (B, L, knn) for the chunks that read random neighbors in a step, -1 for all others."""
+        """Random database rows for the chunks that get random neighbors in a step, -1 for all others: (B, L, knn)."""
         training, random = self.training, random_numbers(self.seed, step, RANDOM_NEIGHBORS)
         drawn = np.full((*rows.shape, training.knn), NO_ROW)
         if training.database is not None:
@@ -204,20 +217,20 @@ class Trainer:
         return drawn
 
     def _portion(self, rows: IntArray, without: BoolArray, replaced: IntArray) -> Batch:
-        """This process's part of a portion that all share."""
-        mine = slice(self.world.rank * self.share, (self.world.rank + 1) * self.share)
+        """This process's part of a portion."""
+        mine = slice(self.world.rank * self.sequences_per_process, (self.world.rank + 1) * self.sequences_per_process)
         batch = self.training.batch(rows[mine], without=without[mine], replaced=replaced[mine])
         if batch.retrieved is None or not (self.sharded or self.frozen):
             return batch
-        # What is trained must run: if all else is frozen always, if it is cut among processes with any of them.
+        # Encoder and cross-attention must run if nothing else is trained, or, when sharded, if they run in any process.
         if self.frozen or (self.training.neighbor_ids(rows[~without]) != NO_ROW).any():
-            return alike(batch, self.training.pad_id)
+            return ensure_neighbor(batch, self.training.pad_id)
         return batch
 
     def step(self, data: Step) -> Row:
-        """One update of the weights; the mean loss of the labels and what else is worth a record.
+        """Update the weights once, and return the mean loss per label, the learning rate and the gradient norm.
 
-        Raises TrainingError, before the weights change, when loss or gradient is not finite.
+        Raises TrainingError, before the weights change, if loss or gradient is not finite.
         """
         config, state, world = self.config, self.state, self.world
         rate = learning_rate(
@@ -234,11 +247,11 @@ class Trainer:
         total = torch.zeros((), device=world.device)
         for number, portion in enumerate(data.portions, start=1):
             weight = portion.num_labels / data.num_labels
-            with gradients_stay(self.compute_loss) if number < len(data.portions) else nullcontext():
+            with skip_gradient_sync(self.compute_loss) if number < len(data.portions) else nullcontext():
                 loss = self._loss(portion.to(world.device)) * weight
-                torch.autograd.backward(loss * world.size)  # gradients become their mean over the processes
+                torch.autograd.backward(loss * world.size)  # DDP and FSDP average gradients
             total += loss.detach()
-        norm = gradient_norm_clipped(self.model.parameters(), config.clip)
+        norm = clip_gradients(self.model.parameters(), config.clip)
         mean_loss, gradient_norm = torch.stack([world.sum(total), norm]).tolist()
         if not (np.isfinite(mean_loss) and np.isfinite(gradient_norm)):
             raise self._not_finite(mean_loss, gradient_norm, data.rows)
@@ -274,7 +287,7 @@ class Trainer:
         return latest or "none"
 
     def validate(self) -> Row:
-        """Adds a row to the history; keeps the weights if they are the best so far."""
+        """Validate, append a row to the history and return it; keep the weights if they are the best so far."""
         state = self.state
         row: Row = {"step": state.step, "train_loss": state.interval_loss / max(state.interval_tokens, 1)}
         if self.validation.neighbors is None:
@@ -291,13 +304,16 @@ class Trainer:
 
     @torch.no_grad()
     def _validation_loss(self, neighbors: Literal["own", "shuffled", "none"], suffix: str) -> Row:
-        """The mean loss of the labels in nats, and what that is in bits a byte of text."""
+        """The mean loss per label in nats, and for an empty suffix also in bits per byte of text.
+
+        Raises TrainingError if the loss is not finite.
+        """
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64)  # of losses, labels and bytes
         for rows in self._validation_portions():
             batch = self.validation.batch(rows, neighbors)
             if self.sharded and batch.retrieved is not None:
-                batch = alike(batch, self.validation.pad_id)
+                batch = ensure_neighbor(batch, self.validation.pad_id)
             batch = batch.to(self.world.device)
             with autocast(self.number_type, self.world.device):
                 losses = self.model.token_losses(batch.seq, batch.retrieved, batch.labels, batch.documents)
@@ -309,28 +325,28 @@ class Trainer:
                 f"validation after step {self.state.step}: loss {loss}, expected a finite number; last good "
                 f"checkpoint: {self._last_good()}; try a lower train.lr or a longer train.warmup"
             )
-        found = {f"valid_loss{suffix}": loss / num_labels}
+        row = {f"valid_loss{suffix}": loss / num_labels}
         if not suffix:
-            found["valid_bits_per_byte"] = loss / np.log(2) / max(num_bytes, 1)
-        return found
+            row["valid_bits_per_byte"] = loss / np.log(2) / max(num_bytes, 1)
+        return row
 
     def _validation_portions(self) -> Iterator[IntArray]:
-        """This process's part of the validation sequences; as many portions as the others have."""
-        rows, together = self.validation_rows, self.share * self.world.size
-        if self.world.size > 1 and len(rows) % together:
-            rows = np.concatenate([rows, np.full((-len(rows) % together, rows.shape[1]), NO_ROW)])
-        for first in range(self.world.rank * self.share, len(rows), together):
-            yield rows[first : first + self.share]
+        """This process's part of the validation sequences; every process gets the same number of portions."""
+        rows, per_round = self.validation_rows, self.sequences_per_process * self.world.size
+        if self.world.size > 1 and len(rows) % per_round:
+            rows = np.concatenate([rows, np.full((-len(rows) % per_round, rows.shape[1]), NO_ROW)])
+        for first in range(self.world.rank * self.sequences_per_process, len(rows), per_round):
+            yield rows[first : first + self.sequences_per_process]
 
     def _weights(self) -> dict[str, Tensor]:
-        """The whole weights, in process 0."""
+        """The full weights in process 0; empty in other processes."""
         if not (self.world.main or self.sharded):
             return {}
-        weights = whole_weights(self.model)  # if they are cut among the processes, all must ask
+        weights = full_weights(self.model)  # if sharded, all processes must call this
         return weights if self.world.main else {}
 
     def save(self) -> Path | None:
-        """Writes a checkpoint, if there is a place for it."""
+        """Write a checkpoint if there is a place for it, and return its path in process 0."""
         if self.checkpoints is None or not (self.world.main or self.sharded):
             return None
         weights, optimizer = self._weights(), optimizer_tensors(self.model, self.optimizer)
@@ -339,7 +355,7 @@ class Trainer:
         return self.checkpoints.save(self.state, weights, optimizer, self.best_weights)
 
     def run(self, title: str, log: Log, log_every: int, checkpoint_every: int) -> TrainingResult:
-        """Trains to the last step. Neither interval changes what comes out."""
+        """Train to the last step. The intervals do not affect the result."""
         config, main = self.config, self.world.main
         clock = _Clock(self.state)
         bar = Progress(title, config.steps, unit="step", done=self.state.step) if main else nullcontext()
@@ -347,26 +363,26 @@ class Trainer:
             fast_float32_products(self.world.device),
             torch.random.fork_rng(),
             _StopSignals(self.checkpoints is not None) as stop,
-            bar as shown,
+            bar as progress,
         ):
             for data in prefetch(map(self.data, range(self.state.step, config.steps))):
                 record = self.step(data)
                 validates = self._done or self.state.step % config.validate_every == 0
                 if validates:
-                    with clock.apart():
+                    with clock.paused():
                         record |= _without_step(self.validate())
-                if shown is not None:
-                    shown.update(1, f"loss {record['loss']:.3f}, {clock.rate():,.0f} tokens/s")
+                if progress is not None:
+                    progress.update(1, f"loss {record['loss']:.3f}, {clock.rate():,.0f} tokens/s")
                 if main and (validates or self.state.step % log_every == 0):
                     log(self.state.step, {**record, **self._speed(clock.lap())})
-                stopped = self.world.largest(stop.asked)
+                stopped = self.world.largest(stop.received)
                 if self._done or stopped or self.state.step % checkpoint_every == 0:
-                    with clock.apart():
+                    with clock.paused():
                         path = self.save()
                 if stopped:
                     if main:
                         print(f"{title}: stops after step {self.state.step:,}, saved in {path}", file=sys.stderr)
-                    stop.obey(stopped, main)
+                    stop.raise_again(stopped, main)
         return self._result(clock)
 
     @property
@@ -374,10 +390,10 @@ class Trainer:
         return self.state.step == self.config.steps
 
     def _speed(self, tokens_per_second: float) -> Row:
-        """Labels a second, and which share of the hardware's peak the products are that this takes."""
+        """The rate in labels per second, and its matrix products as a share of the hardware's peak."""
         neighbors = self.training.knn if self.training.neighbors is not None else 0
         length = self.training.seq_len
-        a_token = products(self.model.config, 1, length, neighbors) / length
+        a_token = step_flops(self.model.config, 1, length, neighbors) / length
         most = peak(self.world.device, self.number_type).rate * self.world.size
         return {"tokens_per_second": tokens_per_second, "peak_share": tokens_per_second * a_token / most}
 
@@ -392,11 +408,11 @@ class Trainer:
             "num_weights": sum(parameter.numel() for parameter in self.model.parameters()),
         }
         timings = {**self._speed(clock.rate()), "seconds": clock.seconds()}
-        if self.world.main and timings["tokens_per_second"]:  # a finished run that is found again trains nothing
-            self._tell(timings)
+        if self.world.main and timings["tokens_per_second"]:  # zero if a finished run was resumed
+            self._print_throughput(timings)
         return TrainingResult(metrics, state.history, timings, self.best_weights, self._weights())
 
-    def _tell(self, timings: Row) -> None:
+    def _print_throughput(self, timings: Row) -> None:
         most = peak(self.world.device, self.number_type)
         print(
             f"trained at {timings['tokens_per_second']:,.0f} tokens/s, {timings['peak_share']:.0%} of "
@@ -406,8 +422,8 @@ class Trainer:
         )
 
 
-def _share(config: TrainConfig, world: World) -> int:
-    """How many sequences of a portion each process takes; ConfigError where they do not share it evenly."""
+def _sequences_per_process(config: TrainConfig, world: World) -> int:
+    """The number of sequences of a portion per process. Raises ConfigError if they do not divide evenly."""
     portion = config.batch_size // config.accumulation
     if portion % world.size:
         raise ConfigError(
@@ -417,8 +433,8 @@ def _share(config: TrainConfig, world: World) -> int:
     return portion // world.size
 
 
-def _spread(rows: IntArray, count: int) -> IntArray:
-    """`count` of the sequences, at equal distances; all of them for 0 or where there are fewer."""
+def _evenly_spaced(rows: IntArray, count: int) -> IntArray:
+    """`count` evenly spaced sequences; all of them if `count` is 0 or exceeds their number."""
     if count == 0 or count >= len(rows):
         return rows
     return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
@@ -434,7 +450,7 @@ def _without_step(row: Row) -> Row:
 
 
 class _Clock:
-    """Counts labels a second, leaving validation and saving apart."""
+    """Measures labels per second, excluding validation and saving."""
 
     def __init__(self, state: TrainingState) -> None:
         self.state = state
@@ -445,19 +461,19 @@ class _Clock:
         return time.monotonic() - self.started
 
     def rate(self) -> float:
-        """Labels a second since the start of this process."""
+        """Labels per second since the start."""
         return (self.state.tokens - self.first_tokens) / max(self.seconds(), 1e-9)
 
     def lap(self) -> float:
-        """Labels a second since the last call."""
+        """Labels per second since the last call."""
         now = time.monotonic()
         rate = (self.state.tokens - self.lap_tokens) / max(now - self.lap_started, 1e-9)
         self.lap_started, self.lap_tokens = now, self.state.tokens
         return rate
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
-        """What runs in the block does not count."""
+    def paused(self) -> Iterator[None]:
+        """Exclude the time of the block."""
         before = time.monotonic()
         yield
         spent = time.monotonic() - before
@@ -466,25 +482,28 @@ class _Clock:
 
 
 class _StopSignals:
-    """Holds Ctrl-C and SIGTERM back until the step is done and saved; a second one acts at once."""
+    """Delays Ctrl-C and SIGTERM until the step is done and saved; a second signal takes effect at once."""
 
     def __init__(self, active: bool) -> None:
         self.active = active and threading.current_thread() is threading.main_thread()
-        self.asked = 0  # the signal's number
+        self.received = 0  # the signal's number; 0: none
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "_StopSignals":
         for number in (signal.SIGINT, signal.SIGTERM) if self.active else ():
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                self.previous[number] = signal.signal(number, self._ask)
+                self.previous[number] = signal.signal(number, self._receive)
         return self
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = number
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
         self._restore()
 
-    def obey(self, number: int, main: bool) -> None:
-        """Does what the signal would have done, which came to this process or to another that trains with it."""
+    def raise_again(self, number: int, main: bool) -> None:
+        """Let the signal take its normal effect; it may have reached another process of this training.
+
+        Processes other than 0 exit with its usual status.
+        """
         self._restore()
         if not main:
             sys.exit(128 + number)
@@ -498,5 +517,5 @@ class _StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
-        if kind is None and self.asked:  # while the last step was saved
-            signal.raise_signal(self.asked)
+        if kind is None and self.received:  # it came while the last step was being saved
+            signal.raise_signal(self.received)

@@ -1,11 +1,11 @@
-"""Training that starts from a trained model: RETROfit (section 4.2.3), or simply more training.
+"""Start training from a trained model: RETROfit (section 4.2.3), or continued training.
 
     retrofit = RetrofitConfig(init_from="models/baseline", freeze="decoder")
     start_from(model, retrofit.model(), retrofit.freeze)
 
-A plain decoder gives its weights to the decoder of a model with retrieval, whose encoder and cross-attention
-keep their new weights; a model with retrieval gives all of its weights. With a frozen decoder only the
-encoder and the cross-attention are trained, and without neighbors the model equals the one it started from.
+From a plain decoder, the new model takes the decoder's weights; its encoder and cross-attention keep their new
+weights. From a model with retrieval it takes all weights. With a frozen decoder only encoder and cross-attention
+are trained, and without neighbors the model equals the one it started from.
 """
 
 from dataclasses import dataclass, replace
@@ -21,17 +21,17 @@ from retro_model.network.config import RETROConfig
 from retro_model.network.model import RETRO
 from retro_model.training.trainer import TrainConfig
 
-# Settings of the network that its plain decoder does not have.
-_OF_RETRIEVAL = {"enc_dim", "enc_depth", "enc_cross_attn_layers", "dec_cross_attn_layers", "enc_scale_residual"}
-_OF_RETRIEVAL |= {"copy_tokens", "cross_attn_sink"}
+# Network settings that do not affect the plain decoder.
+_RETRIEVAL_SETTINGS = {"enc_dim", "enc_depth", "enc_cross_attn_layers", "dec_cross_attn_layers", "enc_scale_residual"}
+_RETRIEVAL_SETTINGS |= {"copy_tokens", "cross_attn_sink"}
 
 
 @dataclass(frozen=True)
 class RetrofitConfig(Config, section="retrofit"):
-    """Which trained model RETRO starts from, and how it is trained then.
+    """Which trained model RETRO starts from, and the training settings for that case.
 
-    `init_from` is a model's folder; with an empty folder, or no name, RETRO is trained from new weights by the
-    settings of `train` alone. Otherwise `steps` and `lr` take the place of those in `train`.
+    `init_from` is a model's folder. If it is "" or an empty folder, RETRO trains from new weights with the
+    settings of `train`. Otherwise `steps` and `lr` replace those of `train`.
     """
 
     init_from: str = setting("")
@@ -42,49 +42,51 @@ class RetrofitConfig(Config, section="retrofit"):
     def model(self) -> Artifact | None:
         """The model to start from; None for new weights.
 
-        Raises ConfigError where there is no such folder, MissingArtifactError where it holds no finished model.
+        Raises ConfigError if the folder does not exist, MissingArtifactError if it holds no complete model.
         """
         path = optional_path("retrofit.init_from", self.init_from)
         return None if path is None else Artifact.open(path, "model")
 
     def applied_to(self, config: TrainConfig) -> TrainConfig:
-        """The settings of a training that starts from a model."""
+        """`config` with the steps and learning rate for training from a trained model."""
         return replace(config, steps=self.steps, lr=self.lr, warmup=min(config.warmup, self.steps))
 
 
 def start_from(model: RETRO, start: Artifact, freeze: str) -> None:
-    """Gives `model` the weights of `start`, and freezes ("decoder") those that a plain decoder has, too.
+    """Copy the weights of `start` into `model`; with `freeze` "decoder", freeze the plain decoder's weights.
 
-    Raises MismatchError, with the key of the settings, where the two are networks of different shapes.
+    Raises MismatchError, which names the setting, if the two networks have different shapes.
     """
     base = RETRO.from_pretrained(start.folder)
     if base.config.retrieval and not model.config.retrieval:
         raise MismatchError(f"{start.folder}: a model with retrieval, expected a plain decoder for a plain decoder")
     _check_shapes(model.config, base.config, start.folder)
-    _take_weights(model, base, freeze == "decoder")
+    _copy_weights(model, base, freeze == "decoder")
 
 
 def retrofit(base: RETRO, *, freeze: bool = True, **overrides: Any) -> RETRO:
-    """A model with retrieval around a decoder that was trained without (RETROfit, section 4.2.3).
+    """A model with retrieval around a decoder that was trained without it (RETROfit, section 4.2.3).
 
-    `overrides` are the fields of RETROConfig that belong to retrieval: those of the encoder and of
-    cross-attention, and dropout. Encoder and cross-attention are new, the rest is a copy of `base`; without
-    neighbors the logits are exactly those of `base`. With `freeze` only what is new is trained.
+    `overrides` are fields of RETROConfig that belong to retrieval (encoder and cross-attention) or are dropout
+    rates. Encoder and cross-attention are new, the rest is a copy of `base`; without neighbors the logits are
+    exactly those of `base`. With `freeze` only the new weights are trained.
+
+    Raises ConfigError if `base` has retrieval, or for other overrides.
     """
     if base.config.retrieval:
         raise ConfigError("retrofit needs a model with retrieval=False: this one has retrieval already")
-    allowed = _OF_RETRIEVAL | {"enc_attn_dropout", "enc_ff_dropout", "dec_attn_dropout", "dec_ff_dropout"}
+    allowed = _RETRIEVAL_SETTINGS | {"enc_attn_dropout", "enc_ff_dropout", "dec_attn_dropout", "dec_ff_dropout"}
     if others := sorted(set(overrides) - allowed):
         raise ConfigError(f"retrofit cannot change {others[0]}: it belongs to the decoder that is there")
     model = RETRO.from_config(replace(base.config, retrieval=True, **overrides))
     reference = base.embedding.weight
     model.to(device=reference.device, dtype=reference.dtype)
-    _take_weights(model, base, freeze)
+    _copy_weights(model, base, freeze)
     return model
 
 
-def _take_weights(model: RETRO, base: RETRO, freeze: bool) -> None:
-    """Copies the weights of `base`; all that a plain decoder has is frozen or not, all else is trained."""
+def _copy_weights(model: RETRO, base: RETRO, freeze: bool) -> None:
+    """Copy the weights of `base`; with `freeze`, make the plain decoder's weights untrainable."""
     model.load_state_dict({**model.state_dict(), **base.state_dict()})
     decoder = _decoder_names(model.config)
     for name, parameter in model.named_parameters():
@@ -92,11 +94,11 @@ def _take_weights(model: RETRO, base: RETRO, freeze: bool) -> None:
 
 
 def _check_shapes(config: RETROConfig, base: RETROConfig, folder: Path) -> None:
-    """All that gives a weight its shape or a decoder its function must be the same."""
+    """Raise MismatchError unless all settings agree that determine weight shapes or what the decoder computes."""
     free = {"retrieval", "max_seq_len", *(name for name in vars(config) if name.endswith("dropout"))}
     for name, found in vars(base).items():
         expected = getattr(config, name)
-        if name in free or (name in _OF_RETRIEVAL and not base.retrieval) or found == expected:
+        if name in free or (name in _RETRIEVAL_SETTINGS and not base.retrieval) or found == expected:
             continue
         raise MismatchError(
             f"{folder}: made with {name} {found}, expected {expected}; set {_key(name)} to {found}, or start from "
@@ -110,6 +112,6 @@ def _key(name: str) -> str:
 
 
 def _decoder_names(config: RETROConfig) -> set[str]:
-    """The weights of the plain decoder of this shape."""
+    """The weight names of the plain decoder."""
     with torch.device("meta"):
         return set(RETRO.from_config(replace(config, retrieval=False)).state_dict())
