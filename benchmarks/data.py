@@ -1,14 +1,14 @@
-"""Measure the data path beside its limits: chunk, embed, and all of it over ever more chunks.
+"""Measure data preparation against its limits: chunking, embedding, and the stages at growing sizes.
 
-    python benchmarks/data.py chunk     against `tokenizers` alone, in batches on all cores, over the same text
-    python benchmarks/data.py embed     against the encoder's forward pass alone, fed from memory
-    python benchmarks/data.py curve     chunk to knn over 10,000, 100,000 and 1,000,000 chunks: time and memory
+    python benchmarks/data.py chunk     against `tokenizers` alone, in batches on all cores, on the same text
+    python benchmarks/data.py embed     against the encoder's forward pass alone, on inputs in memory
+    python benchmarks/data.py curve     chunk to knn on 10,000, 100,000 and 1,000,000 chunks: time and memory
 
-(knn against faiss's own search: benchmarks/search.py.) Both sides of a comparison run in one process, in
-turns; the medians count. The text of `chunk` and `embed` is the docstrings of the packages installed
-here. `curve` makes up its text and vectors: the encoder is a tiny one, and the vectors that index and knn
-work on lie in clusters, as real ones do. Each of its stages runs in a process of its own; memory is what
-that process holds in private (RssAnon), not the file pages that it maps.
+benchmarks/search.py compares knn with faiss's own search. Both sides of a comparison take turns in one process;
+results are medians. `chunk` and `embed` use the docstrings of the packages installed here. `curve` generates its
+text and vectors: the encoder is tiny, and the vectors for index and knn form clusters, as real ones do. Each of its
+stages runs in its own process; memory is the private memory of that process (RssAnon), without the file pages that
+it maps.
 """
 
 import argparse
@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
-from measured import measured  # noqa: E402
+from measured import record_result  # noqa: E402
 
-import stages  # noqa: F401, E402  sets what every stage runs with
+import stages  # noqa: F401, E402  applies the process settings of every stage
 from retro_model.core.artifacts import Artifact, ArtifactWriter, rows_per_part  # noqa: E402
 from retro_model.corpus.chunking import batches, make_chunks  # noqa: E402
 from retro_model.corpus.documents import Corpus, CorpusConfig  # noqa: E402
@@ -59,7 +59,7 @@ DIM = 384
 
 
 def in_turns(tasks: dict[str, Callable[[], float]], turns: int) -> dict[str, float]:
-    """The median of each task's own seconds, after one turn that does not count."""
+    """Return the median seconds of each task, not counting a first warm-up turn. Tasks return their own seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(turns + 1):
         for name, task in tasks.items():
@@ -70,14 +70,14 @@ def in_turns(tasks: dict[str, Callable[[], float]], turns: int) -> dict[str, flo
 
 
 def clock(task: Callable[[], object]) -> float:
-    """How long a call takes, in seconds."""
+    """Time a call, in seconds."""
     start = time.perf_counter()
     task()
     return time.perf_counter() - start
 
 
 def quiet(task: Callable[[], object]) -> Callable[[], float]:
-    """The clocked task without what it prints."""
+    """Return a function that times the task with its output suppressed."""
 
     def run() -> float:
         with Path(os.devnull).open("w") as nowhere:
@@ -92,7 +92,7 @@ def quiet(task: Callable[[], object]) -> Callable[[], float]:
 
 
 def real_text(folder: Path) -> Path:
-    """Docstrings of what is installed: some ten megabytes of prose about code."""
+    """Write the docstrings of installed packages, some ten megabytes, and return their folder."""
     import importlib.util
 
     from retro_model.sample import SampleConfig, write_sample
@@ -104,7 +104,7 @@ def real_text(folder: Path) -> Path:
 
 
 def chunk(folder: Path, turns: int) -> None:
-    """The whole stage beside `tokenizers` alone."""
+    """Compare the whole chunk stage with `tokenizers` alone."""
     documents = real_text(folder)
     config = TokenizerConfig(vocab_size=4096)
     make_tokenizer(documents, CORPUS, config, folder / "tokenizer")
@@ -131,11 +131,13 @@ def chunk(folder: Path, turns: int) -> None:
         print(f"    {name:28} {seconds:7.2f} s  {num_bytes / 1e6 / seconds:6.2f} MB/s")
     print(f"    RATIO of the stage to tokenizers alone: {took['tokenizers alone'] / took['the chunk stage']:.2f}")
     ours, limit = (num_bytes / 1e6 / took[name] for name in ("the chunk stage", "tokenizers alone"))
-    measured("chunk beside tokenizers alone", ratio=ours / limit, at_least=0.7, ours=ours, limit=limit, unit="MB/s")
+    record_result(
+        "chunk beside tokenizers alone", ratio=ours / limit, at_least=0.7, ours=ours, limit=limit, unit="MB/s"
+    )
 
 
 def embed(folder: Path, turns: int, rows: int) -> None:
-    """The stage's reading, tokenizing and embedding beside the forward pass alone at several batch sizes."""
+    """Compare the stage's reading, tokenizing and embedding with the forward pass alone at several batch sizes."""
     import torch
 
     from retro_model.embedding.embed import EmbedConfig, Encoder, embed_rows
@@ -172,29 +174,31 @@ def embed(folder: Path, turns: int, rows: int) -> None:
     best = min(seconds for name, seconds in took.items() if name != whole)
     print(f"    RATIO of the stage to the best forward pass: {best / took[whole]:.2f}")
     ours, limit = rows / took[whole], rows / best
-    measured("embed beside its forward pass", ratio=ours / limit, at_least=0.9, ours=ours, limit=limit, unit="chunks/s")
+    record_result(
+        "embed beside its forward pass", ratio=ours / limit, at_least=0.9, ours=ours, limit=limit, unit="chunks/s"
+    )
 
 
 # ---- the curve -------------------------------------------------------------------------------------------
 
 
 class PrivateMemory(threading.Thread):
-    """Watches what this process holds in private; `peak` is in bytes."""
+    """Tracks the private memory of this process; `peak` is in bytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peak = 0
 
     def run(self) -> None:
-        """Looks fifty times a second, for as long as the process lives."""
+        """Sample fifty times a second until the process ends."""
         while True:
             status = Path("/proc/self/status").read_text()
             self.peak = max(self.peak, int(status.partition("RssAnon:")[2].split()[0]) * 1024)
             time.sleep(0.02)
 
 
-def made_up_text(folder: Path, num_chunks: int) -> None:
-    """About `num_chunks` chunks of text in .jsonl files: words of a Zipf distribution, twenty chunks a document."""
+def write_random_text(folder: Path, num_chunks: int) -> None:
+    """Write about `num_chunks` chunks as .jsonl files: Zipf-distributed words, twenty chunks per document."""
     import json
 
     generator = np.random.default_rng(0)
@@ -212,8 +216,8 @@ def made_up_text(folder: Path, num_chunks: int) -> None:
         left -= count
 
 
-def made_up_vectors(folder: Path, num_chunks: int) -> None:
-    """Chunks and unit vectors around `num_chunks / 50` centers, near enough that neighbors are of one cluster."""
+def write_random_vectors(folder: Path, num_chunks: int) -> None:
+    """Write chunks and unit vectors around `num_chunks / 50` centers, so close that neighbors share a center."""
     centers = np.random.default_rng(1).standard_normal((max(num_chunks // 50, 20), DIM)).astype(np.float32)
     for split, rows in (("train", num_chunks), ("valid", 1500), ("test", 1500)):
         generator = np.random.default_rng(len(split))
@@ -238,7 +242,7 @@ def made_up_vectors(folder: Path, num_chunks: int) -> None:
 
 
 def stage(name: str, folder: Path) -> None:
-    """One stage of the curve, in this process; prints seconds, those of its cores, and its private memory."""
+    """Run one stage of the curve in this process; print its seconds, CPU seconds and peak private memory."""
     from retro_model.embedding.embed import EmbedConfig, make_embeddings
     from retro_model.search.build import make_index
     from retro_model.search.distances import import_faiss
@@ -264,7 +268,7 @@ def stage(name: str, folder: Path) -> None:
 
 
 def curve(folder: Path, sizes: list[int], chosen: list[str]) -> None:
-    """The chosen stages at all sizes."""
+    """Run the chosen stages at all sizes."""
     from fixtures import tiny_encoder
 
     head = (
@@ -273,9 +277,9 @@ def curve(folder: Path, sizes: list[int], chosen: list[str]) -> None:
     print(f"\n{head}", flush=True)
     for size in sizes:
         here = folder / str(size)
-        made_up_text(here / "text", size)
+        write_random_text(here / "text", size)
         if {"index", "knn"} & set(chosen):
-            made_up_vectors(here / "vectors", size)
+            write_random_vectors(here / "vectors", size)
         tiny_encoder(here / "encoder")
         subprocess_text = here / "few"
         subprocess_text.mkdir()
@@ -289,11 +293,11 @@ def curve(folder: Path, sizes: list[int], chosen: list[str]) -> None:
             seconds, of_cores, peak = map(float, done.rpartition("MEASURED ")[2].split())
             on_disk = sum(path.stat().st_size for path in outs[name].rglob("*") if path.is_file())
             rows = size if name in ("index", "knn") else Artifact.open(here / "chunks" / "train", "chunks", False).rows
-            told = [line for line in done.splitlines() if line.startswith("index: ")]
-            measured(f"{name}, {rows:,} chunks", ours=rows / seconds, unit="chunks/s")
+            index_lines = [line for line in done.splitlines() if line.startswith("index: ")]
+            record_result(f"{name}, {rows:,} chunks", ours=rows / seconds, unit="chunks/s")
             print(
                 f"{rows:10,}  {name:6} {seconds:8.1f} {of_cores:9.1f} {rows / seconds:10,.0f} {peak / 1e6:12,.0f} MB   "
-                f"{on_disk / 1e6:,.0f} MB{'  ' + told[-1] if told else ''}",
+                f"{on_disk / 1e6:,.0f} MB{'  ' + index_lines[-1] if index_lines else ''}",
                 flush=True,
             )
         shutil.rmtree(here)

@@ -1,9 +1,9 @@
-"""Measure what the evaluation computes itself: the longest runs of tokens that chunks share with their neighbors.
+"""Measure the evaluation's own computation: the longest runs of tokens that chunks share with their neighbors.
 
     python benchmarks/evaluation.py       10,000 chunks of 64 tokens, ten neighbors of 128 tokens each
 
-The tokens are drawn as words of a text are (a few of them often), and a third of the neighbors quote their
-chunk. Prints the seconds of each of three turns, and how many chunks share at most an eighth.
+Tokens follow a Zipf distribution, as the words of a text do, and a third of the chunks have a neighbor that quotes
+them. Prints the seconds of each of three turns, and the share of chunks whose runs are at most an eighth of a chunk.
 """
 
 import argparse
@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
 import numpy as np  # noqa: E402
 import numpy.typing as npt  # noqa: E402
-from measured import measured  # noqa: E402
+from measured import record_result  # noqa: E402
 
 from retro_model.evaluation.overlap import longest_shared_runs  # noqa: E402
 
@@ -26,8 +26,8 @@ MAKE_BENCH = {"full": [""], "quick": ["--chunks 40 --turns 1"]}
 VOCABULARY, CHUNK_SIZE, NEIGHBORS, RETRIEVED = 4096, 64, 10, 128
 
 
-def made_up(num_chunks: int, seed: int = 0) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Chunks (n, 64) and neighbors (n, 10, 128) of tokens from 1 on."""
+def random_tokens(num_chunks: int, seed: int = 0) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Random chunks (n, 64) and neighbors (n, 10, 128); token ids start at 1."""
     random = np.random.default_rng(seed)
     draw = np.minimum(random.zipf(1.3, size=(num_chunks, CHUNK_SIZE)), VOCABULARY - 1)
     neighbors = np.minimum(random.zipf(1.3, size=(num_chunks, NEIGHBORS, RETRIEVED)), VOCABULARY - 1)
@@ -38,12 +38,12 @@ def made_up(num_chunks: int, seed: int = 0) -> tuple[npt.NDArray[Any], npt.NDArr
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=10_000)
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
-    chunks, neighbors = made_up(options.chunks)
+    chunks, neighbors = random_tokens(options.chunks)
     print(f"{options.chunks:,} chunks of {CHUNK_SIZE} tokens, {NEIGHBORS} neighbors of {RETRIEVED} each")
     seconds = []
     for _ in range(options.turns):
@@ -52,7 +52,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - started)
         print(f"longest shared runs: {seconds[-1]:.2f} s", flush=True)
     median = statistics.median(seconds)
-    measured(f"longest shared runs of {options.chunks:,} chunks", ratio=median, at_most=60, ours=median, unit="s")
+    record_result(f"longest shared runs of {options.chunks:,} chunks", ratio=median, at_most=60, ours=median, unit="s")
     print(f"chunks that share at most {CHUNK_SIZE // 8} tokens in a row: {np.mean(runs <= CHUNK_SIZE // 8):.1%}")
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/large.py --work /tmp/large --device cuda | tee benchmarks/results/DATE-large-gpu.txt
 
-On one GPU, or on as many as there are. The library's functions from documents to models, as the stages call
-them; what was finished before a kill is found again in the work folder. Ends with the validation losses of
-both, tokens a second and the share of the hardware's peak.
+Uses one GPU, or as many as there are. Calls the library's functions from documents to models, as the stages do; work
+finished before an interruption is reused from the work folder. Prints the validation losses of both models, tokens
+per second and the share of the hardware's peak.
 """
 
 import argparse
@@ -34,7 +34,7 @@ MAKE_BENCH: dict[str, list[str]] = {"full": [], "quick": []}  # hours on a CPU; 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is trained, on how much text."""
+    """What to train, and on how much text."""
 
     packages: tuple[str, ...]
     model: ModelConfig
@@ -48,9 +48,9 @@ class Setting:
 
 
 def installed_packages() -> tuple[str, ...]:
-    """The standard library and all packages here whose sources can be found."""
+    """The standard library and all installed packages whose sources are found."""
     found = [STANDARD_LIBRARY]
-    # Whoever looks for pip in a process takes setuptools' distutils from it, which torch.compile wants.
+    # Looking for pip disables setuptools' distutils in this process, and torch.compile needs it.
     for name in sorted(set(importlib.metadata.packages_distributions()) - {"pip"}):
         try:
             find_package(name)
@@ -61,7 +61,7 @@ def installed_packages() -> tuple[str, ...]:
 
 
 def large(steps: int) -> Setting:
-    """The decoder has about 110M weights, embeddings included; encoder and cross-attention come on top."""
+    """A decoder of about 110M weights, embeddings included; encoder and cross-attention come on top."""
     model = ModelConfig(
         enc_dim=384, enc_depth=2, dec_dim=768, dec_depth=12, dec_cross_attn_layers=(6, 9, 12), heads=12, dim_head=64,
         dec_attn_dropout=0.1, dec_ff_dropout=0.1,
@@ -79,7 +79,7 @@ def large(steps: int) -> Setting:
 
 
 def prepare(work: Path, setting: Setting) -> None:
-    """Documents to neighbors, below `work`; what is there already stays."""
+    """Build everything from documents to neighbors below `work`; keep what exists."""
     corpus, tokenizer = CorpusConfig(), TokenizerConfig(vocab_size=setting.vocab_size)
     text, chunks = work / "text", work / "chunks"
     if not text.exists():
@@ -99,7 +99,7 @@ def prepare(work: Path, setting: Setting) -> None:
 
 
 def train(work: Path, setting: Setting, device: str) -> dict[str, TrainingResult]:
-    """Both models, trained for the same steps."""
+    """Train both models for the same number of steps."""
     results = {}
     for name, config in (("baseline", setting.train.of_baseline()), ("retro", setting.train)):
         run = TrainingRun(
@@ -121,7 +121,7 @@ def train(work: Path, setting: Setting, device: str) -> dict[str, TrainingResult
 
 
 def report(work: Path, setting: Setting, results: dict[str, TrainingResult]) -> None:
-    """What came out, as text."""
+    """Print the results."""
     chunks = Artifact.open(work / "chunks" / "train", "chunks", verify=False)
     print(f"{len(setting.packages)} packages, {chunks.rows:,} train chunks of {setting.chunk_size} tokens")
     print(f"{setting.train.steps:,} steps of {setting.train.batch_size} x {setting.seq_len} tokens, k = {setting.knn}")
@@ -135,7 +135,7 @@ def report(work: Path, setting: Setting, results: dict[str, TrainingResult]) -> 
 
 
 def main() -> None:
-    """Prepares, trains twice and prints."""
+    """Prepare the data, train both models and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for all that is made")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")

@@ -1,10 +1,10 @@
-"""What a benchmark says of a figure, so that `make bench` can put all of them into one table.
+"""Record the results of a benchmark, so that `make bench` can print all of them in one table.
 
-    measured("training step, float32", ratio=1.59, at_least=2, ours=778, theirs=488, limit=1005, unit="tokens/s")
+    record_result("training step, float32", ratio=1.59, at_least=2, ours=778, theirs=488, limit=1005, unit="tokens/s")
 
-A benchmark joins `make bench` (benchmarks/run_all.py) by calling this beside its prints, and by a constant
-that says how it is run there: command lines, of which a piece with {theirs} is left out where retro-pytorch
-is not installed, and a line with {needed_theirs} as a whole.
+To join `make bench` (benchmarks/run_all.py), a benchmark calls `record_result` beside its prints and defines a
+constant with the command lines to run. Without retro-pytorch, an option with {theirs} is dropped, and a line with
+{needed_theirs} is skipped.
 
     MAKE_BENCH = {"full": ["--theirs {theirs}"], "quick": ["--turns 1 --theirs {theirs}"]}
 """
@@ -13,10 +13,10 @@ import json
 import os
 from pathlib import Path
 
-FILE = "RETRO_MEASURED"  # the environment variable that names the file of lines
+FILE = "RETRO_MEASURED"  # environment variable with the path of the file to append to
 
 
-def measured(
+def record_result(
     what: str,
     *,
     ratio: float | None = None,
@@ -27,10 +27,10 @@ def measured(
     limit: float | None = None,
     unit: str = "",
 ) -> None:
-    """Notes a figure: this project's, retro-pytorch's, the limit's, and the ratio that a target speaks of.
+    """Record the figures of this project, retro-pytorch and the limit, and the ratio that the target is about.
 
-    `limit` is what is reached by the part of the work that cannot be done without, alone. A line of JSON
-    goes to the file that `make bench` named; nothing happens where it did not.
+    `limit` is the figure of the indispensable part of the work alone. Appends a line of JSON to the file that `make
+    bench` names in the environment; does nothing without it.
     """
     if FILE in os.environ:
         figures = {"ratio": ratio, "at_least": at_least, "at_most": at_most, "ours": ours, "theirs": theirs}

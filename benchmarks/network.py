@@ -1,15 +1,15 @@
-"""Measure the network beside retro-pytorch 0.3.9: training step, memory, writing; prints ratios.
+"""Measure the network against retro-pytorch 0.3.9: training step, memory, writing; prints ratios.
 
-retro-pytorch wants old versions of half the ecosystem, so it goes into a folder of its own, without its
-dependencies (which this project's environment has, as far as they are needed):
+retro-pytorch requires old versions of many packages, so it is installed into its own folder, without its
+dependencies (this project's environment has those that it needs):
 
     pip install --no-deps --target /tmp/retro-pytorch retro-pytorch==0.3.9
     python benchmarks/network.py --theirs /tmp/retro-pytorch | tee benchmarks/results/DATE-network-cpu.txt
     python benchmarks/network.py --theirs /tmp/retro-pytorch --device cuda   # a larger network, bfloat16
 
-Both are measured in one run, in turns, and the median of the turns counts, so that whatever else the
-machine does meets both. Without --theirs only this project is measured. Takes five minutes on two cores.
-Where the processor has no bfloat16 products that type is left out, because it would take hours.
+Both sides take turns in one run, so that other load on the machine affects both; results are medians over the turns.
+Without --theirs only this project is measured. Takes five minutes on two cores. If the processor has no bfloat16
+products, that type is skipped, because it would take hours.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from measured import measured
+from measured import record_result
 
 from retro_model.core.devices import fast_float32_products, keep_freed_memory, resolve_number_type
 from retro_model.inference.generation import CachedDecoder
@@ -49,28 +49,28 @@ from retro_model.training.throughput import DATA_SHEETS, known_chip, step_flops
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured, and on what."""
+    """What to measure, and on which device."""
 
     device: str
-    network: Mapping[str, Any]  # arguments that both sides' RETRO take
+    network: Mapping[str, Any]  # constructor arguments of both sides' RETRO
     batch: int
-    length: int  # tokens of a row in a training step
-    memory_length: int  # tokens of a row where memory is measured
+    length: int  # tokens per row in a training step
+    memory_length: int  # tokens per row in the memory measurement
     dtypes: Mapping[str, torch.dtype]
-    compiled: bool  # whether this project is measured compiled, too
+    compiled: bool  # whether to measure this project compiled, too
     prompt: int = 64
     written: int = 448
-    places: tuple[int, int] = (200, 2000)  # where a token's time is taken
+    places: tuple[int, int] = (200, 2000)  # positions where the time per token is measured
     neighbors: int = 2
 
     @property
     def chunk_size(self) -> int:
-        """The tokens of a chunk."""
+        """Tokens per chunk."""
         return int(self.network["chunk_size"])
 
     @property
     def config(self) -> RETROConfig:
-        """The network as this project describes it."""
+        """The network as this project's config."""
         return RETROConfig(**self.network)
 
 
@@ -78,7 +78,7 @@ MAKE_BENCH = {
     "full": ["--theirs {theirs}"],
     "quick": ["--turns 1 --only writing --theirs {theirs}"],
 }
-SET_UP_AS_OURS = "theirs, set up as ours"  # their network in a process that this project's trainer has prepared
+SET_UP_AS_OURS = "theirs, set up as ours"  # their network, in a process set up as this project's trainer does
 AUTOCAST = {"bfloat16 autocast": torch.bfloat16}
 NUMBER_TYPES = {"float32": torch.float32, **AUTOCAST}
 SETTINGS = {
@@ -105,7 +105,7 @@ SETTINGS = {
 
 
 def build(side: str, setting: Setting, theirs: str | None) -> nn.Module:
-    """A fresh model of "ours" or "theirs"."""
+    """Build a new model of "ours" or "theirs"."""
     torch.manual_seed(0)
     if side == "ours":
         return RETRO(**setting.network).to(setting.device)
@@ -117,7 +117,7 @@ def build(side: str, setting: Setting, theirs: str | None) -> nn.Module:
 
 
 def random_batch(setting: Setting, rows: int, length: int) -> tuple[Tensor, Tensor]:
-    """Random tokens (rows, length + 1), and neighbors with continuations."""
+    """Random tokens (rows, length + 1), and neighbors with continuations (rows, L, K, R)."""
     generator, vocabulary = torch.Generator().manual_seed(0), setting.network["num_tokens"]
     seq = torch.randint(1, vocabulary, (rows, length + 1), generator=generator)
     shape = rows, length // setting.chunk_size, setting.neighbors, 2 * setting.chunk_size
@@ -128,7 +128,7 @@ def random_batch(setting: Setting, rows: int, length: int) -> tuple[Tensor, Tens
 def step(
     model: Callable[..., Tensor], seq: Tensor, retrieved: Tensor | None, dtype: torch.dtype, **options: Any
 ) -> None:
-    """Forward and backward, without the optimizer, which is the same for both."""
+    """Run forward and backward. The optimizer is left out: it is the same for both."""
     with torch.autocast(seq.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
         loss = model(seq, retrieved, return_loss=True, **options)
     torch.autograd.backward(loss)
@@ -138,13 +138,13 @@ def step(
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished its work."""
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 def in_turns(tasks: Mapping[str, Callable[[], object]], turns: int, device: str) -> dict[str, list[float]]:
-    """The seconds that each task took in each turn, after one turn that does not count."""
+    """Return the seconds of each task in each turn, without a first warm-up turn."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(turns + 1):
         for name, task in tasks.items():
@@ -158,7 +158,7 @@ def in_turns(tasks: Mapping[str, Callable[[], object]], turns: int, device: str)
 
 
 def matrix_limit(setting: Setting, dtype: torch.dtype) -> float:
-    """The fastest matrix product in FLOP/s: what a step could reach if it were nothing else."""
+    """The speed of the fastest matrix product in FLOP/s: what a step could reach if it did nothing else."""
     shapes = [(2048, 256, 1536), (2048, 2048, 2048), (8192, 256, 1024)]
     if setting.device != "cpu":
         shapes = [(8192, 8192, 8192), (16384, 4096, 8192)]
@@ -173,13 +173,13 @@ def matrix_limit(setting: Setting, dtype: torch.dtype) -> float:
 
 
 def data_sheet(chip: str) -> float | None:
-    """The dense bfloat16 FLOP/s that a chip of this name promises, if it is known."""
+    """The dense bfloat16 FLOP/s in the data sheet of the chip, None if it is unknown."""
     known = known_chip(chip)
     return None if known is None else DATA_SHEETS[known][0]
 
 
 def chip_of(device: str) -> str:
-    """The processor's name."""
+    """The name of the processor or GPU."""
     if device != "cpu":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().split("\n")
@@ -190,9 +190,9 @@ def chip_of(device: str) -> str:
 
 
 def training(setting: Setting, theirs: str | None, turns: int) -> dict[str, dict[str, float]]:
-    """Print, and return in seconds by number type and task, what training steps take.
+    """Measure training steps; print and return their seconds by number type and task.
 
-    Each side has a process of its own, because they treat their process's memory differently.
+    Each side has its own process, because the two manage process memory differently.
     """
     sides = ["ours"]
     if theirs:
@@ -215,11 +215,11 @@ def training(setting: Setting, theirs: str | None, turns: int) -> dict[str, dict
     return medians
 
 
-prepared: dict[str, Callable[[], None]] = {}  # the steps of a side, in the process of that side
+prepared: dict[str, Callable[[], None]] = {}  # in the process of one side: its steps by name
 
 
 def prepare(side: str, setting: Setting, theirs: str | None, dtype: torch.dtype, threads: int) -> None:
-    """Make the steps of one side in the process that is to run them."""
+    """Build the steps of one side in the process that runs them."""
     torch.set_num_threads(threads)
     if setting.device == "cpu" and side != "theirs":
         keep_freed_memory()
@@ -227,24 +227,24 @@ def prepare(side: str, setting: Setting, theirs: str | None, dtype: torch.dtype,
 
 
 def names() -> list[str]:
-    """Of the steps that this process has."""
+    """The names of this process's steps."""
     return list(prepared)
 
 
 def run(name: str) -> None:
-    """One step of this process, done when this returns."""
+    """Run one of this process's steps to its end."""
     prepared[name]()
 
 
 def training_tasks(
     side: str, setting: Setting, theirs: str | None, dtype: torch.dtype
 ) -> dict[str, Callable[[], None]]:
-    """The steps of one side that are compared, by the name under which they are printed."""
+    """The steps of one side to compare, by the name to print."""
     model = build("ours" if side == "ours" else "theirs", setting, theirs)
     seq, retrieved = random_batch(setting, setting.batch, setting.length)
 
     def task(called: Callable[..., Tensor], *inputs: Tensor | None, **options: Any) -> None:
-        # as in the trainer, as is the memory in `prepare`; the other side is measured as it comes, and so
+        # Our trainer's settings, like the memory settings in `prepare`; "theirs" runs without either.
         with nullcontext() if side == "theirs" else fast_float32_products(torch.device(setting.device)):
             step(called, cast("Tensor", inputs[0]), inputs[1], dtype, **options)
         model.zero_grad(set_to_none=True)
@@ -263,7 +263,7 @@ def training_tasks(
 
 
 def print_training(setting: Setting, dtype_name: str, seconds: Mapping[str, float], limit: float) -> None:
-    """Print one number type's steps, the share of the matrix limit and the ratios."""
+    """Print one number type's steps, their share of the matrix limit, and the ratios."""
     promised = data_sheet(chip_of(setting.device)) if setting.device != "cpu" else None
     print(f"  {dtype_name}; fastest matrix product {limit / 1e9:,.0f} GFLOP/s", end="")
     print(f", the data sheet's {promised / 1e9:,.0f} GFLOP/s" if promised else "")
@@ -276,7 +276,7 @@ def print_training(setting: Setting, dtype_name: str, seconds: Mapping[str, floa
     print(f"    retrieval costs a factor of {seconds['ours'] / seconds['without neighbors']:.2f}")
     tokens = setting.batch * setting.length
     theirs = seconds.get("theirs")
-    measured(
+    record_result(
         f"training step, {setting.device}, {dtype_name}",
         ratio=theirs / min(of for name, of in seconds.items() if name.startswith("ours")) if theirs else None,
         at_least=2 if setting.device == "cpu" else 3,
@@ -301,7 +301,7 @@ def print_training(setting: Setting, dtype_name: str, seconds: Mapping[str, floa
 
 
 def peak_memory(side: str, setting: Setting, theirs: str | None, dtype: torch.dtype) -> int:
-    """The bytes that one step adds at its peak; on a CPU to this process, which must have done nothing larger."""
+    """The peak bytes that one step adds. On a CPU, this process must not have used more memory before."""
     model = build(side, setting, theirs)
     seq, retrieved = random_batch(setting, setting.batch, setting.memory_length)
     if setting.device != "cpu":
@@ -317,7 +317,7 @@ def peak_memory(side: str, setting: Setting, theirs: str | None, dtype: torch.dt
 
 
 def memory(setting: Setting, theirs: str | None, threads: int) -> None:
-    """Measure the memory of a step, each in a process of its own."""
+    """Measure the memory of a step, each side in its own process."""
     print(
         f"\npeak memory that one step adds, batch {setting.batch} x {setting.memory_length} tokens, "
         f"k = {setting.neighbors}"
@@ -333,7 +333,7 @@ def memory(setting: Setting, theirs: str | None, threads: int) -> None:
             print(f"    RATIO of memory, ours to theirs: {used['ours'] / used['theirs']:.2f}")
         ratio = used["ours"] / used["theirs"] if theirs else None
         mebibytes = {side: size / 2**20 for side, size in used.items()}
-        measured(f"memory of a step, {dtype_name}", ratio=ratio, at_most=0.5, unit="MiB", **mebibytes)
+        record_result(f"memory of a step, {dtype_name}", ratio=ratio, at_most=0.5, unit="MiB", **mebibytes)
 
 
 # ---- writing ---------------------------------------------------------------------------------------
@@ -341,9 +341,9 @@ def memory(setting: Setting, theirs: str | None, threads: int) -> None:
 
 @torch.no_grad()
 def write(model: RETRO, seq: Tensor, retrieved: Tensor, start: int, end: int) -> list[float]:
-    """The seconds since its beginning at which each piece was read, token by token from `start` to `end`.
+    """Write the tokens from `start` to `end` one by one; return the seconds from the beginning to each read.
 
-    It includes making the decoder, reading what comes before `start` and choosing each token.
+    This includes creating the decoder, reading the tokens before `start` and choosing each token.
     """
     begin = time.perf_counter()
     decoder, place, stamps = CachedDecoder(model, 1, end), 0, []
@@ -359,8 +359,8 @@ def write(model: RETRO, seq: Tensor, retrieved: Tensor, start: int, end: int) ->
 
 
 def pace(stamps: list[float], start: int, end: int, place: int) -> float:
-    """The median seconds of the sixty tokens around a place, or of fewer near an end."""
-    first = len(stamps) - (end - start)  # what came before is the reading of the prompt
+    """The median seconds per token over the sixty tokens around a place, fewer near an end."""
+    first = len(stamps) - (end - start)  # earlier stamps are from reading the prompt
     at = first + place - start
     around = range(max(first + 1, at - 30), min(len(stamps), at + 30))
     return statistics.median(stamps[i] - stamps[i - 1] for i in around)
@@ -368,9 +368,9 @@ def pace(stamps: list[float], start: int, end: int, place: int) -> float:
 
 @torch.no_grad()
 def writing(setting: Setting, theirs: str | None, turns: int) -> dict[str, float]:
-    """Print, and return in seconds, what writing takes with given neighbors.
+    """Measure writing with given neighbors; print and return the seconds.
 
-    The other side calls its model anew for each token: every 32nd of its calls is made, spread evenly.
+    retro-pytorch calls its whole model for each token: every 32nd of these calls is measured, spread evenly.
     """
     print(
         f"\nwriting {setting.written} tokens after a prompt of {setting.prompt}, neighbors given, float32, batch 1 "
@@ -410,8 +410,8 @@ def writing(setting: Setting, theirs: str | None, turns: int) -> dict[str, float
     found["early"], found["late"] = (statistics.median(of_place) for of_place in paces)
     rates = {side: setting.written / found[side] for side in ("ours", "theirs") if side in found}
     faster = found["theirs"] / found["ours"] if other is not None else None
-    measured("writing", ratio=faster, at_least=30, unit="tokens/s", **rates)
-    measured(f"a token at {late:,} against one at {early}", ratio=found["late"] / found["early"], at_most=2)
+    record_result("writing", ratio=faster, at_least=30, unit="tokens/s", **rates)
+    record_result(f"a token at {late:,} against one at {early}", ratio=found["late"] / found["early"], at_most=2)
     print(
         f"    a token at position {early}: {found['early'] * 1e3:.2f} ms, at {late:,}: {found['late'] * 1e3:.2f} ms, "
         f"factor {found['late'] / found['early']:.2f}"
@@ -427,11 +427,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--theirs", help="the folder that retro-pytorch was installed into")
     parser.add_argument("--device", choices=sorted(SETTINGS), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="measure a compiled model too (with cuda: always)")
     parser.add_argument("--only", choices=["training", "memory", "writing"])
-    parser.add_argument("--dtypes", nargs="+", choices=list(NUMBER_TYPES), help="of steps; else what the device has")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=list(NUMBER_TYPES),
+        help="number types of training steps; default: those of the device",
+    )
     parser.add_argument("--peak", nargs=2, metavar=("SIDE", "DTYPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,13 +1,13 @@
-"""Run the benchmarks of this folder (all but large.py, which wants a GPU) and print one table:
-this project, retro-pytorch, the limit, the ratio.
+"""Run the benchmarks in this folder (except large.py, which needs a GPU) and print one table of their results.
 
-    make bench                                  # about an hour on two cores that do nothing else
-    python benchmarks/run_all.py --quick        # some at toy size: that they run, not how fast
+The table compares this project, retro-pytorch and the limit.
+
+    make bench                                  # about an hour on two otherwise idle cores
+    python benchmarks/run_all.py --quick        # some at toy size: checks that they run, not how fast
     python benchmarks/run_all.py --only network search
 
-retro-pytorch is installed, without its dependencies, into a folder of its own below .retro/; where that fails,
-its column stays empty. The table says which targets are met; benchmarks/measured.py says how a benchmark
-joins.
+retro-pytorch is installed, without its dependencies, into its own folder below .retro/; if that fails, its column
+stays empty. The table says which targets are met. benchmarks/measured.py explains how a benchmark joins.
 """
 
 import argparse
@@ -32,7 +32,7 @@ NEEDED = "{needed_theirs}"
 
 
 def programs(folder: Path) -> dict[str, dict[str, list[str]]]:
-    """The benchmarks of a folder by name, with their command lines; none is imported for that."""
+    """Return the command lines of each benchmark in a folder, without importing any."""
     found = {}
     for file in sorted(folder.glob("*.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -43,14 +43,14 @@ def programs(folder: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def command(file: Path, line: str, theirs: Path | None) -> list[str]:
-    """The command of a line such as `--turns 3 --theirs {theirs}`."""
+    """Build the command for a line such as `--turns 3 --theirs {theirs}`."""
     if theirs is None:
         line = " ".join(piece for piece in _pieces(line) if "{theirs}" not in piece)
     return [sys.executable, str(file), *shlex.split(line.format(theirs=theirs, needed_theirs=theirs))]
 
 
 def _pieces(line: str) -> list[str]:
-    """An option with its values is one piece."""
+    """Split a line into options, each together with its values."""
     pieces: list[str] = []
     for word in line.split():
         if word.startswith("-") or not pieces:
@@ -61,10 +61,10 @@ def _pieces(line: str) -> list[str]:
 
 
 def run(folder: Path, size: str, only: Sequence[str] | None, theirs: Path | None) -> tuple[list[dict[str, Any]], int]:
-    """What all programs measured, in order, and how many of them failed."""
+    """Run all benchmarks in order; return their records and how many runs failed."""
     records, failed = [], 0
     with tempfile.TemporaryDirectory() as name:
-        told = Path(name) / "measured.jsonl"
+        records_file = Path(name) / "measured.jsonl"
         for program, lines in programs(folder).items():
             if only and program not in only:
                 continue
@@ -72,23 +72,23 @@ def run(folder: Path, size: str, only: Sequence[str] | None, theirs: Path | None
                 if theirs is None and NEEDED in line:
                     print(f"\n---- {program}: left out, it compares with retro-pytorch and nothing else")
                     continue
-                told.write_text("")
+                records_file.write_text("")
                 started = time.monotonic()
                 print(f"\n---- {program} {line}", flush=True)
                 done = subprocess.run(
                     command(folder / f"{program}.py", line, theirs),
-                    env={**os.environ, "RETRO_MEASURED": str(told)},
+                    env={**os.environ, "RETRO_MEASURED": str(records_file)},
                     check=False,
                 )
                 failed += done.returncode != 0
                 verdict = f"FAILED with {done.returncode}" if done.returncode else "done"
                 print(f"---- {program}: {verdict} after {time.monotonic() - started:.0f} s", flush=True)
-                records += [json.loads(record) for record in told.read_text().splitlines()]
+                records += [json.loads(record) for record in records_file.read_text().splitlines()]
     return records, failed
 
 
-def met(record: Mapping[str, Any]) -> bool | None:
-    """Whether the ratio is what the target says; None where there is no target, or no ratio."""
+def meets_target(record: Mapping[str, Any]) -> bool | None:
+    """Whether the ratio meets the target; None without a target or a ratio."""
     if record["ratio"] is None or record["at_least"] is record["at_most"] is None:
         return None
     if record["at_least"] is not None:
@@ -97,7 +97,7 @@ def met(record: Mapping[str, Any]) -> bool | None:
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The records as a Markdown table, and how many targets are met."""
+    """Format the records as a Markdown table, followed by the number of targets met."""
     lines = [
         "| what | this project | retro-pytorch | limit | ratio | target | |",
         "|---|---:|---:|---:|---:|---:|---|",
@@ -107,10 +107,10 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         target = next(
             (f"{sign} {record[name]:g}" for name, sign in (("at_least", ">="), ("at_most", "<=")) if record[name]), ""
         )
-        verdict = {True: "met", False: "**not met**", None: ""}[met(record)]
+        verdict = {True: "met", False: "**not met**", None: ""}[meets_target(record)]
         ratio = _number(record["ratio"])
         lines.append(f"| {record['what']} | {ours} | {theirs} | {limit} | {ratio} | {target} | {verdict} |")
-    verdicts = [met(record) for record in records]
+    verdicts = [meets_target(record) for record in records]
     lines.append(f"\n{verdicts.count(True)} targets met, {verdicts.count(False)} not met")
     return "\n".join(lines)
 
@@ -123,7 +123,7 @@ def _number(value: float | None, unit: str = "") -> str:
 
 
 def machine() -> str:
-    """The processor, its cores, the GPU if there is one."""
+    """The processor, its cores, the GPU if there is one, and torch's version."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     import torch
@@ -133,7 +133,7 @@ def machine() -> str:
 
 
 def install_theirs() -> Path | None:
-    """Where retro-pytorch is, installed on the way; None where it cannot be had."""
+    """Install retro-pytorch unless it is there; return its folder, or None if that fails."""
     if not (THEIRS / "retro_pytorch").is_dir():
         pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
         if subprocess.run([*pip, "--target", str(THEIRS), REQUIREMENT], check=False).returncode:
@@ -143,7 +143,7 @@ def install_theirs() -> Path | None:
 
 
 def main() -> int:
-    """Measures what the command line asks for; 1 where a program failed."""
+    """Measure what the command line asks for; return 1 if a benchmark failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="at toy size: that it runs, not how fast")
     parser.add_argument("--only", nargs="+", choices=sorted(programs(HERE)), help="these programs alone")

@@ -1,17 +1,17 @@
-"""Measure finding neighbors beside faiss's own batched search on the same index; prints ratios.
+"""Measure neighbor search against faiss's own batched search on the same index; prints ratios.
 
     OMP_NUM_THREADS=2 python benchmarks/search.py | tee benchmarks/results/DATE-search-cpu.txt
 
-The vectors are made up, with the structure of real ones: unit vectors of documents of 20 chunks, which
-lie around topics, as many as there are documents, some of them common. 28,000 of them need 32 of 512 lists
-for a recall of 0.95, as 28,000 chunks of real documentation did. With codes, faiss is asked with its own
-refine step, over the vectors in half precision, for as many candidates. Queries are chunks of the database
-itself, so the nearest are often of the query's own document and do not count.
+The vectors are random but structured like real ones: unit vectors of documents of 20 chunks, around topics. There
+are as many topics as documents, and some are common. 28,000 of these vectors need 32 of 512 lists for a recall of
+0.95, as 28,000 chunks of real documentation did. For an index with codes, faiss uses its own refine step over the
+half-precision vectors, with as many candidates. Queries are chunks of the database itself, so the nearest are often
+from the query's own document and do not count.
 
-faiss is asked in one call of all queries and in batches, and the faster counts: for k, which is what one
-would need without documents, and for k and the surplus that leaves room for the own document.
-`Database.nearest` excludes that, scores again from the stored half-precision vectors, and sorts by
-(distance, id). All in one process, in turns; the medians count.
+faiss searches all queries in one call, and in batches; the faster one counts. It searches for k, enough if there
+were no documents, and for k plus a surplus that makes up for the query's own document. `Database.nearest` excludes
+that document, scores again with the stored half-precision vectors, and sorts by (distance, id). All take turns in
+one process; results are medians.
 """
 
 import argparse
@@ -29,9 +29,9 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 import numpy.typing as npt  # noqa: E402
 from fixtures import write_vectors  # noqa: E402
-from measured import measured  # noqa: E402
+from measured import record_result  # noqa: E402
 
-import stages  # noqa: F401, E402  the settings that every stage runs with
+import stages  # noqa: F401, E402  applies the process settings of every stage
 from retro_model.core.artifacts import Artifact  # noqa: E402
 from retro_model.search.build import make_index  # noqa: E402
 from retro_model.search.distances import import_faiss  # noqa: E402
@@ -48,10 +48,10 @@ MAKE_BENCH = {
 Floats = npt.NDArray[np.float32]
 
 
-def made_up(num_rows: int, seed: int, num_topics: int) -> Floats:
-    """Unit vectors: a topic, few of them common, a document in it, and what is the chunk's own.
+def random_vectors(num_rows: int, seed: int, num_topics: int) -> Floats:
+    """Random unit vectors: the sum of a topic (few are common), a part of the document and a part of the chunk.
 
-    Each has the spectrum of real ones, whose first directions vary most.
+    They have the spectrum of real vectors, which vary most along their first directions.
     """
     spectrum = np.arange(1, DIM + 1, dtype=np.float32) ** -0.5
     topics = np.random.default_rng(1).standard_normal((num_topics, DIM), dtype=np.float32)
@@ -67,7 +67,7 @@ def made_up(num_rows: int, seed: int, num_topics: int) -> Floats:
 
 
 def in_turns(tasks: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """The median of each task's seconds, after one turn that does not count."""
+    """Return the median seconds of each task, without a first warm-up turn."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(turns + 1):
         for name, task in tasks.items():
@@ -79,7 +79,7 @@ def in_turns(tasks: dict[str, Callable[[], object]], turns: int) -> dict[str, fl
 
 
 def with_refine(index: Any, vectors: npt.NDArray[np.float16], factor: float) -> Any:
-    """faiss's way to score candidates by code again: `factor` times those wanted."""
+    """Wrap the index in faiss's refine step: it rescores `factor` times as many candidates as requested."""
     faiss = import_faiss()
     halves = faiss.IndexScalarQuantizer(DIM, faiss.ScalarQuantizer.QT_fp16)
     halves.is_trained = True
@@ -90,7 +90,7 @@ def with_refine(index: Any, vectors: npt.NDArray[np.float16], factor: float) -> 
 
 
 def compare(folder: Path, key: str, num_queries: int, k: int, turns: int) -> None:
-    """One index over the vectors in `folder`."""
+    """Measure one index over the vectors in `folder`."""
     faiss = import_faiss()
     start = time.perf_counter()
     outcome = make_index(folder / "embeddings", IndexConfig(key=key, max_memory_gb=64.0), folder / key)
@@ -131,7 +131,7 @@ def compare(folder: Path, key: str, num_queries: int, k: int, turns: int) -> Non
     best = min(seconds for name, seconds in took.items() if name.startswith(f"{k}, "))
     rates = {"ours": num_queries / mine, "limit": num_queries / best}
     where = f"{len(embeddings['vectors']):,} vectors"
-    measured(f"search, {key}, {where}", ratio=best / mine, at_least=0.8, unit="queries/s", **rates)
+    record_result(f"search, {key}, {where}", ratio=best / mine, at_least=0.8, unit="queries/s", **rates)
 
 
 def main() -> None:
@@ -149,9 +149,9 @@ def main() -> None:
     for num_rows in arguments.rows:
         num_topics = num_rows // CHUNKS_PER_DOCUMENT
         vectors = {
-            "train": made_up(num_rows, 2, num_topics),
-            "valid": made_up(HELD_OUT, 3, num_topics),
-            "test": made_up(20, 4, num_topics),
+            "train": random_vectors(num_rows, 2, num_topics),
+            "valid": random_vectors(HELD_OUT, 3, num_topics),
+            "test": random_vectors(20, 4, num_topics),
         }
         documents = {split: np.arange(len(rows)) // CHUNKS_PER_DOCUMENT for split, rows in vectors.items()}
         lists = 2 ** round(np.log2(4 * np.sqrt(num_rows))) // 2

@@ -1,23 +1,24 @@
-"""RETRO beside the strongest plain decoder that the same training time gives.
+"""Compare RETRO with the strongest plain decoder that the same training time gives.
 
-RETRO costs more than the decoder inside it: the time to train encoder and cross-attention. This program gives
-that time to plain decoders instead, and compares all of them on the test documents:
+RETRO costs more than the decoder inside it: the time to train encoder and cross-attention. This program spends that
+time on plain decoders instead, and compares all of them on the test documents:
 
-- one step of each network is timed in turns, in one process; RETRO's time is that of the baseline's steps plus
-  that of its own steps, and each plain decoder gets as many steps as fit into it, with one cosine over them;
-- plain decoders come with tied and untied embeddings, at the size of RETRO's decoder and at RETRO's number of
-  weights (more layers of the same width);
-- for the first seed the learning rates of tied and untied ones are chosen by the validation loss after a share of
-  the steps, and the strongest of the four by the validation loss after all of them; the other seeds train that one;
-- what decides is the paired bootstrap over test documents, RETRO against the strongest plain decoder; the better
-  one of tied and untied plain decoders at the steps of RETRO's own decoder stands beside.
+- One step of each network is timed, in turns in one process. RETRO's time is that of the baseline's steps plus that
+  of its own steps. Each plain decoder gets as many steps as fit into it, with one cosine over them.
+- Plain decoders have tied or untied embeddings, and the size of RETRO's decoder or RETRO's number of weights (more
+  layers of the same width).
+- For the first seed, the validation loss after a share of the steps decides the learning rates of tied and untied
+  decoders, and the validation loss after all steps decides the strongest of the four. The other seeds train only
+  that one.
+- The result is the paired bootstrap over test documents, RETRO against the strongest plain decoder. The better of
+  the tied and untied plain decoders at the steps of RETRO's own decoder is printed beside it.
 
     dvc repro knn baseline                                            # the data, and what RETRO starts from
     python benchmarks/strongest_plain.py --seeds 0 1 2 | tee benchmarks/results/DATE-strongest-plain.txt
 
-The settings are those of params.yaml. Embedding, index and search are not counted; they are printed by `make
-repro`. A run that was stopped goes on where it was when the same command is given again, with the step times that
-it measured first. With the default settings it takes about ten times the training of `make repro`.
+The settings are those of params.yaml. Embedding, index and search are not counted; `make repro` prints their times.
+An interrupted run resumes when the same command is given again, with the step times measured first. With the default
+settings it takes about ten times the training of `make repro`.
 """
 
 import argparse
@@ -41,7 +42,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from measured import measured
+from measured import record_result
 
 from retro_model.core.arrays import Float64Array
 from retro_model.core.artifacts import Artifact
@@ -56,16 +57,16 @@ from retro_model.training.trainer import TrainConfig, Trainer
 from retro_model.training.warm_start import RetrofitConfig
 from stages.common.params import read_params
 
-MAKE_BENCH: dict[str, list[str]] = {"full": [], "quick": []}  # it takes longer than all the others together
+MAKE_BENCH: dict[str, list[str]] = {"full": [], "quick": []}  # takes longer than all others together
 
-LEARNING_RATES = (0.5, 1.0, 2.0)  # times that of params.yaml
-SHARE = 0.25  # of the steps, after which the learning rate is chosen
-SAMPLES = 2000  # of the bootstrap
+LEARNING_RATES = (0.5, 1.0, 2.0)  # multiples of train.lr
+SHARE = 0.25  # share of the steps after which the learning rate is chosen
+SAMPLES = 2000  # bootstrap samples
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A plain decoder that competes."""
+    """A plain decoder to compare with."""
 
     name: str
     model: ModelConfig
@@ -73,7 +74,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Run:
-    """A training: of a plain decoder, or of RETRO around the one that `base` trained."""
+    """A training: of a plain decoder, or of RETRO around the decoder that `base` trained."""
 
     name: str
     model: ModelConfig
@@ -84,13 +85,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all runs have in common."""
+    """The settings that all runs share."""
 
     data: Path
     work: Path
     params: SimpleNamespace
-    jobs: int  # trainings at a time
-    threads: int  # of each
+    jobs: int  # trainings that run in parallel
+    threads: int  # threads per training
 
     def plain(self, plain: Plain, seed: int, steps: int, lr: float) -> Run:
         """The training of a plain decoder, with one cosine over `steps`."""
@@ -100,20 +101,20 @@ class Bench:
         return Run(f"{plain.name}-{steps}-{lr:g}", plain.model, train, seed)
 
     def own(self, plain: Plain, seed: int) -> Run:
-        """The training of a plain decoder by the settings of RETRO's own one."""
+        """The training of a plain decoder with the settings of RETRO's own decoder."""
         return self.plain(plain, seed, self.params.train.steps, self.params.train.lr)
 
     def retro(self, base: Plain, seed: int) -> Run:
-        """The training of RETRO, around its own decoder or from new weights as the settings say."""
+        """The training of RETRO: around its own decoder or from new weights, as the settings say."""
         own = None if self.params.retrofit.model() is None else self.own(base, seed)
         return Run("retro", self.params.model, self.params.train, seed, own)
 
     def folder(self, run: Run) -> Path:
-        """Where a run keeps its model and its checkpoints."""
+        """The folder of a run's model and checkpoints."""
         return self.work / f"seed-{run.seed}" / run.name
 
     def train_all(self, runs: Iterable[Run]) -> None:
-        """Trains what is not trained yet, `jobs` at a time."""
+        """Train the runs that are not trained yet, `jobs` in parallel."""
         missing = [run for run in runs if not (self.folder(run) / "model").exists()]
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.jobs, context, torch.set_num_threads, (self.threads,)) as pool:
@@ -121,7 +122,7 @@ class Bench:
                 pass
 
     def train(self, run: Run) -> None:
-        """Trains one network."""
+        """Train one network."""
         params, folder = self.params, self.folder(run)
         retrieval = run.name == "retro"
         base = None if run.base is None else str(self.folder(run.base) / "model")
@@ -148,7 +149,7 @@ class Bench:
 
 
 def num_weights(model: ModelConfig, bench: Bench, retrieval: bool) -> int:
-    """The number of weights of a network."""
+    """Count the weights of a network."""
     facts = Artifact.open(bench.data / "chunks/train", "chunks", verify=False).facts
     with torch.device("meta"):
         return sum(p.numel() for p in build_model(model, facts, bench.params.seq_len, retrieval).parameters())
@@ -170,7 +171,7 @@ def competitors(bench: Bench) -> list[Plain]:
 
 
 def seconds_of_steps(bench: Bench, networks: Mapping[str, ModelConfig], turns: int) -> dict[str, float]:
-    """The median seconds of a step of each network, taken in turns; "retro" is RETRO's step."""
+    """The median seconds per step of each network, measured in turns; "retro" is RETRO's step."""
     params, trainers = bench.params, {}
     chunks = {split: Artifact.open(bench.data / "chunks" / split, "chunks") for split in ("train", "valid")}
     neighbors = {split: Artifact.open(bench.data / "neighbors" / split, "neighbors") for split in chunks}
@@ -197,7 +198,7 @@ def seconds_of_steps(bench: Bench, networks: Mapping[str, ModelConfig], turns: i
             started = time.perf_counter()
             with fast_float32_products(trainer.world.device):
                 trainer.step(data_of_step)
-            if turn:  # the first does not count
+            if turn:  # the first turn is a warm-up
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(found) for name, found in seconds.items()}
 
@@ -206,7 +207,7 @@ def seconds_of_steps(bench: Bench, networks: Mapping[str, ModelConfig], turns: i
 
 
 class TestDocuments:
-    """The test split, and what each model costs on it."""
+    """The test split, and each model's losses on it."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -227,21 +228,23 @@ class TestDocuments:
         return float(bits_per_byte(losses.sum(), self.bytes.sum()))
 
     def saved(self, losses: Float64Array, other: Float64Array) -> tuple[float, float, float]:
-        """What the first saves against the other, in bits per byte, and the 95% interval over documents."""
+        """Bits per byte that `losses` saves over `other`, with the 95% interval over documents."""
         sums = bootstrap_sums(np.stack([losses, other, self.bytes], axis=1), SAMPLES, 0)
         return self.bpb(other) - self.bpb(losses), *interval(bits_per_byte(sums[:, 1] - sums[:, 0], sums[:, 2]))
 
 
 def main() -> None:
-    """Trains, compares and prints."""
+    """Train, compare and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--work", type=Path, default=Path(".retro/strongest-plain"), help="where models are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rates", type=float, nargs="+", default=list(LEARNING_RATES), help="times train.lr")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=list(LEARNING_RATES), help="learning rates as multiples of train.lr"
+    )
     parser.add_argument("--turns", type=int, default=9, help="steps of each network that are timed")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of each training")
+    parser.add_argument("--threads", type=int, default=1, help="threads per training")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     params = read_params("knn", "seq_len", "model", "train", "retrofit")
@@ -265,7 +268,7 @@ def main() -> None:
     }
     own = [bench.own(base, seed) for seed in seeds] + [bench.own(plain, first) for plain in same_size if plain != base]
     bench.train_all([*(run for runs in short.values() for run in runs.values()), *own])
-    chosen = {}  # of tied and of untied ones
+    chosen = {}  # learning rate by tie_embeddings
     for plain in same_size:
         losses = {lr: bench.valid_loss(run) for lr, run in short[plain.name].items()}
         print(f"  {plain.name}: " + ", ".join(f"{loss:.4f} at {lr:g}" for lr, loss in losses.items()), flush=True)
@@ -303,13 +306,13 @@ def main() -> None:
             print(
                 f"  {test.bpb(others):.4f}  {title}: {saved:+.4f} ({low:+.4f} to {high:+.4f}), {share:+.1%}", flush=True
             )
-        measured(f"saved against the strongest plain decoder, seed {seed}", ratio=share, at_least=0.0)
+        record_result(f"saved against the strongest plain decoder, seed {seed}", ratio=share, at_least=0.0)
 
 
 def equal_time(bench: Bench, plains: list[Plain], base: Plain, turns: int) -> dict[str, int]:
-    """How many steps of each plain decoder take as long as RETRO's training; prints what that comes from.
+    """How many steps of each plain decoder take as long as RETRO's training; prints how that is computed.
 
-    The times are kept, so that a run which goes on later compares the same trainings.
+    The step times are stored, so that a resumed run compares the same trainings.
     """
     params, kept = bench.params, bench.work / "seconds.json"
     if not kept.exists():

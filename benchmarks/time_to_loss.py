@@ -1,11 +1,11 @@
-"""How long this project takes to reach the validation loss that retro-pytorch 0.3.9 has after some minutes.
+"""Measure how soon this project reaches the validation loss that retro-pytorch 0.3.9 has after some minutes.
 
-Both train the network of params.yaml from the same documents and neighbors on two CPU cores, with the same
-number of sequences a step, AdamW, warm-up and then a constant rate, in the same number type. retro-pytorch
-gets what its own dataset gives: a document a sequence, padded. This project packs. The loss is that of the
-held-out documents, a document a sequence for both; the clock stands still while it is taken. The two take
-turns, so that whatever else the machine does meets both; each has a process of its own, in which this project
-treats the memory as its trainer does, and retro-pytorch as it comes.
+Both train the network of params.yaml on the same documents and neighbors on two CPU cores, with the same number of
+sequences per step, AdamW, warm-up followed by a constant rate, and the same number type. retro-pytorch gets the data
+of its own dataset: one document per sequence, padded. This project packs documents. The loss is that of held-out
+documents, one per sequence for both; the clock stops meanwhile. The two take turns, so that other load on the
+machine affects both. Each has its own process: this project sets up memory as its trainer does, retro-pytorch keeps
+the defaults.
 
     pip install --no-deps --target /tmp/retro-pytorch retro-pytorch==0.3.9
     dvc repro knn                                                             # the data
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from measured import measured
+from measured import record_result
 from training import one_document_a_sequence, open_sequences
 
 from retro_model.core.devices import NumberType, fast_float32_products, keep_freed_memory, resolve_number_type
@@ -48,7 +48,7 @@ from stages.common.params import read_params
 CPU = torch.device("cpu")
 Loss = Callable[[Batch], Tensor]
 
-MAKE_BENCH: dict[str, list[str]] = {"full": ["--theirs {needed_theirs}"], "quick": []}  # needs the data, and both
+MAKE_BENCH: dict[str, list[str]] = {"full": ["--theirs {needed_theirs}"], "quick": []}  # needs data and retro-pytorch
 
 
 def ours(params: SimpleNamespace, training: PackedSequences) -> tuple[nn.Module, Loss, Iterator[Batch]]:
@@ -86,7 +86,7 @@ def theirs(folder: str, params: SimpleNamespace, training: PackedSequences) -> t
     padded, size = one_document_a_sequence(training), params.train.batch_size
 
     def loss(batch: Batch) -> Tensor:
-        # What a dataset of one document a sequence gives: the inputs and, at the end, the last label.
+        # Like a dataset of one document per sequence: the inputs and, at the end, the last label.
         return model(torch.cat([batch.seq, batch.labels[:, -1:]], dim=1), batch.retrieved, return_loss=True)
 
     def batches() -> Iterator[Batch]:
@@ -100,7 +100,7 @@ def theirs(folder: str, params: SimpleNamespace, training: PackedSequences) -> t
 
 @torch.no_grad()
 def validation_loss(loss: Loss, validation: PackedSequences, number_type: NumberType, sequences: int) -> float:
-    """The mean over the labels of held-out documents, a document a sequence, with their neighbors."""
+    """The mean loss over the labels of held-out documents, one per sequence, with their neighbors."""
     padded = one_document_a_sequence(validation)
     rows = padded[np.linspace(0, len(padded) - 1, min(sequences, len(padded))).round().astype(int)]
     total, labels = 0.0, 0
@@ -113,7 +113,7 @@ def validation_loss(loss: Loss, validation: PackedSequences, number_type: Number
 
 
 def one_document(batch: Batch) -> Batch:
-    """The batch of padded sequences without the numbers of its documents, of which each sequence has one."""
+    """Set all document numbers of a padded batch to 0: each of its sequences has one document."""
     return replace(batch, documents=torch.zeros_like(batch.documents))
 
 
@@ -122,25 +122,25 @@ Point = tuple[float, int, float]  # seconds of training, steps, validation loss
 
 @dataclass
 class Run:
-    """One side's training, which goes on whenever it is its turn."""
+    """The training of one side, continued at each of its turns."""
 
     side: tuple[nn.Module, Loss, Iterator[Batch]]
     params: SimpleNamespace
     validation: PackedSequences
-    sequences: int  # of validation
-    between: float  # seconds of training between two losses
+    sequences: int  # of the validation split
+    between: float  # seconds of training per turn
     seconds: float = 0.0
     steps: int = 0
 
     def __post_init__(self) -> None:
         model, _, _ = self.side
-        model.train()  # without dropout; retro-pytorch has no loss in eval mode
+        model.train()  # also for the validation loss: retro-pytorch has none in eval mode; there is no dropout
         self.weights = sum(parameter.numel() for parameter in model.parameters())
         self.number_type = resolve_number_type(self.params.train.number_type, CPU)
         self.optimizer = make_optimizer(model, self.params.train.lr, self.params.train.weight_decay)
 
     def turn(self) -> Point:
-        """Trains for `between` seconds and takes the loss."""
+        """Train for `between` seconds, then compute the validation loss."""
         start = self.seconds
         while self.seconds - start < self.between:
             batch = next(self.side[2])
@@ -165,64 +165,64 @@ class Run:
         self.optimizer.zero_grad()
 
 
-running: list[Run] = []  # in the process of a side, that side's
-for_good = ExitStack()  # what stays as it is until that process ends
+running: list[Run] = []  # the run of this process's side
+process_settings = ExitStack()  # settings that last until that process ends
 
 
-def start(arguments: argparse.Namespace, of_theirs: bool) -> None:
-    """Makes the run of a side in the process that is to train it."""
+def start(arguments: argparse.Namespace, is_theirs: bool) -> None:
+    """Create the run of one side in the process that trains it."""
     torch.set_num_threads(2)
     params = read_params("knn", "seq_len", "seed", "model", "train")
     training, validation = (
         open_sequences(arguments.data, split, params.seq_len, params.knn) for split in ("train", "valid")
     )
-    if not of_theirs:  # as the trainer does
+    if not is_theirs:  # as the trainer does
         keep_freed_memory()
-        for_good.enter_context(fast_float32_products(CPU))
-    side = theirs(arguments.theirs, params, training) if of_theirs else ours(params, training)
+        process_settings.enter_context(fast_float32_products(CPU))
+    side = theirs(arguments.theirs, params, training) if is_theirs else ours(params, training)
     running.append(Run(side, params, validation, arguments.sequences, arguments.between))
 
 
 def turn() -> Point:
-    """A turn of this process's run."""
+    """Continue this process's run for one turn."""
     return running[0].turn()
 
 
 def weights() -> int:
-    """How many weights this process's run trains."""
+    """The number of weights that this process's run trains."""
     return running[0].weights
 
 
 @dataclass
 class Curve:
-    """What a side's process has told."""
+    """The results of one side's process."""
 
     weights: int
     points: list[Point] = field(default_factory=list)
 
 
-def reached(curve: Curve, target: float) -> Point | None:
-    """The first point at which the loss is no greater than the target."""
+def first_point_at(curve: Curve, target: float) -> Point | None:
+    """The first point whose loss is at most the target, None if there is none."""
     return next((point for point in curve.points if point[2] <= target), None)
 
 
 def main() -> None:
-    """Trains both sides in turns and prints the two times."""
+    """Train both sides in turns and print the two times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--theirs", required=True, help="the folder that retro-pytorch was installed into")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of training for each side")
+    parser.add_argument("--minutes", type=float, default=10.0, help="minutes of training per side")
     parser.add_argument("--data", type=Path, default=Path("data"))
-    parser.add_argument("--sequences", type=int, default=64, help="of validation")
+    parser.add_argument("--sequences", type=int, default=64, help="validation sequences")
     parser.add_argument("--between", type=float, default=10.0, help="seconds of training between two losses")
     print(compare(parser.parse_args()))
 
 
 def compare(arguments: argparse.Namespace) -> str:
-    """Trains both sides, a process each, and returns the report."""
+    """Train both sides, each in its own process, and return the report."""
     with ExitStack() as stack:
         pools = {
-            name: stack.enter_context(get_context("spawn").Pool(1, start, (arguments, of_theirs)))
-            for name, of_theirs in (("retro-pytorch", True), ("this project", False))
+            name: stack.enter_context(get_context("spawn").Pool(1, start, (arguments, is_theirs)))
+            for name, is_theirs in (("retro-pytorch", True), ("this project", False))
         }
         curves = {name: Curve(pool.apply(weights)) for name, pool in pools.items()}
         while min(curve.points[-1][0] if curve.points else 0 for curve in curves.values()) < arguments.minutes * 60:
@@ -234,7 +234,7 @@ def compare(arguments: argparse.Namespace) -> str:
 
 
 def report(curves: dict[str, Curve]) -> str:
-    """What each side has, and when this project had what the other ended with."""
+    """The final result of each side, and when this project reached the other's final loss."""
     lines = []
     for name, curve in curves.items():
         seconds, steps, loss = curve.points[-1]
@@ -243,12 +243,12 @@ def report(curves: dict[str, Curve]) -> str:
         )
     other, mine = curves.values()
     seconds, _, target = other.points[-1]
-    point = reached(mine, target)
+    point = first_point_at(mine, target)
     if point is None:
         return "\n".join([*lines, f"this project has not reached {target:.4f}"])
     lines.append(f"this project reached {target:.4f} after {point[0]:.0f} s, {point[1]:,} steps")
     ratio = point[0] / seconds
-    measured(f"time to loss {target:.2f}", ratio=ratio, at_most=0.2, ours=point[0], theirs=seconds, unit="s")
+    record_result(f"time to loss {target:.2f}", ratio=ratio, at_most=0.2, ours=point[0], theirs=seconds, unit="s")
     return "\n".join([*lines, f"RATIO of the times, ours to theirs: {ratio:.2f}"])
 
 

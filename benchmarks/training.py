@@ -1,9 +1,9 @@
-"""Measure training on the default corpus: the loader against the model, packing, and what logging costs.
+"""Measure training on the default corpus: the loader against the model, packing, and the cost of logging.
 
     dvc repro knn                     # the data
     python benchmarks/training.py | tee benchmarks/results/DATE-training-cpu.txt
 
-The network and the settings are those of params.yaml. Takes two minutes on two cores.
+Network and settings are those of params.yaml. Takes two minutes on two cores.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from measured import measured
+from measured import record_result
 
 from retro_model.core.arrays import IntArray
 from retro_model.core.artifacts import Artifact
@@ -34,18 +34,18 @@ from retro_model.training.sequences import PackedSequences
 from retro_model.training.trainer import Step, Trainer
 from stages.common.params import read_params
 
-MAKE_BENCH: dict[str, list[str]] = {"full": [""], "quick": []}  # it needs the data of a real run
+MAKE_BENCH: dict[str, list[str]] = {"full": [""], "quick": []}  # needs the data of a real run
 
 
 def open_sequences(data: Path, split: str, seq_len: int, knn: int) -> PackedSequences:
-    """A split's sequences with their neighbors."""
+    """Open a split's sequences with their neighbors."""
     chunks = {name: Artifact.open(data / "chunks" / name, "chunks") for name in {split, "train"}}
     neighbors = Artifact.open(data / "neighbors" / split, "neighbors")
     return PackedSequences(chunks[split], seq_len, neighbors, chunks["train"], knn)
 
 
 def one_document_a_sequence(sequences: PackedSequences) -> IntArray:
-    """Sequences (n, L) of one document each, in order; what follows its end is -1."""
+    """Rows of sequences (n, L) with one document each, in order, padded with -1 at the end."""
     documents = np.asarray(sequences.chunks["documents"][:])
     length, found = sequences.rows_per_sequence, []
     for rows in np.split(np.arange(len(documents)), np.flatnonzero(np.diff(documents)) + 1):
@@ -56,7 +56,7 @@ def one_document_a_sequence(sequences: PackedSequences) -> IntArray:
 
 
 def make_trainer(data: Path, params: SimpleNamespace) -> Trainer:
-    """The trainer of the stage train."""
+    """The trainer that the stage train builds."""
     training, validation = (open_sequences(data, split, params.seq_len, params.knn) for split in ("train", "valid"))
     torch.manual_seed(params.seed)
     model = build_model(params.model, training.chunks.facts, params.seq_len, retrieval=True)
@@ -64,7 +64,7 @@ def make_trainer(data: Path, params: SimpleNamespace) -> Trainer:
 
 
 def loader(trainer: Trainer, batches: int) -> float:
-    """Labels a second that the loader delivers, with nothing else to do."""
+    """Labels per second that the loader delivers when nothing else runs."""
     trainer.data(0)
     started = time.perf_counter()
     labels = sum(trainer.data(step).num_labels for step in range(1, batches + 1))
@@ -72,7 +72,7 @@ def loader(trainer: Trainer, batches: int) -> float:
 
 
 def in_turns(trainer: Trainer, steps: int) -> dict[str, tuple[float, float]]:
-    """(labels a second, share of positions with a label): packed, and one document a sequence, step by step."""
+    """(labels per second, share of positions with a label), packed and one document per sequence; steps take turns."""
     training, size = trainer.training, trainer.config.batch_size
     padded = np.random.default_rng(0).permutation(one_document_a_sequence(training))
     seconds: dict[str, list[float]] = {"packed": [], "one document a sequence": []}
@@ -84,7 +84,7 @@ def in_turns(trainer: Trainer, steps: int) -> dict[str, tuple[float, float]]:
             started = time.perf_counter()
             with fast_float32_products(trainer.world.device):
                 trainer.step(data)
-            if number:  # the first does not count
+            if number:  # the first step is a warm-up
                 seconds[name].append(time.perf_counter() - started)
                 labels[name] += data.num_labels
                 positions[name] += data.rows.size * training.chunk_size
@@ -95,7 +95,7 @@ def in_turns(trainer: Trainer, steps: int) -> dict[str, tuple[float, float]]:
 
 
 def logging_seconds(records: int) -> float:
-    """What one record costs in MLflow, in seconds (the median)."""
+    """The median seconds to log one record in MLflow."""
     from stages.tracking.runs import training_run
 
     record = dict.fromkeys(("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_share"), 1.0)
@@ -114,7 +114,7 @@ def logging_seconds(records: int) -> float:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--steps", type=int, default=30)
@@ -140,10 +140,10 @@ def main() -> None:
         f"  a record in MLflow takes {cost * 1e3:.1f} ms, one each {log_every} steps of {step * 1e3:.0f} ms: ", end=""
     )
     print(f"{cost / step / log_every:.2%} of the time")
-    measured("loader beside the model", ratio=delivered / packed, at_least=10, ours=packed, unit="tokens/s")
-    measured("packed beside one document a sequence", ratio=packed / alone, ours=packed, unit="tokens/s")
-    measured("share of positions that are real tokens", ratio=share, at_least=0.9)
-    measured("share of the time that logging takes", ratio=cost / step / log_every, at_most=0.01)
+    record_result("loader beside the model", ratio=delivered / packed, at_least=10, ours=packed, unit="tokens/s")
+    record_result("packed beside one document a sequence", ratio=packed / alone, ours=packed, unit="tokens/s")
+    record_result("share of positions that are real tokens", ratio=share, at_least=0.9)
+    record_result("share of the time that logging takes", ratio=cost / step / log_every, at_most=0.01)
 
 
 if __name__ == "__main__":

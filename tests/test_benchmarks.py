@@ -172,16 +172,16 @@ def run_all(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 PROGRAM = """
 import sys
-from measured import measured
+from measured import record_result
 MAKE_BENCH = {
     "full": ["--turns 5 --theirs {theirs}", "fail"],
     "quick": ["--turns 1 --theirs {theirs}", "fail --theirs {needed_theirs}"],
 }
 if sys.argv[1] == "fail":
     sys.exit(3)
-measured("step", ratio=1.5, at_least=2, ours=300.0, theirs=200.0, limit=1234.0, unit="tokens/s")
-measured("memory", ratio=0.4, at_most=0.5, ours=0.25, unit=" ".join(sys.argv[1:]))
-measured("chunks", ours=7.0)
+record_result("step", ratio=1.5, at_least=2, ours=300.0, theirs=200.0, limit=1234.0, unit="tokens/s")
+record_result("memory", ratio=0.4, at_most=0.5, ours=0.25, unit=" ".join(sys.argv[1:]))
+record_result("chunks", ours=7.0)
 """
 
 

@@ -55,7 +55,7 @@ from retro_model.evaluation.report.sections import notes_on_overlap, rule_in_wor
 from retro_model.evaluation.scoring import Scorer, Span, Window, choose_spans, pack, sliding_windows
 from retro_model.evaluation.statistics import (
     PIECE,
-    Scores,
+    ColumnScores,
     bootstrap_sums,
     documents_curve,
     interval,
@@ -484,8 +484,8 @@ def test_few_documents_are_resampled_in_pieces() -> None:
     random = np.random.default_rng(0)
     noise = random.normal(0, 1, size=(400, 1))
 
-    def scores(documents: npt.NDArray[Any]) -> Scores:
-        found = Scores(documents, np.ones(400, int), np.ones((400, 1), bool), noise)
+    def scores(documents: npt.NDArray[Any]) -> ColumnScores:
+        found = ColumnScores(documents, np.ones(400, int), np.ones((400, 1), bool), noise)
         found.add("off", 10 + noise[:, 0], 400)
         found.add("on", 10 + random.normal(0, 1, size=400), 400)
         return found
@@ -676,13 +676,13 @@ def test_valid_neighbors_of_another_search_are_refused(world: World, tmp_path: P
 # ---- parts of the text ------------------------------------------------------------------------------
 
 
-def scores_of(scorer: Scorer, **losses: npt.NDArray[Any]) -> Scores:
+def scores_of(scorer: Scorer, **losses: npt.NDArray[Any]) -> ColumnScores:
     """Scores of columns with these losses (rows, M); the baseline costs a nat a token, all others nothing."""
     nothing = np.zeros(scorer.labels.shape)
     columns = {name: losses.get(name, nothing) for name in ("baseline", "off", "on", "random")}
     columns["baseline"] = losses.get("baseline", nothing + 1)
     saved = (columns["off"] - columns["on"]) / math.log(2)
-    scores = Scores(scorer.documents, scorer.bytes, scorer.is_label, saved)
+    scores = ColumnScores(scorer.documents, scorer.bytes, scorer.is_label, saved)
     for name, found in columns.items():
         scores.add(name, found.sum(axis=1), int(scorer.is_label.sum()))
     return scores

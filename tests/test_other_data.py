@@ -20,7 +20,7 @@ from retro_model.corpus.chunks import document_texts
 from retro_model.corpus.documents import Corpus
 from retro_model.corpus.tokenizer import Tokenizer
 from retro_model.embedding.embed import EmbedConfig
-from retro_model.evaluation.comparison import lay_on_rows
+from retro_model.evaluation.comparison import spread_over_rows
 from retro_model.evaluation.evaluate import (
     EvaluateConfig,
     EvaluationResult,
@@ -28,7 +28,7 @@ from retro_model.evaluation.evaluate import (
     evaluate_models,
     time_retrieval,
 )
-from retro_model.evaluation.inputs import Inputs, Searching, cut_anew, swapped_database
+from retro_model.evaluation.inputs import Inputs, Searching, rechunk_documents, search_other_database
 from retro_model.evaluation.scoring import Scorer, choose_spans
 from retro_model.network.model import RETRO
 from retro_model.search.keys import IndexConfig
@@ -155,7 +155,7 @@ def test_held_out_documents_are_dropped_from_a_database(
     (documents / "own-again.txt").write_text("Something else, and nothing but that. " * 5)
     (documents / "empty.txt").write_text("")
     searching = searching_of(run, near_duplicates=threshold)
-    inputs, counts = swapped_database(documents, run / "data", searching, tmp_path / "work")
+    inputs, counts = search_other_database(documents, run / "data", searching, tmp_path / "work")
     assert (counts["kept"], counts["held_out"], counts["copies"], counts["flawed"]) == (kept, dropped, 1, 1)
     assert counts["read"] == 5
     used = {Artifact.open(run / "data/chunks" / split, "chunks")["documents"][:].max() for split in SPLITS}
@@ -167,7 +167,7 @@ def test_held_out_documents_are_dropped_from_a_database(
 def test_a_database_of_held_out_documents_alone_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "copy.txt").write_text(held_out_text(run))
     with pytest.raises(DocumentError, match=r"nothing to retrieve from: 1 documents read, 0 kept; dropped: 1 that are"):
-        swapped_database(tmp_path / "copy.txt", run / "data", searching_of(run), tmp_path / "work")
+        search_other_database(tmp_path / "copy.txt", run / "data", searching_of(run), tmp_path / "work")
 
 
 def test_an_empty_folder_is_none_and_a_missing_one_a_mistake(run: Path, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_what_the_tokenizer_does_not_spell_cannot_be_cut_anew(run: Path, other: 
     inputs = Inputs.open(run / "data")
     inputs.chunks.facts = {**inputs.chunks.facts, "lossy_documents": 2}
     with pytest.raises(MismatchError, match=r"does not spell for 2 of \d+ documents of test; expected a model of"):
-        cut_anew(inputs, run / "data", other / "plain/tokenizer", 12, ("test",), tmp_path)
+        rechunk_documents(inputs, run / "data", other / "plain/tokenizer", 12, ("test",), tmp_path)
 
 
 def test_more_neighbors_than_are_stored_are_refused(run: Path, tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_losses_are_laid_on_rows_byte_by_byte(tokens: list[tuple[int, float]], s
     if sum(sizes) > ends[-1]:  # and rows hold no more than the text
         return
     bounds = [0, *np.cumsum(sizes).tolist()]
-    found = lay_on_rows(np.array(losses), np.array(ends, dtype=float), np.array(bounds, dtype=float), whole)
+    found = spread_over_rows(np.array(losses), np.array(ends, dtype=float), np.array(bounds, dtype=float), whole)
     np.testing.assert_allclose(found, lay_slowly(losses, ends, bounds, whole), atol=1e-9)
     if whole:
         assert found.sum() == pytest.approx(sum(losses))

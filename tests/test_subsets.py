@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from retro_model.evaluation.statistics import LEAST_DOCUMENTS, PIECE, Scores
+from retro_model.evaluation.statistics import LEAST_DOCUMENTS, PIECE, ColumnScores
 from retro_model.evaluation.subsets import (
     ALPHAS,
     GAIN_HEAD,
@@ -22,7 +22,7 @@ from retro_model.evaluation.subsets import (
 SAMPLES, SEED, CHUNK_SIZE = 300, 4, 16
 
 
-def random_scores(sizes: list[int], seed: int = 0) -> Scores:
+def random_scores(sizes: list[int], seed: int = 0) -> ColumnScores:
     """Rows of documents with so many rows each; the last row of every other document has no byte."""
     random = np.random.default_rng(seed)
     documents = np.repeat(10 + 3 * np.arange(len(sizes)), sizes)
@@ -31,13 +31,13 @@ def random_scores(sizes: list[int], seed: int = 0) -> Scores:
     num_bytes[np.cumsum(sizes)[::2] - 1] *= np.array(sizes)[::2] == 1  # documents of one row keep theirs
     num_bytes[np.cumsum(sizes)[np.array(sizes) == 1] - 1] = 30
     shape = (num_rows, CHUNK_SIZE)
-    scores = Scores(documents, num_bytes, np.ones(shape, bool), random.normal(0, 1, shape))
+    scores = ColumnScores(documents, num_bytes, np.ones(shape, bool), random.normal(0, 1, shape))
     for column, mean in (("baseline", 50), ("mixed", 49), ("off", 51), ("on", 48)):
         scores.add(column, random.normal(mean, 8, num_rows), num_rows * CHUNK_SIZE)
     return scores
 
 
-def slow_gain(scores: Scores, rows: list[int], one: str, other: str) -> tuple[float, float, float]:
+def slow_gain(scores: ColumnScores, rows: list[int], one: str, other: str) -> tuple[float, float, float]:
     """The gain, and the middle 95% of samples of units that are put together one by one."""
     documents = sorted({int(scores.documents[row]) for row in rows})
     units: list[list[int]] = []
@@ -84,7 +84,7 @@ def test_gains_of_a_part_are_those_of_loops(sizes: list[int]) -> None:
 def test_pieces_without_a_byte_never_stand_alone() -> None:
     """Else a sample of nothing but these would have no bits per byte."""
     documents, num_bytes = np.array([1, 2, 3, 4]), np.array([0, 9, 0, 5])
-    scores = Scores(documents, num_bytes, np.ones((4, 2), bool), np.zeros((4, 2)))
+    scores = ColumnScores(documents, num_bytes, np.ones((4, 2), bool), np.zeros((4, 2)))
     for column in ("baseline", "off", "on"):
         scores.add(column, np.ones(4), 8)
     assert scores.units().tolist() == [0, 0, 0, 1]
@@ -113,7 +113,7 @@ def test_the_curves_have_the_gains_of_their_parts(sizes: list[int]) -> None:
         assert [cells[name] for name in GAIN_HEAD] == pytest.approx([*expected[0], *expected[1]], abs=2e-6)
 
 
-def metrics(scores: Scores, runs: npt.NDArray[Any], shared: npt.NDArray[np.bool_]) -> dict[str, float | int]:
+def metrics(scores: ColumnScores, runs: npt.NDArray[Any], shared: npt.NDArray[np.bool_]) -> dict[str, float | int]:
     return metrics_of_parts(scores, runs, shared, SAMPLES, SEED)
 
 

@@ -1,10 +1,10 @@
-"""The column of another trained model (`evaluate.compare`): its loss on the same held-out text.
+"""Score another trained model (`evaluate.compare`) on the same held-out text: the column `compared`.
 
-Every model is read in its own windows (its own training length) and, if it was trained with retrieval,
-with as many neighbors as it was trained with. A model with another tokenizer or chunk length reads the
-same documents cut anew, and gets neighbors of its own cut. Each of its tokens' losses is then laid on
-the bytes that the token spells, and so on the chunks of this evaluation: sums stay what they are, and
-intervals, leakage curve and bits per byte are over the same text for all.
+The model reads windows of its own training length and, if it was trained with retrieval, as many neighbors as in
+training. If its tokenizer or chunk length differs, the same documents are chunked again for it, and neighbors are
+searched among the new chunks. The loss of each of its tokens is then distributed over the bytes that the token
+spells and summed over this evaluation's chunks. Sums do not change, so intervals, leakage curve and bits per byte
+cover the same text for all models.
 """
 
 from collections.abc import Sequence
@@ -20,26 +20,26 @@ from retro_model.core.errors import ConfigError
 from retro_model.core.progress import Progress
 from retro_model.corpus.chunks import document_texts
 from retro_model.corpus.tokenizer import Tokenizer
-from retro_model.evaluation.inputs import Inputs, Searching, cut_anew, searched_anew
+from retro_model.evaluation.inputs import Inputs, Searching, rechunk_documents, search_rechunked
 from retro_model.evaluation.scoring import Scorer, Span
 from retro_model.network.model import RETRO
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Summed nats (rows,) on the chunk rows of the evaluation, the number of labels, and what was compared."""
+    """Summed nats (rows,) per chunk row of the evaluation, the number of labels, and facts about the model."""
 
     row_losses: Float64Array
     num_labels: int
     name: str
-    knn: int  # 0: it has no retrieval
-    same_tokens: bool  # the same tokenizer and chunk length
+    knn: int  # 0: no retrieval
+    same_tokens: bool  # same tokenizer and chunk length
     same_training: bool  # trained on the same chunks
-    lossy_documents: int  # that its tokenizer does not spell exactly
+    lossy_documents: int  # documents that its tokenizer does not spell exactly
 
 
 class Comparison:
-    """Opens the model that is compared, and scores it. The settings are those of the evaluation."""
+    """Opens the model to compare and scores it with the evaluation's settings."""
 
     def __init__(
         self,
@@ -58,10 +58,10 @@ class Comparison:
         self.options: dict[str, Any] = {"device": device, "batch_size": batch_size, "number_type": number_type}
 
     def score(self, inputs: Inputs, spans: Sequence[Span]) -> Compared:
-        """The model's losses on the rows of `spans` of the held-out chunks.
+        """Return the model's losses on the rows of `spans` of the held-out chunks.
 
-        Raises MismatchError where the documents cannot be cut for it, ConfigError where fewer neighbors
-        are stored than it was trained with.
+        Raises MismatchError if the documents cannot be chunked again for it, ConfigError if fewer neighbors are
+        stored than it was trained with.
         """
         facts = self.model.facts
         wanted = {"tokenizer": inputs.tokenizer.fingerprint, "chunk_size": inputs.chunks.facts["chunk_size"]}
@@ -70,7 +70,7 @@ class Comparison:
             losses, is_label = self._losses(inputs.chunks, inputs, spans)
             row_losses, num_labels, lossy = losses.sum(axis=1), int(is_label.sum()), 0
         else:
-            row_losses, num_labels, lossy = self._score_cut_anew(inputs, spans)
+            row_losses, num_labels, lossy = self._score_rechunked(inputs, spans)
         return Compared(
             row_losses=row_losses,
             num_labels=num_labels,
@@ -82,7 +82,7 @@ class Comparison:
         )
 
     def _losses(self, chunks: Artifact, inputs: Inputs | None, spans: Sequence[Span]) -> tuple[Float64Array, BoolArray]:
-        """Nats (rows, M) of the labels in `spans`, and which of them are labels."""
+        """Return the nats (rows, M) of the labels in `spans`, and a mask of which positions are labels."""
         model = RETRO.from_pretrained(self.model.folder, device=self.device)
         database = None if inputs is None else inputs.database
         scorer = Scorer(chunks, database, spans, self.model.facts["seq_len"], **self.options)
@@ -95,23 +95,23 @@ class Comparison:
                     f"raise neighbors.stored"
                 )
             neighbors = inputs.neighbors["ids"][scorer.rows][:, :knn]
-        with Progress("evaluate.compare", scorer.num_sequences, unit="sequence") as shown:
-            losses = scorer.losses(model, neighbors, shown)
+        with Progress("evaluate.compare", scorer.num_sequences, unit="sequence") as progress:
+            losses = scorer.losses(model, neighbors, progress)
         return losses.astype(np.float64), scorer.is_label
 
-    def _score_cut_anew(self, inputs: Inputs, spans: Sequence[Span]) -> tuple[Float64Array, int, int]:
+    def _score_rechunked(self, inputs: Inputs, spans: Sequence[Span]) -> tuple[Float64Array, int, int]:
         folder, facts = self.model.folder / "tokenizer", self.model.facts
         splits = SPLITS if facts["retrieval"] else ("test",)
-        cut = cut_anew(inputs, self.data, folder, facts["chunk_size"], splits, self.work)
-        anew = searched_anew(cut, folder, self.searching, self.work) if facts["retrieval"] else None
-        chunks = Artifact.open(cut / "test", "chunks")
-        laid = _Laid(inputs, chunks, Tokenizer.open(folder), spans)
-        losses, is_label = self._losses(chunks, anew, laid.spans)
-        return *laid.lay(losses, is_label), chunks.facts["lossy_documents"]
+        chunks_folder = rechunk_documents(inputs, self.data, folder, facts["chunk_size"], splits, self.work)
+        found = search_rechunked(chunks_folder, folder, self.searching, self.work) if facts["retrieval"] else None
+        chunks = Artifact.open(chunks_folder / "test", "chunks")
+        mapper = _LossMapper(inputs, chunks, Tokenizer.open(folder), spans)
+        losses, is_label = self._losses(chunks, found, mapper.spans)
+        return *mapper.sum_over_rows(losses, is_label), chunks.facts["lossy_documents"]
 
 
-class _Laid:
-    """The same documents in two cuts: which rows of the other one the spans need, and how losses are laid on ours."""
+class _LossMapper:
+    """Maps losses from another chunking of the same documents to the chunk rows of this evaluation."""
 
     def __init__(self, inputs: Inputs, chunks: Artifact, tokenizer: Tokenizer, spans: Sequence[Span]) -> None:
         self.tokenizer = tokenizer
@@ -119,7 +119,7 @@ class _Laid:
         here = document_texts(inputs.chunks, inputs.tokenizer)
         texts = {item.number: item.text for item in here if item.number in numbers}
         documents = chunks["documents"][:]
-        self.pieces: list[tuple[Span, Float64Array, bool, str]] = []  # rows, bytes before each of our rows, whole, text
+        self.pieces: list[tuple[Span, Float64Array, bool, str]] = []  # their rows, byte offsets of ours, whole, text
         for number, span in numbers.items():
             bounds = np.concatenate([[0], np.cumsum(inputs.chunks["bytes"][span.first : span.stop], dtype=np.int64)])
             first, stop = np.searchsorted(documents, [number, number + 1])
@@ -130,12 +130,15 @@ class _Laid:
 
     @property
     def spans(self) -> list[Span]:
-        """Rows of the other cut that hold the text of our spans, in order."""
+        """The rows of the other chunking that cover our spans, in order."""
         return [span for span, *_ in self.pieces]
 
-    def lay(self, losses: Float64Array, is_label: BoolArray) -> tuple[Float64Array, int]:
-        """The losses (rows of the other cut, M) summed over our rows, and the number of labels that lie in them."""
-        laid, num_labels, start = [], 0, 0
+    def sum_over_rows(self, losses: Float64Array, is_label: BoolArray) -> tuple[Float64Array, int]:
+        """Sum losses (rows of the other chunking, M) over our rows.
+
+        Returns the sums (our rows,) and the number of labels that lie in our rows.
+        """
+        per_document, num_labels, start = [], 0, 0
         for span, bounds, whole, text in self.pieces:
             rows = slice(start, start + span.stop - span.first)
             start = rows.stop
@@ -143,19 +146,19 @@ class _Laid:
             encoded = self.tokenizer.encode_batch([text])
             counts = np.arange(1, min(len(found), len(encoded.ids)) + 1)
             ends = encoded.bytes_covered(np.zeros(len(counts), dtype=np.int64), counts)
-            if len(found) > len(ends):  # the end of the document: a label without a byte
+            if len(found) > len(ends):  # the last label is the end of the document, which spells no byte
                 ends = np.append(ends, ends[-1])
             inside = ends <= bounds[-1] if not whole else np.ones(len(ends), dtype=np.bool_)
             num_labels += int(inside.sum())
-            laid.append(lay_on_rows(found, ends.astype(np.float64), bounds, whole))
-        return np.concatenate(laid), num_labels
+            per_document.append(spread_over_rows(found, ends.astype(np.float64), bounds, whole))
+        return np.concatenate(per_document), num_labels
 
 
-def lay_on_rows(losses: Float64Array, ends: Float64Array, bounds: Float64Array, whole: bool) -> Float64Array:
-    """The losses of tokens that end at the bytes `ends` as sums over rows between the bytes `bounds`.
+def spread_over_rows(losses: Float64Array, ends: Float64Array, bounds: Float64Array, whole: bool) -> Float64Array:
+    """Sum the losses of tokens that end at the byte offsets `ends` over rows between the offsets `bounds`.
 
-    A token that lies in two rows counts in both, by its bytes there; one without a byte counts in the
-    row that holds the next byte, or, at the end of a document (`whole`), in the last row.
+    The loss of a token that spans two rows is split in proportion to its bytes in each. A token without bytes counts
+    in the row that holds the next byte or, at the end of a document (`whole`), in the last row.
     """
     sizes = np.diff(ends, prepend=0)
     spelled = sizes > 0

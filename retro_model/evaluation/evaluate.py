@@ -1,16 +1,22 @@
-"""What retrieval gave, on documents that no training saw (sections 2.6 and 4 of the paper).
+"""Measure what retrieval gains on held-out documents (sections 2.6 and 4 of the paper).
 
     run = EvaluationRun(Path("data"), Path("models/baseline"), Path("models/retro"), config, ...)
     result = evaluate_models(run)
     result.metrics["gain_on_vs_off"]          # bits per byte that retrieval saves
 
-Columns over the same documents: `baseline`, the decoder trained without retrieval; `mixed`, that decoder
-mixed with the bigram rule over the nearest neighbors (copying.py), which RETRO should beat; `off`, RETRO
-with nothing retrieved; `on`, RETRO with its nearest neighbors; `random`, RETRO with neighbors drawn from
-the database, which must not help. With another database, `mixed`, `on` and `random` are of that one, and
-`on_train` has the neighbors from the train chunks beside them; `compared` is another trained model. Bits
-are those of every label, the end of the document included; bytes are those of the original text, so that
-models with other tokenizers compare.
+All columns score the same documents:
+
+- `baseline`: the decoder trained without retrieval
+- `mixed`: that decoder mixed with the bigram rule over the nearest neighbors (copying.py); RETRO should beat it
+- `off`: RETRO without neighbors
+- `on`: RETRO with its nearest neighbors
+- `random`: RETRO with neighbors drawn at random from the database, which must not help
+- `on_train`: RETRO with neighbors from the train chunks; exists only with another database (`evaluate.database`),
+  which `mixed`, `on` and `random` then use
+- `compared`: another trained model (`evaluate.compare`)
+
+Bits include those of every label, also the end of a document. Bytes are those of the original text, so that models
+with different tokenizers are comparable.
 """
 
 import csv
@@ -32,20 +38,20 @@ from retro_model.core.config import Config, optional_path, setting
 from retro_model.core.devices import resolve_number_type
 from retro_model.core.errors import ConfigError, DocumentError
 from retro_model.corpus.chunks import document_names
-from retro_model.evaluation.by_overlap import Shared, find_shared, read_run_metrics
+from retro_model.evaluation.by_overlap import SharedRuns, find_shared_runs, read_run_metrics
 from retro_model.evaluation.comparison import Compared, Comparison
-from retro_model.evaluation.inputs import Inputs, Searching, swapped_database
+from retro_model.evaluation.inputs import Inputs, Searching, search_other_database
 from retro_model.evaluation.passages import attention_of_rows, build_passages, choose_passages
 from retro_model.evaluation.passes import (
     VALID,
-    Mixed,
     Pass,
-    Scored,
-    columns,
+    PassScores,
+    RuleMixture,
+    column_passes,
     mix_with_rule,
     score_all,
     sweep_curves,
-    sweeps,
+    sweep_passes,
 )
 from retro_model.evaluation.report.charts import draw
 from retro_model.evaluation.report.content import Background, make_page
@@ -55,8 +61,8 @@ from retro_model.evaluation.scoring import Scorer, Span, choose_spans
 from retro_model.evaluation.statistics import (
     COLUMNS,
     DIGITS,
+    ColumnScores,
     Curve,
-    Scores,
     columns_curve,
     documents_curve,
     gains_curve,
@@ -66,17 +72,17 @@ from retro_model.evaluation.subsets import LEAKAGE_NEIGHBORS, leakage_curve, met
 from retro_model.inference.retriever import Retriever
 from retro_model.network.model import RETRO
 
-# Held-out chunks that retrieval is timed on: so many at once, and the first of them one after the other.
+# `time_retrieval` times a batch of TIMED_CHUNKS held-out chunks, and the first TIMED_ALONE of them one by one.
 TIMED_CHUNKS, TIMED_ALONE = 256, 16
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(Config, section="evaluate"):
-    """How much is evaluated, beside what, and what of it is shown.
+    """How much text to evaluate, what to compare with, and what to show.
 
-    `max_chunks` is of the test split, and of the valid split on which the control's weight is chosen.
-    `compare` is the folder of another trained model, `database` a folder or file of documents to retrieve
-    from in place of the train chunks; for both, an empty folder means none.
+    `max_chunks` limits the test split, and the valid split on which the weight of `mixed` is chosen. `compare` is
+    the folder of another trained model, `database` a folder or file of documents to retrieve from instead of the
+    train chunks. For both, an empty folder means none.
     """
 
     compare: str = setting("models/none")
@@ -91,21 +97,23 @@ class EvaluateConfig(Config, section="evaluate"):
         super().__post_init__()
         for name in ("compare", "database"):
             if not getattr(self, name):
-                raise ConfigError(f"evaluate.{name}: found an empty path, expected a folder (an empty one: none)")
+                raise ConfigError(
+                    f"evaluate.{name}: found an empty path, expected a folder (an empty folder means none)"
+                )
         if list(self.sweep_knn) != sorted(set(self.sweep_knn)):
             raise ConfigError(f"evaluate.sweep_knn: found {list(self.sweep_knn)}, expected rising numbers")
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """`metrics` and `curves` are equal for equal inputs; `timings` are not, and go to no DVC output."""
+    """Equal inputs give equal `metrics` and `curves`; `timings` vary, so they go to no DVC output."""
 
     metrics: Mapping[str, float | int]
     curves: Mapping[str, Curve]
     timings: Mapping[str, float]
 
     def lines(self) -> Iterator[str]:
-        """The result for a terminal."""
+        """Yield lines that summarize the result for a terminal."""
         for column, bpb, low, high, perplexity in self.curves["columns"].rows:
             figures = f"{bpb:.4f} bits per byte ({low:.4f} to {high:.4f}), perplexity {perplexity:.2f}"
             yield f"evaluate: {column:<9} {figures}"
@@ -123,8 +131,8 @@ class EvaluationResult:
 class EvaluationRun:
     """An evaluation: what it reads, its settings, and where it writes.
 
-    `data_folder` holds tokenizer, chunks and neighbors as the stages write them. `searching` says how another
-    database is searched; what is made for that lies in `work_folder`.
+    `data_folder` holds tokenizer, chunks and neighbors as the stages write them. `searching` has the settings for
+    searching another database; artifacts built for that go to `work_folder`.
     """
 
     data_folder: Path
@@ -145,25 +153,28 @@ class EvaluationRun:
 
 
 def evaluate_models(run: EvaluationRun) -> EvaluationResult:
-    """Evaluates both models on the test split: writes `out_metrics`, `out_plots`/evaluate_* and `out_report`.
+    """Evaluate both models on the test split; write `out_metrics`, `out_plots`/evaluate_* and `out_report`.
 
-    Equal inputs give equal files; what differs between batch sizes lies behind the digits that are written.
+    Equal inputs give equal files. The batch size changes only digits beyond those written.
 
-    Raises an ArtifactError where the inputs do not belong together, ConfigError for a `knn` or a sweep
-    that is not stored, DocumentError where there is nothing to score or to retrieve from, TrainingError
-    where a loss is not finite.
+    Raises an ArtifactError if the inputs do not belong together, ConfigError if `knn` or a sweep needs more
+    neighbors than are stored, DocumentError if there is nothing to score or to retrieve from, TrainingError if a
+    loss is not finite.
     """
     started = time.perf_counter()
-    opened = _Opened.open(run)
+    opened = _OpenInputs.open(run)
     inputs, train, scorer, knn, seed = opened.inputs, opened.train, opened.scorer, run.knn, run.seed
-    passes = [*columns(inputs, train, scorer, opened.on_train, knn, seed)]
-    passes += [*sweeps(inputs, scorer, run.config.sweep_knn, knn), Pass(VALID, "baseline", opened.valid_scorer, None)]
+    passes = [*column_passes(inputs, train, scorer, opened.on_train, knn, seed)]
+    passes += [
+        *sweep_passes(inputs, scorer, run.config.sweep_knn, knn),
+        Pass(VALID, "baseline", opened.valid_scorer, None),
+    ]
     scored = score_all(opened.models, passes)
     mixed = mix_with_rule(scored, inputs, scorer, opened.valid, opened.valid_scorer, knn, seed)
-    shared = find_shared(inputs, train, opened.train_rows, scorer, knn, seed)
+    shared = find_shared_runs(inputs, train, opened.train_rows, scorer, knn, seed)
     background = opened.background()
-    metrics, curves = _figures(opened, scored, mixed, shared)
-    passages = _passages(opened, scored)
+    metrics, curves = _compute_results(opened, scored, mixed, shared)
+    passages = _make_passages(opened, scored)
     page = make_page(metrics, curves, passages, background)
     write_json(run.out_metrics, metrics)
     for name, curve in curves.items():
@@ -176,25 +187,25 @@ def evaluate_models(run: EvaluationRun) -> EvaluationResult:
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """All that an evaluation reads, opened and checked."""
+class _OpenInputs:
+    """All inputs of an evaluation, opened and checked."""
 
     run: EvaluationRun
     models: Mapping[str, RETRO]
     train: Inputs  # test chunks with neighbors from the train chunks
     valid: Inputs
     train_rows: Inputs
-    inputs: Inputs  # test chunks with neighbors from the database: of the train chunks, or another one
-    documents: Path | None  # the other database
-    counts: Counter[str]  # what was kept of it
+    inputs: Inputs  # test chunks with neighbors from the database: the train chunks or another one
+    documents: Path | None  # of the other database
+    counts: Counter[str]  # its documents, kept and dropped
     scorer: Scorer
     valid_scorer: Scorer
-    on_train: Scorer | None  # beside another database, the neighbors from the train chunks
+    on_train: Scorer | None  # with neighbors from the train chunks, if there is another database
     compared: Compared | None
 
     @classmethod
-    def open(cls, run: EvaluationRun) -> "_Opened":
-        """Opens the inputs; another database is searched here, and another model scored."""
+    def open(cls, run: EvaluationRun) -> "_OpenInputs":
+        """Open the inputs; search the other database and score the other model, if there are any."""
         config, seed = run.config, run.seed
         compared_folder = optional_path("evaluate.compare", config.compare)
         documents = optional_path("evaluate.database", config.database)
@@ -205,13 +216,13 @@ class _Opened:
         number_type = resolve_number_type(config.number_type, torch.device(run.device))
         options: dict[str, Any] = {"device": run.device, "batch_size": run.batch_size, "number_type": number_type}
         comparison = None
-        if compared_folder is not None:  # opened first, so that what is wrong with it is said before hours of work
+        if compared_folder is not None:  # opened first, so that a broken model fails before hours of work
             work = run.work_folder / "compare"
             comparison = Comparison(compared_folder, run.data_folder, run.searching, work, **options)
         inputs, counts = train, Counter[str]()
         if documents is not None:
             work = run.work_folder / "database"
-            inputs, counts = swapped_database(documents, run.data_folder, run.searching, work)
+            inputs, counts = search_other_database(documents, run.data_folder, run.searching, work)
         spans = spans_with_text(inputs.chunks, config.max_chunks, seed)
         valid_spans = spans_with_text(valid.chunks, config.max_chunks, seed)
         return cls(
@@ -231,12 +242,12 @@ class _Opened:
 
     @property
     def nearest(self) -> IntArray:
-        """The neighbors that RETRO reads with each scored row: (rows, knn)."""
+        """The neighbors that RETRO reads for each scored row: (rows, knn)."""
         nearest: IntArray = self.inputs.neighbors["ids"][self.scorer.rows][:, : self.run.knn]
         return nearest
 
     def background(self) -> Background:
-        """What the report says about the inputs."""
+        """Facts about the inputs, for the report."""
         return Background(
             chunks=self.inputs.chunks,
             database_chunks=self.inputs.database.rows,
@@ -246,17 +257,17 @@ class _Opened:
             documents=None if self.documents is None else self.documents.name,
             counts=self.counts,
             compared=self.compared,
-            **_start_of(self.run.retro_folder, self.run.baseline_folder, self.train),
+            **_start_facts(self.run.retro_folder, self.run.baseline_folder, self.train),
         )
 
 
-def _figures(
-    opened: _Opened, scored: Scored, mixed: Mixed, shared: Shared
+def _compute_results(
+    opened: _OpenInputs, scored: PassScores, mixed: RuleMixture, shared: SharedRuns
 ) -> tuple[dict[str, float | int], dict[str, Curve]]:
-    """The flat figures and the curves."""
+    """Compute the flat metrics and the curves."""
     run, inputs, scorer = opened.run, opened.inputs, opened.scorer
     saved = (scored.losses["off"].astype(np.float64) - scored.losses["on"]) / math.log(2)
-    scores = Scores(scorer.documents, scorer.bytes, scorer.is_label, saved)
+    scores = ColumnScores(scorer.documents, scorer.bytes, scorer.is_label, saved)
     num_labels = int(scorer.is_label.sum())
     for column in COLUMNS:
         if column in scored.row_losses:
@@ -283,8 +294,8 @@ def _figures(
     return metrics, curves
 
 
-def _rule_metrics(mixed: Mixed, metrics: Mapping[str, float | int]) -> dict[str, float | int]:
-    """What the bigram rule gets right, and what RETRO gains of what the rule does, where that is anything."""
+def _rule_metrics(mixed: RuleMixture, metrics: Mapping[str, float | int]) -> dict[str, float | int]:
+    """How often the bigram rule is right, and RETRO's gain as a share of the rule's, if the rule gains anything."""
     found: dict[str, float | int] = {
         "mixed_weight": mixed.weight,
         "rule_hits_own": round(mixed.hits_own, DIGITS),
@@ -299,8 +310,8 @@ def _rule_metrics(mixed: Mixed, metrics: Mapping[str, float | int]) -> dict[str,
 # ---- inputs ----------------------------------------------------------------------------------------
 
 
-def _start_of(retro_folder: Path, baseline_folder: Path, train: Inputs) -> dict[str, bool]:
-    """Whether RETRO started from a trained model, from this very baseline, and from one that saw other chunks."""
+def _start_facts(retro_folder: Path, baseline_folder: Path, train: Inputs) -> dict[str, bool]:
+    """Whether RETRO started from a trained model, from this baseline, and from one trained on other chunks."""
     retro, baseline = (Artifact.open(folder, "model", verify=False) for folder in (retro_folder, baseline_folder))
     before = retro.facts.get("init_from_chunks", [])
     return {
@@ -311,7 +322,7 @@ def _start_of(retro_folder: Path, baseline_folder: Path, train: Inputs) -> dict[
 
 
 def _open_models(folders: Mapping[str, Path], inputs: Inputs, device: str) -> dict[str, RETRO]:
-    """Both models, after a check that they were trained on these chunks and neighbors."""
+    """Open both models after checking that they were trained on these chunks and neighbors."""
     trained_on = {
         "tokenizer": inputs.tokenizer.fingerprint,
         "chunks": inputs.database.fingerprint,
@@ -325,7 +336,10 @@ def _open_models(folders: Mapping[str, Path], inputs: Inputs, device: str) -> di
 
 
 def spans_with_text(chunks: Artifact, max_chunks: int | None, seed: int) -> list[Span]:
-    """The documents to score; without a byte there are no bits per byte."""
+    """Choose the documents to score, without those that have no bytes: bits per byte would be undefined.
+
+    Raises DocumentError if no document is left.
+    """
     chosen = choose_spans(chunks["documents"][:], max_chunks, seed)
     spans = [span for span in chosen if chunks["bytes"][span.first : span.stop].any()]
     if not spans:
@@ -346,8 +360,8 @@ def _check_knn(neighbors: Artifact, knn: int, config: EvaluateConfig) -> None:
 # ---- passages ----------------------------------------------------------------------------------------
 
 
-def _passages(opened: _Opened, scored: Scored) -> tuple[Passage, ...]:
-    """Passages of the report: where retrieval gave most, where it cost most, and some at random."""
+def _make_passages(opened: _OpenInputs, scored: PassScores) -> tuple[Passage, ...]:
+    """Passages for the report: where retrieval gained most, where it gained least, and some at random."""
     run, inputs, scorer, nearest = opened.run, opened.inputs, opened.scorer, opened.nearest
     saved = scored.row_losses["off"] - scored.row_losses["on"]
     chosen = choose_passages(scorer, saved, nearest, run.config.passages, run.seed)
@@ -366,31 +380,31 @@ def _passages(opened: _Opened, scored: Scored) -> tuple[Passage, ...]:
 
 
 def to_csv(curve: Curve) -> str:
-    """The curve as CSV, a head line first."""
+    """Format the curve as CSV, header first."""
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows([curve.head, *curve.rows])
     return stream.getvalue()
 
 
-# ---- what retrieval costs --------------------------------------------------------------------------
+# ---- the cost of retrieval ---------------------------------------------------------------------------
 
 
 def time_retrieval(data_folder: Path, searching: Searching, knn: int) -> dict[str, float]:
-    """Milliseconds that a chunk takes to be embedded and searched, one alone and many at once.
+    """Return the milliseconds per chunk for embedding and searching, one chunk at a time and in a batch.
 
-    Raises SourceError where the encoder cannot be loaded here.
+    Raises SourceError if the encoder cannot be loaded.
     """
     retriever = Retriever.open(data_folder, encoder=searching.embed.encoder, device=searching.device)
     chunks = Artifact.open(data_folder / "chunks" / "test", "chunks", verify=False)
     tokens = chunks["tokens"][:TIMED_CHUNKS][:, :-1]
-    retriever.retrieve(tokens[:1], knn)  # the first call loads what later ones do not
+    retriever.retrieve(tokens[:1], knn)  # warm-up: the first call also loads what later calls reuse
     started = time.perf_counter()
     for row in tokens[:TIMED_ALONE]:
         retriever.retrieve(row[None], knn)
     alone, started = time.perf_counter() - started, time.perf_counter()
     retriever.retrieve(tokens, knn)
-    together = time.perf_counter() - started
+    batched = time.perf_counter() - started
     return {
         "retrieval_ms_per_chunk_alone": 1000 * alone / len(tokens[:TIMED_ALONE]),
-        "retrieval_ms_per_chunk_batched": 1000 * together / len(tokens),
+        "retrieval_ms_per_chunk_batched": 1000 * batched / len(tokens),
     }

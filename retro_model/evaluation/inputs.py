@@ -1,11 +1,11 @@
-"""What an evaluation reads: held-out chunks, a database, and what was found in it for each of them.
+"""Open or build what an evaluation reads: held-out chunks, a database, and the neighbors found in it.
 
-The pipeline has made these for its own models. Two wishes need more, and no training:
+The pipeline has built these for its own models. Two options need extra data but no training:
 
-- another database (`evaluate.database`): its documents are chunked, embedded, indexed and searched with
-  the held-out chunks. Documents that are, or nearly are, held-out ones are dropped before.
-- a model with another tokenizer or chunk length (`evaluate.compare`) cannot read these chunks. The text
-  of the documents is put together from their tokens, which must spell it exactly, and cut anew.
+- `evaluate.database`, another database: its documents are chunked, embedded, indexed and searched for the held-out
+  chunks. Documents that equal or nearly equal held-out ones are dropped first.
+- `evaluate.compare` with a model that has another tokenizer or chunk length and cannot read these chunks: the
+  documents are decoded from their tokens, which must spell the text exactly, and chunked again.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ HELD_OUT = ("valid", "test")
 
 @dataclass(frozen=True)
 class Searching:
-    """How text becomes neighbors: the settings that the pipeline's stages have, and where they compute."""
+    """Settings of the stages that turn text into neighbors, and where they run."""
 
     corpus: CorpusConfig
     embed: EmbedConfig
@@ -49,7 +49,7 @@ class Searching:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Held-out chunks, what may be retrieved for them, and the neighbors that were found."""
+    """Held-out chunks, the database to retrieve from, and the neighbors found in it."""
 
     chunks: Artifact
     database: Artifact
@@ -58,9 +58,9 @@ class Inputs:
 
     @classmethod
     def open(cls, data: Path, chunks: Path | None = None, neighbors: Path | None = None) -> "Inputs":
-        """Opens the artifacts below `data` and checks that each was made from the others.
+        """Open the artifacts below `data` and check that each was made from the others.
 
-        Chunks and neighbors may lie elsewhere. Raises an ArtifactError.
+        `chunks` and `neighbors` override the folders of those artifacts. Raises an ArtifactError.
         """
         chunks, neighbors = chunks or data / "chunks", neighbors or data / "neighbors"
         tokenizer = Tokenizer.open(data / "tokenizer")
@@ -72,7 +72,7 @@ class Inputs:
         return cls(test, train, found.require(chunks=test.fingerprint, database=train.fingerprint), tokenizer)
 
     def of_split(self, data: Path, split: str) -> "Inputs":
-        """Another split of `data` beside the same database, which is its train split, searched in the same way.
+        """The inputs for another split of `data`, with the same database (its train split) and the same index.
 
         Raises an ArtifactError.
         """
@@ -87,53 +87,55 @@ class Inputs:
 # ---- another database ------------------------------------------------------------------------------
 
 
-def swapped_database(documents: Path, data: Path, searching: Searching, work: Path) -> tuple[Inputs, Counter[str]]:
-    """The held-out chunks with neighbors from `documents`, and how many of those were kept or dropped.
+def search_other_database(documents: Path, data: Path, searching: Searching, work: Path) -> tuple[Inputs, Counter[str]]:
+    """Find neighbors for the held-out chunks in `documents`; count the documents kept and dropped.
 
-    A document that is a held-out one, or nearly (`corpus.near_duplicates`), is dropped: it would be found
-    for its own text. The same index type is chosen as for a corpus of that size (`index.key` auto). What
-    was embedded before a kill is found again in `work`.
+    Drops documents that equal or nearly equal a held-out one (`corpus.near_duplicates`): queries would find their
+    own text. The index type is chosen for this number of chunks (`index.key` auto). Embeddings finished before an
+    interruption are reused from `work`.
 
-    Raises DocumentError where no document is left.
+    Raises DocumentError if no document is left.
     """
     tokenizer = Tokenizer.open(data / "tokenizer")
     held_out = {split: Artifact.open(data / "chunks" / split, "chunks") for split in HELD_OUT}
     counts: Counter[str] = Counter()
-    folder = _fresh(work / "chunks")
-    texts = _usable(documents, searching.corpus, list(held_out.values()), tokenizer, counts)
-    # Numbers above all of the pipeline's: equal ones would pass for a query's own document.
+    folder = _make_empty_folder(work / "chunks")
+    texts = _usable_documents(documents, searching.corpus, list(held_out.values()), tokenizer, counts)
+    # Number them above all documents of the pipeline: an equal number would pass for the query's own document.
     first = 1 + max(int(Artifact.open(data / "chunks" / split, "chunks")["documents"][:].max()) for split in SPLITS)
     numbered = (item._replace(number=first + place) for place, item in enumerate(texts))
     try:
         write_chunks(folder / "train", "train", numbered, tokenizer, held_out["test"].facts["chunk_size"])
     except DocumentError as error:
-        raise DocumentError(f"evaluate.database: {documents}: nothing to retrieve from: {_told(counts)}") from error
+        raise DocumentError(
+            f"evaluate.database: {documents}: nothing to retrieve from: {_describe_counts(counts)}"
+        ) from error
     for split in HELD_OUT:
         os.symlink((data / "chunks" / split).resolve(), folder / split)
     _search(folder, data / "tokenizer", searching, work)
-    print(f"evaluate: database {documents}: {_told(counts)}", flush=True)
+    print(f"evaluate: database {documents}: {_describe_counts(counts)}", flush=True)
     return Inputs.open(data, folder, work / "neighbors"), counts
 
 
-def _usable(
+def _usable_documents(
     documents: Path, corpus: CorpusConfig, held_out: list[Artifact], tokenizer: Tokenizer, counts: Counter[str]
 ) -> Iterator[SourceText]:
-    """The documents that may be retrieved from; the others are counted by the reason.
+    """Yield the documents that may be retrieved from; count the others by reason.
 
-    Texts are compared as the tokenizer spells them, which for most tokenizers is exactly.
+    Texts are compared as the tokenizer spells them, which for most tokenizers is exact.
     """
     near = NearDuplicates(corpus.near_duplicates) if corpus.near_duplicates else None
-    held, seen = set[bytes](), set[bytes]()
+    held_out_digests, kept_digests = set[bytes](), set[bytes]()
     for item in (item for chunks in held_out for item in document_texts(chunks, tokenizer)):
-        held.add(_digest(item.text))
+        held_out_digests.add(_digest(item.text))
         if near is not None:
             near.add(item.text)
     files, _ = find_files(documents)
-    with Progress("database", None, "document") as shown:
+    with Progress("database", None, "document") as progress:
         for file in files:
             source = file.relative_to(documents).as_posix() if documents.is_dir() else file.name
             for entry in read_entries(file, source, corpus.text_field, corpus.documents_separator):
-                shown.update(entry.times)
+                progress.update(entry.times)
                 counts["read"] += entry.times
                 if entry.flaw:
                     if corpus.bad_documents == "refuse":
@@ -142,12 +144,12 @@ def _usable(
                     continue
                 text = tokenizer.decode(tokenizer.encode(entry.text).tolist())
                 digest = _digest(text)
-                if digest in held or (near is not None and near.repeated_by(text)):
+                if digest in held_out_digests or (near is not None and near.repeated_by(text)):
                     counts["held_out"] += 1
-                elif digest in seen:
+                elif digest in kept_digests:
                     counts["copies"] += 1
                 else:
-                    seen.add(digest)
+                    kept_digests.add(digest)
                     counts["kept"] += 1
                     yield SourceText(0, entry.source, entry.record, entry.text)
 
@@ -156,7 +158,7 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _told(counts: Counter[str]) -> str:
+def _describe_counts(counts: Counter[str]) -> str:
     return (
         f"{counts['read']:,} documents read, {counts['kept']:,} kept; dropped: {counts['held_out']:,} that are "
         f"or nearly are held-out ones, {counts['copies']:,} copies, {counts['flawed']:,} unusable"
@@ -164,7 +166,7 @@ def _told(counts: Counter[str]) -> str:
 
 
 def _search(chunks: Path, tokenizer: Path, searching: Searching, work: Path) -> None:
-    """Embeddings, index and neighbors of the chunks' splits, below `work`."""
+    """Embed, index and search the splits in `chunks`, writing below `work`."""
     device, engine = searching.device, searching.engine
     make_embeddings(
         chunks,
@@ -177,7 +179,7 @@ def _search(chunks: Path, tokenizer: Path, searching: Searching, work: Path) -> 
         work_folder=work / "parts" / "embeddings",
     )
     embeddings, index = work / "embeddings", work / "index"
-    # The key that was chosen for another number of chunks may not fit these.
+    # A key chosen for another number of chunks may not fit these.
     config = replace(searching.index, key="auto")
     parts = work / "parts" / "index"
     make_index(embeddings, config, index, device=device, engine=engine, work_folder=parts)
@@ -186,7 +188,7 @@ def _search(chunks: Path, tokenizer: Path, searching: Searching, work: Path) -> 
     make_neighbors(embeddings, index, chunks, config_of_neighbors, out, device=device, engine=engine, work_folder=parts)
 
 
-def _fresh(folder: Path) -> Path:
+def _make_empty_folder(folder: Path) -> Path:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
@@ -196,31 +198,31 @@ def _fresh(folder: Path) -> Path:
 # ---- another tokenizer -----------------------------------------------------------------------------
 
 
-def cut_anew(
+def rechunk_documents(
     inputs: Inputs, data: Path, tokenizer_folder: Path, chunk_size: int, splits: Iterable[str], work: Path
 ) -> Path:
-    """The same documents in chunks of another tokenizer or length: a folder with the given splits.
+    """Chunk the same documents with another tokenizer or chunk length; return the folder of the given splits.
 
-    Raises MismatchError where the tokens at hand do not spell the documents exactly.
+    Raises MismatchError if the current tokens do not spell the documents exactly.
     """
     tokenizer = Tokenizer.open(tokenizer_folder)
-    folder = _fresh(work / "chunks")
+    folder = _make_empty_folder(work / "chunks")
     here = {"train": inputs.database, "test": inputs.chunks}
     for split in splits:
         chunks = here.get(split) or Artifact.open(data / "chunks" / split, "chunks")
         if lossy := chunks.facts["lossy_documents"]:
             raise MismatchError(
-                "evaluate.compare: that model has another tokenizer or chunk length, and cutting the documents anew "
-                f"takes their exact text, which the tokenizer {inputs.tokenizer.name} does not spell for {lossy:,} of "
-                f"{chunks.facts['documents']:,} documents of {split}; expected a model of this tokenizer "
+                "evaluate.compare: that model has another tokenizer or chunk length, so the documents must be chunked "
+                f"again from their exact text, which the tokenizer {inputs.tokenizer.name} does not spell for "
+                f"{lossy:,} of {chunks.facts['documents']:,} documents of {split}; expected a model of this tokenizer "
                 f"and of chunks of {inputs.chunks.facts['chunk_size']} tokens"
             )
         write_chunks(folder / split, split, document_texts(chunks, inputs.tokenizer), tokenizer, chunk_size)
     return folder
 
 
-def searched_anew(chunks: Path, tokenizer_folder: Path, searching: Searching, work: Path) -> Inputs:
-    """Those chunks with neighbors from their train split."""
+def search_rechunked(chunks: Path, tokenizer_folder: Path, searching: Searching, work: Path) -> Inputs:
+    """Find neighbors for those chunks in their train split."""
     _search(chunks, tokenizer_folder, searching, work)
     test, train = (Artifact.open(chunks / split, "chunks") for split in ("test", "train"))
     found = Artifact.open(work / "neighbors" / "test", "neighbors")

@@ -1,8 +1,8 @@
-"""Passages of held-out text for a person to look at: what was retrieved, and what it did to each token.
+"""Passages of held-out text for the report: what was retrieved, and how it changed each token's loss.
 
-A passage is the labels of one chunk. What may have changed their loss are the neighbors of the chunk
-before, so these are shown beside it, with the longest run of tokens that they share with the passage, and
-which of their tokens the model looked at when it predicted those that became much cheaper.
+A passage is the labels of one chunk. Retrieval changes their loss through the neighbors of the chunk before. The
+report shows these neighbors, the longest run of tokens that they share with the passage, and the neighbor tokens
+that the model attended to most when it predicted labels that became much cheaper.
 """
 
 import math
@@ -24,20 +24,20 @@ from retro_model.network.attention_maps import neighbor_attention_maps
 from retro_model.network.model import RETRO
 
 NEIGHBORS_SHOWN = 4
-SHORTEST_RUN_SHOWN = 2  # one common token says nothing
+SHORTEST_RUN_SHOWN = 2  # a single common token means nothing
 BEGIN_OF_DOCUMENT, END_OF_DOCUMENT = "\u27e8begin of document\u27e9", "\u27e8end of document\u27e9"
-ATTENTION_DIGITS, BITS_DIGITS = 4, 4  # to which both are rounded before they are compared
+ATTENTION_DIGITS, BITS_DIGITS = 4, 4  # both are rounded to these before they are compared
 GAINED_MOST, GAINED_LEAST, AT_RANDOM = "gained most", "gained least", "at random"
 
 
 def choose_passages(
     scorer: Scorer, saved: FloatArray, neighbors: IntArray, num: int, seed: int
 ) -> list[tuple[str, int]]:
-    """Labels and places in `scorer.rows`: a third that gained most, a third least, the rest at random.
+    """Choose a third that gained most, a third that gained least, the rest at random: (label, place in `scorer.rows`).
 
-    Only full chunks whose predecessor is scored and has a neighbor; no two of one document while
-    there are others. `saved` (rows,) is what retrieval lowered each row's loss by; equal ones come in
-    their order.
+    Candidates are full chunks whose preceding chunk is scored and has a neighbor. No document is used twice while
+    there are others. `saved` (rows,) is how much retrieval lowered each row's loss. Ties are in row order, and
+    in reverse among those that gained least.
     """
     follows = (np.diff(scorer.rows) == 1) & (np.diff(scorer.documents) == 0) & (neighbors[:-1, 0] != NO_ROW)
     (candidates,) = np.nonzero(np.append(False, follows) & scorer.is_label.all(axis=1))
@@ -57,7 +57,7 @@ def choose_passages(
 
 
 def _other_documents_first(places: Sequence[int], documents: IntArray, seen: set[int]) -> list[int]:
-    """The same places; those of a document that was already seen go to the end, in their order."""
+    """Move places whose document was already seen to the end; otherwise keep the order."""
     first: list[int] = []
     later: list[int] = []
     for place in places:
@@ -76,9 +76,9 @@ def build_passages(
     attention: FloatArray,
     tokenizer: Tokenizer,
 ) -> Iterator[Passage]:
-    """The chosen passages with their texts; losses are in nats (rows, M), neighbors (rows, K).
+    """Yield the chosen passages with their texts. Losses are nats (rows, M), neighbors (rows, K).
 
-    `attention` (chosen, M, K, R) is what `attention_of_rows` gives for the chosen rows.
+    `attention` (chosen, M, K, R) is the result of `attention_of_rows` for the chosen rows.
     """
     chunks, database = scorer.sequences.chunks, scorer.database
     assert database is not None
@@ -115,7 +115,7 @@ def build_passages(
 def _neighbor(
     name: str, distance: float, retrieved: IntArray, scorer: Scorer, place: int, tokenizer: Tokenizer
 ) -> tuple[Neighbor, slice]:
-    """A retrieved neighbor, and which tokens of the passage it shares."""
+    """Return a retrieved neighbor, and the slice of the passage's tokens that it shares."""
     assert scorer.database is not None
     facts = scorer.database.facts
     pad_id, begin_id = facts["pad_id"], facts["begin_id"]
@@ -131,26 +131,26 @@ def _neighbor(
     return neighbor, slice(run.query, run.query + run.length)
 
 
-# ---- what the model looked at ----------------------------------------------------------------------
+# ---- attention to neighbors --------------------------------------------------------------------------
 
 
 def attention_of_rows(model: RETRO, scorer: Scorer, neighbors: IntArray, places: Sequence[int]) -> FloatArray:
-    """How much attention the tokens of some rows give to the neighbors of the row before (places, M, K, R) float32.
+    """Return the attention of each row's tokens to the neighbors of the row before: (places, M, K, R) float32.
 
-    `places` are those of the rows in `scorer.rows`, and `neighbors` (rows, K) belong to all of them. Each row is read
-    where it is scored. The last token of a row reads the neighbors of its own row, so it gives zeros here.
+    `places` index `scorer.rows`; `neighbors` (rows, K) covers all of `scorer.rows`. Each row is read in the window
+    that scores it. The last token of a row reads the neighbors of its own row, so its attention is zero here.
     """
     database = scorer.database
     assert database is not None
     model.eval()
     sequences, chunks = np.nonzero(scorer.layout.scored)
-    order = np.argsort(scorer.layout.rows[sequences, chunks])  # each row is scored once
+    order = np.argsort(scorer.layout.rows[sequences, chunks])  # each row is scored exactly once
     sequences, chunks = sequences[order[places]], chunks[order[places]]
     num_tokens = scorer.labels.shape[1]
     found = np.zeros((len(places), num_tokens, neighbors.shape[1], 2 * num_tokens), dtype=np.float32)
     for start in range(0, len(places), scorer.batch_size):
-        some = slice(start, start + scorer.batch_size)
-        rows = scorer.layout.rows[sequences[some]]
+        block = slice(start, start + scorer.batch_size)
+        rows = scorer.layout.rows[sequences[block]]
         batch = scorer.sequences.batch(rows, neighbors="none").to(scorer.device)
         ids = np.full((*rows.shape, neighbors.shape[1]), NO_ROW, dtype=np.int64)
         ids[rows != NO_ROW] = neighbors[np.searchsorted(scorer.rows, rows[rows != NO_ROW])]
@@ -158,17 +158,17 @@ def attention_of_rows(model: RETRO, scorer: Scorer, neighbors: IntArray, places:
         bfloat16 = torch.autocast(scorer.device.type, torch.bfloat16, enabled=scorer.number_type == "bfloat16")
         with fast_float32_products(scorer.device), bfloat16:
             attention_BNKR = neighbor_attention_maps(model, batch.seq, retrieved, batch.documents).neighbors_BNKR
-        for place, (attention_NKR, chunk) in enumerate(zip(attention_BNKR, chunks[some], strict=True), start=start):
+        for place, (attention_NKR, chunk) in enumerate(zip(attention_BNKR, chunks[block], strict=True), start=start):
             inside = slice(chunk * num_tokens, (chunk + 1) * num_tokens - 1)
             found[place, :-1] = attention_NKR[inside].float().cpu().numpy()
     return found
 
 
 def find_looks(labels: IntArray, saved: FloatArray, attention: FloatArray, retrieved: IntArray) -> list[Look | None]:
-    """For each label that became cheaper by CHEAPER_BITS, the neighbor token that was looked at most; else None.
+    """For each label that became cheaper by CHEAPER_BITS or more, the neighbor token with most attention; else None.
 
-    `saved` (M,) is in bits, `attention` (M, K, R) and `retrieved` (K, R) are of the neighbors that the labels' tokens
-    read. Of equal shares the first counts. A token without attention to them looked at nothing.
+    `saved` (M,) is in bits; `attention` (M, K, R) and `retrieved` (K, R) belong to the neighbors that the labels'
+    tokens read. Of ties the first is taken. A token without attention to the neighbors gets None.
     """
     looks: list[Look | None] = []
     rounded = attention.astype(np.float64).round(ATTENTION_DIGITS)
@@ -180,18 +180,18 @@ def find_looks(labels: IntArray, saved: FloatArray, attention: FloatArray, retri
     return looks
 
 
-# ---- texts and sources -----------------------------------------------------------------------------
+# ---- texts -------------------------------------------------------------------------------------------
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text of those before it; a special token adds nothing.
+    """Return what each token adds to the text of those before it; a special token adds nothing.
 
-    A character that several tokens spell together belongs to the last of them.
+    A character spelled by several tokens belongs to the last of them.
     """
     prefixes = tokenizer.decode_batch([ids[:stop] for stop in range(1, len(ids) + 1)])
     texts, before = [], ""
     for number, prefix in enumerate(prefixes, start=1):
-        # what ends a prefix in the middle of a character is shown with the token that completes it
+        # an incomplete character at the end of a prefix belongs to the token that completes it
         text = prefix if number == len(prefixes) else prefix.rstrip("\ufffd")
         texts.append(text.removeprefix(before))
         before = text

@@ -1,7 +1,7 @@
 """The passes over the held-out text that an evaluation compares: its columns and its sweeps.
 
-A sweep takes what was stored: other numbers of neighbors, a part of each, or those of a share of the
-database. Nothing is searched again.
+Sweeps reuse the stored neighbors: other numbers of them, a part of each, or those from a share of the database.
+Nothing is searched again.
 """
 
 import time
@@ -21,18 +21,18 @@ from retro_model.evaluation.statistics import COLUMNS, DIGITS, Curve, bits_per_b
 from retro_model.network.model import RETRO
 from retro_model.training.copying import Rule, best_weight, mixed_losses, rule_of_rows
 
-# What of the database is left in the sweep over its size: documents by a hash of their numbers.
+# Shares of the database's documents in the sweep over its size, chosen by a hash of their numbers.
 DATABASE_SHARES = (0.1, 1 / 3, 1.0)
 PARTS: tuple[Part, ...] = ("neighbor", "continuation", "both")
 
-# The pass of the baseline over the valid split, on which the control's weight is chosen.
+# The baseline's pass over the valid split, on which the weight of `mixed` is chosen.
 VALID = "baseline on valid"
-# Passes whose losses are kept token by token.
+# Passes whose losses are kept per token.
 KEPT = ("baseline", "off", "on", VALID)
 
 
 class Pass(NamedTuple):
-    """One reading of all held-out rows, by the model of that name."""
+    """One pass of a model over all rows of a scorer."""
 
     name: str
     model: str
@@ -42,18 +42,21 @@ class Pass(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What came of the passes, by their names."""
+class PassScores:
+    """Losses by name of the pass."""
 
-    losses: dict[str, FloatArray]  # of KEPT alone, nats (rows, M)
-    row_losses: dict[str, Float64Array]  # of every pass, nats (rows,)
+    losses: dict[str, FloatArray]  # nats (rows, M), only for passes in KEPT
+    row_losses: dict[str, Float64Array]  # nats (rows,), for every pass
     timings: dict[str, float]
 
 
-def columns(
+def column_passes(
     inputs: Inputs, train: Inputs, scorer: Scorer, on_train: Scorer | None, knn: int, seed: int
 ) -> Iterator[Pass]:
-    """The passes that are columns; `on_train` scores with the train chunks where the database is another one."""
+    """Yield the passes that are columns.
+
+    `on_train` scores with neighbors from the train chunks, if the database is another one.
+    """
     yield Pass("baseline", "baseline", scorer, None)
     yield Pass("off", "retro", scorer, None)
     yield Pass("on", "retro", scorer, inputs.neighbors["ids"][scorer.rows][:, :knn])
@@ -62,8 +65,8 @@ def columns(
         yield Pass("on_train", "retro", on_train, train.neighbors["ids"][on_train.rows][:, :knn])
 
 
-def sweeps(inputs: Inputs, scorer: Scorer, ks: Sequence[int], knn: int) -> Iterator[Pass]:
-    """The passes of the sweeps that are no columns: over numbers of neighbors `ks`, parts and shares."""
+def sweep_passes(inputs: Inputs, scorer: Scorer, ks: Sequence[int], knn: int) -> Iterator[Pass]:
+    """Yield the other passes that sweeps need: over numbers of neighbors `ks`, parts and database shares."""
     nearest = inputs.neighbors["ids"][scorer.rows]
     for k in ks:
         if k not in (0, knn):
@@ -77,13 +80,13 @@ def sweeps(inputs: Inputs, scorer: Scorer, ks: Sequence[int], knn: int) -> Itera
             yield Pass(f"share {share}", "retro", scorer, neighbors_of_share(nearest, documents, share)[:, :knn])
 
 
-def score_all(models: Mapping[str, RETRO], passes: list[Pass]) -> Scored:
-    """The losses of every pass."""
-    scored = Scored({}, {}, {})
-    with Progress("evaluate", sum(each.scorer.num_sequences for each in passes), unit="sequence") as shown:
+def score_all(models: Mapping[str, RETRO], passes: list[Pass]) -> PassScores:
+    """Run every pass."""
+    scored = PassScores({}, {}, {})
+    with Progress("evaluate", sum(each.scorer.num_sequences for each in passes), unit="sequence") as progress:
         for each in passes:
             started = time.perf_counter()
-            losses = each.scorer.losses(models[each.model], each.neighbors, shown, each.part)
+            losses = each.scorer.losses(models[each.model], each.neighbors, progress, each.part)
             seconds = time.perf_counter() - started
             scored.row_losses[each.name] = losses.sum(axis=1, dtype=np.float64)
             if each.name in COLUMNS:
@@ -93,8 +96,8 @@ def score_all(models: Mapping[str, RETRO], passes: list[Pass]) -> Scored:
     return scored
 
 
-def sweep_curves(scored: Scored, scorer: Scorer, inputs: Inputs, ks: Sequence[int], knn: int) -> dict[str, Curve]:
-    """Bits per byte by number of neighbors, by what of them is shown, and by share of the database."""
+def sweep_curves(scored: PassScores, scorer: Scorer, inputs: Inputs, ks: Sequence[int], knn: int) -> dict[str, Curve]:
+    """Bits per byte by number of neighbors, by part of each neighbor, and by share of the database."""
 
     def bpb(name: str) -> float:
         return round(float(bits_per_byte(scored.row_losses[name].sum(), scorer.bytes.sum())), DIGITS)
@@ -115,29 +118,29 @@ def sweep_curves(scored: Scored, scorer: Scorer, inputs: Inputs, ks: Sequence[in
     }
 
 
-# ---- the control without a network that reads -------------------------------------------------------
+# ---- the control: the bigram rule instead of a network that reads neighbors --------------------------
 
 
 @dataclass(frozen=True)
-class Mixed:
-    """The plain decoder mixed with the bigram rule, and what the rule alone gets right."""
+class RuleMixture:
+    """The plain decoder mixed with the bigram rule, and how often the rule alone is right."""
 
     row_losses: Float64Array  # nats (rows,)
-    weight: float  # of the rule
-    hits_own: float  # share of the labels, with the neighbors of the column `on`
-    hits_random: float  # with those of the column `random`
+    weight: float  # of the rule in the mixture
+    hits_own: float  # share of labels that the rule gets right with the neighbors of `on`
+    hits_random: float  # the same with the neighbors of `random`
 
 
 def mix_with_rule(
-    scored: Scored, inputs: Inputs, scorer: Scorer, valid: Inputs, valid_scorer: Scorer, knn: int, seed: int
-) -> Mixed:
-    """The column `mixed`: its weight is the one with the lowest bits per byte on the valid split."""
+    scored: PassScores, inputs: Inputs, scorer: Scorer, valid: Inputs, valid_scorer: Scorer, knn: int, seed: int
+) -> RuleMixture:
+    """Compute the column `mixed`, with the weight that gives the lowest bits per byte on the valid split."""
     nearest = valid.neighbors["ids"][valid_scorer.rows][:, :knn]
-    weight = best_weight(scored.losses[VALID], _rule(valid_scorer, nearest))
-    own = _rule(scorer, inputs.neighbors["ids"][scorer.rows][:, :knn])
-    drawn = _rule(scorer, random_neighbors(len(scorer.rows), knn, inputs.database.rows, seed))
+    weight = best_weight(scored.losses[VALID], _apply_rule(valid_scorer, nearest))
+    own = _apply_rule(scorer, inputs.neighbors["ids"][scorer.rows][:, :knn])
+    drawn = _apply_rule(scorer, random_neighbors(len(scorer.rows), knn, inputs.database.rows, seed))
     num_labels = int(scorer.is_label.sum())
-    return Mixed(
+    return RuleMixture(
         mixed_losses(scored.losses["baseline"], own, weight).sum(axis=1),
         weight,
         float(own.right.sum()) / num_labels,
@@ -145,26 +148,26 @@ def mix_with_rule(
     )
 
 
-def _rule(scorer: Scorer, neighbors: IntArray) -> Rule:
-    """The bigram rule on the scorer's rows, over the neighbors (rows, K) that each row has."""
+def _apply_rule(scorer: Scorer, neighbors: IntArray) -> Rule:
+    """The bigram rule on the scorer's rows, each with its neighbors (rows, K)."""
     assert scorer.database is not None, "neighbors are rows of a database"
     return rule_of_rows(scorer.inputs, scorer.labels, scorer.follows, neighbors, scorer.database)
 
 
-# ---- which neighbors --------------------------------------------------------------------------------
+# ---- choosing neighbors -----------------------------------------------------------------------------
 
 
 def random_neighbors(num_rows: int, knn: int, database_rows: int, seed: int) -> npt.NDArray[np.int64]:
-    """The control: (num_rows, knn) rows of the database, each as likely as any other."""
+    """The control: database rows (num_rows, knn), drawn uniformly."""
     return np.random.default_rng(seed).integers(database_rows, size=(num_rows, knn))
 
 
 def neighbors_of_share(ids: IntArray, documents: IntArray, share: float) -> npt.NDArray[np.int64]:
-    """The neighbors (rows, K) that a share of the database's documents holds, nearest first, then -1.
+    """Keep the neighbors (rows, K) that lie in a share of the database's documents: nearest first, then -1.
 
-    `documents` (database rows,) are the numbers of documents; which of them a share has follows from a hash
-    of the number, so a smaller share is a part of a larger one. Nothing is searched again: of K stored, a
-    tenth of the database leaves K / 10 on average.
+    `documents` (database rows,) holds document numbers. A hash of the number decides which documents belong to a
+    share, so a smaller share is a subset of a larger one. Nothing is searched again: of K stored neighbors, a tenth
+    of the database leaves K / 10 on average.
     """
     kept = (ids != NO_ROW) & (_hash_shares(documents[np.maximum(ids, 0)]) < share)
     order = np.argsort(~kept, axis=1, kind="stable")
@@ -173,7 +176,7 @@ def neighbors_of_share(ids: IntArray, documents: IntArray, share: float) -> npt.
 
 
 def _hash_shares(numbers: IntArray) -> Float64Array:
-    """A hash of each number, from 0 to 1 (the mixing of splitmix64)."""
+    """Hash each number to a value from 0 to 1 (the mixing function of splitmix64)."""
     mixed = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)

@@ -1,10 +1,10 @@
-"""The loss of every token of held-out documents, by a sliding window of whole chunks (section 4).
+"""The loss of every token of held-out documents, from sliding windows of whole chunks (section 4).
 
-A window is up to L chunks of one document, as long as a training sequence; the next one starts half a
-sequence later. Each label is scored once, in the earliest window that holds it, where it has the most
-context: at least half a sequence of it, or all that its document has. Windows of different documents
-share a sequence, kept apart as in training, so that short documents cost no padding and every label
-has the loss that its window would give it alone.
+A window is up to L chunks of one document, as long as a training sequence; the next one starts half a sequence
+later. Each label is scored once, in the earliest window that contains it. There it has the most context: at least
+half a sequence, or everything before it in its document. Windows of different documents share a sequence and are
+kept apart as in training, so that short documents cost no padding and every label has the loss that its window would
+give it alone.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from retro_model.core.rows import NO_ROW, retrieved_tokens
 from retro_model.network.model import RETRO
 from retro_model.training.sequences import PackedSequences
 
-# What of each neighbor the network is shown: the retrieved chunk, the chunk after it, or both.
+# The part of each neighbor that the network sees: the retrieved chunk, its continuation, or both.
 Part = Literal["both", "neighbor", "continuation"]
 
 
@@ -35,7 +35,7 @@ class Span(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The chunk rows `first` to `stop` (exclusive) are read, those from `scored` on are scored."""
+    """Reads the chunk rows `first` to `stop` (exclusive) and scores those from `scored` on."""
 
     first: int
     scored: int
@@ -43,20 +43,19 @@ class Window(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Sequences of L chunks (S, L): which row each chunk is, -1 for none, and whether it is scored."""
+    """Sequences of L chunks (S, L): the row of each chunk, -1 for none, and whether it is scored."""
 
     rows: npt.NDArray[np.int64]
     scored: BoolArray
 
 
-# ---- what is scored --------------------------------------------------------------------------------
+# ---- windows and sequences -------------------------------------------------------------------------
 
 
 def choose_spans(documents: IntArray, max_chunks: int | None, seed: int) -> list[Span]:
-    """Whole documents in a random order until `max_chunks` chunks are together, sorted by row.
+    """Take whole documents in random order up to `max_chunks` chunks (None: all); return them sorted by row.
 
-    `documents` is the document of each row. The last document that is taken is cut where the chunks
-    run out. None takes all.
+    `documents` holds the document of each row. The last document taken is cut at `max_chunks`.
     """
     starts = np.flatnonzero(np.diff(documents, prepend=NO_ROW - 1))
     stops = [*starts[1:], len(documents)]
@@ -74,7 +73,7 @@ def choose_spans(documents: IntArray, max_chunks: int | None, seed: int) -> list
 
 
 def sliding_windows(span: Span, length: int) -> list[Window]:
-    """The windows of `length` chunks over one document; each starts half of that after the last."""
+    """Windows of `length` chunks over one document; each starts half a window after the previous one."""
     stride = max(1, length // 2)
     windows, first, scored = [], span.first, span.first
     while scored < span.stop:
@@ -85,13 +84,13 @@ def sliding_windows(span: Span, length: int) -> list[Window]:
 
 
 def pack(windows: Sequence[Window], length: int) -> Layout:
-    """The windows in as few sequences of `length` chunks as best fit, longest first, makes of them.
+    """Pack the windows into sequences of `length` chunks, best fit, longest first.
 
-    Only the last window of a document is shorter than a sequence, so no two of one document meet in
-    one, where the network would take them for one text.
+    Only the last window of a document is shorter than a sequence, so two windows of one document never share a
+    sequence, where the network would take them for one text.
     """
     sequences: list[list[Window]] = []
-    with_room: list[list[int]] = [[] for _ in range(length + 1)]  # sequences by how many chunks still fit
+    with_room: list[list[int]] = [[] for _ in range(length + 1)]  # sequences by the number of chunks that still fit
     for window in sorted(windows, key=lambda window: window.first - window.stop):
         size = window.stop - window.first
         room = next((room for room in range(size, length) if with_room[room]), length)
@@ -121,8 +120,8 @@ def _lay_out(sequences: Sequence[Sequence[Window]], length: int) -> Layout:
 class Scorer:
     """Scores the same rows with any model and any neighbors.
 
-    `rows` are the chunk rows that are scored, sorted; losses and neighbors come in their order. Without a
-    database nothing can be retrieved.
+    `rows` are the scored chunk rows, sorted; losses and neighbors are in this order. Without a database nothing can
+    be retrieved.
     """
 
     def __init__(
@@ -147,43 +146,42 @@ class Scorer:
         self.is_label = self.labels != chunks.facts["pad_id"]
         self.bytes = chunks["bytes"][self.rows].astype(np.int64)
         self.documents = chunks["documents"][self.rows].astype(np.int64)
-        # rows whose first tokens read the neighbors of the row before; a window of one chunk has none before
-        together = (np.diff(self.rows) == 1) & (np.diff(self.documents) == 0) & (length > 1)
-        self.follows = np.concatenate([[False], together])
+        # Rows whose first tokens read the neighbors of the row before. In windows of one chunk there is no such row.
+        consecutive = (np.diff(self.rows) == 1) & (np.diff(self.documents) == 0) & (length > 1)
+        self.follows = np.concatenate([[False], consecutive])
 
     @property
     def num_sequences(self) -> int:
-        """How many sequences one pass over the rows takes."""
+        """The number of sequences in one pass over the rows."""
         return len(self.layout.rows)
 
     @torch.no_grad()
     def losses(
-        self, model: RETRO, neighbors: IntArray | None, shown: Progress | None = None, part: Part = "both"
+        self, model: RETRO, neighbors: IntArray | None, progress: Progress | None = None, part: Part = "both"
     ) -> FloatArray:
-        """The loss in nats of each label (rows, M) float32, 0 where there is no label.
+        """Return the loss in nats of each label (rows, M) float32, 0 where there is no label.
 
-        `neighbors` (rows, K) are database rows, -1 for none; None is no retrieval. Only `part` of each is
-        shown; the other is padding. The batch size changes no more than the last bits of floating-point
-        sums.
+        `neighbors` (rows, K) are database rows, -1 for none; None means no retrieval. The network sees only `part`
+        of each neighbor; the rest is padding. The batch size changes only the last bits of floating-point sums.
 
-        Raises TrainingError where a loss is not finite.
+        Raises TrainingError if a loss is not finite.
         """
         model.eval()
         losses = np.zeros(self.labels.shape, dtype=np.float32)
         with fast_float32_products(self.device):
             for start in range(0, self.num_sequences, self.batch_size):
-                some = slice(start, start + self.batch_size)
-                rows, scored = self.layout.rows[some], self.layout.scored[some]
+                block = slice(start, start + self.batch_size)
+                rows, scored = self.layout.rows[block], self.layout.scored[block]
                 places = np.searchsorted(self.rows, rows[scored])
                 losses[places] = self._batch_losses(model, rows, neighbors, part)[scored]
-                if shown is not None:
-                    shown.update(len(rows))
+                if progress is not None:
+                    progress.update(len(rows))
         if not np.isfinite(losses).all():
             raise TrainingError("evaluate: a loss on held-out text is not finite; train again with a lower train.lr")
         return losses
 
     def _batch_losses(self, model: RETRO, rows: IntArray, neighbors: IntArray | None, part: Part) -> FloatArray:
-        """The losses (B, L, M) of the sequences made of the rows (B, L)."""
+        """The losses (B, L, M) of sequences made of the rows (B, L)."""
         batch = self.sequences.batch(rows, neighbors="none").to(self.device)
         retrieved = None
         if neighbors is not None:
@@ -196,7 +194,7 @@ class Scorer:
         return losses.float().cpu().numpy().reshape(*rows.shape, -1)
 
     def _retrieved(self, ids: IntArray, part: Part) -> npt.NDArray[np.int64]:
-        """The tokens (..., K, R) of the database rows, all but the wanted part of each padded."""
+        """The tokens (..., K, R) of the database rows, with all but the given part replaced by padding."""
         assert self.database is not None, "neighbors are rows of a database"
         tokens = retrieved_tokens(self.database, ids)
         chunk_size = tokens.shape[-1] // 2

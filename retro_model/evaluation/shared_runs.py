@@ -1,9 +1,9 @@
-"""Which chunks hold a run of tokens that stands anywhere in another split, word for word.
+"""Find chunks with a run of tokens that occurs anywhere in another split, word for word.
 
-What a chunk shares with its neighbors says what could be copied from them; this says what could be known
-by heart. Every run of the wanted length is hashed, in the chunks and throughout each document of the
-split, and hashes are compared. Two different runs have equal 64-bit hashes with a chance of about 2^-60,
-so a billion runs against a hundred thousand give one false match with a chance of about one in 10,000.
+A run shared with a neighbor could be copied from it; a run shared with the train split could be memorized. Every run
+of the given length is hashed, in the chunks and throughout each document of the split, and the hashes are compared.
+Two different runs have equal 64-bit hashes with a chance of about 2^-60, so a billion runs against a hundred
+thousand give one false match with a chance of about one in 10,000.
 """
 
 from collections.abc import Iterator
@@ -19,19 +19,19 @@ Hashes = npt.NDArray[np.uint64]
 # Chunks of the split whose runs are in memory at once.
 CHUNKS_AT_ONCE = 1 << 14
 
-FACTOR = 0x9E3779B97F4A7C15  # of the polynomial hash: odd, so that no token is lost
-FILTER_BITS = 22  # of the table that sorts out most runs before the exact search
+FACTOR = 0x9E3779B97F4A7C15  # of the polynomial hash; odd, so that no token is lost
+FILTER_BITS = 22  # index bits of the table that rules out most runs before the exact search
 
 
 def share_a_run(labels_CM: IntArray, split: Artifact, length: int) -> BoolArray:
-    """Whether each chunk holds `length` tokens in a row that stand in a row in a document of the split: (C,).
+    """Return (C,): whether each chunk has `length` tokens in a row that also occur in a document of the split.
 
-    The end of a document is a token, padding is none. Runs of the split may cross its chunks.
+    The end of a document is a token, padding is not. Runs in the split may cross chunk borders.
     """
     pad_id = split.facts["pad_id"]
     token_hashes = np.random.default_rng(0).integers(1 << 64, size=split.facts["vocab_size"], dtype=np.uint64)
     hashes_CW = run_hashes(token_hashes[labels_CM], length)
-    whole_CW = labels_CM[:, length - 1 :] != pad_id  # padding comes last
+    whole_CW = labels_CM[:, length - 1 :] != pad_id  # padding comes last: a run is whole if its last token is real
     wanted = np.unique(hashes_CW[whole_CW])
     if not len(wanted):
         return np.zeros(len(labels_CM), dtype=np.bool_)
@@ -48,10 +48,10 @@ def share_a_run(labels_CM: IntArray, split: Artifact, length: int) -> BoolArray:
 
 
 def run_hashes(token_hashes: Hashes, length: int) -> Hashes:
-    """The hash of each run of `length` tokens (..., n - length + 1), from those of the tokens (..., n).
+    """Hash each run of `length` tokens (..., n - length + 1), given the hashes of the tokens (..., n).
 
-    hash(a + b) = hash(a) * FACTOR ** len(b) + hash(b), modulo 2^64: runs of 1, 2, 4 ... tokens are put
-    together from two halves each, and those make up the length.
+    hash(a + b) = hash(a) * FACTOR ** len(b) + hash(b), modulo 2^64. Hashes of runs of 1, 2, 4 ... tokens are each
+    built from two halves, and those that add up to `length` are combined.
     """
     num = token_hashes.shape[-1] - length + 1
     hashes, block, size, covered = np.uint64(0) * token_hashes[..., :num], token_hashes, 1, 0
@@ -66,16 +66,16 @@ def run_hashes(token_hashes: Hashes, length: int) -> Hashes:
 
 
 def _runs_of(split: Artifact, token_hashes: Hashes, length: int) -> Iterator[Hashes]:
-    """The hashes of all runs within documents of the split, block by block."""
+    """Yield the hashes of all runs within documents of the split, block by block."""
     tokens = np.empty(0, dtype=np.int64)
     documents = np.empty(0, dtype=np.int64)
     for start in range(0, split.rows, CHUNKS_AT_ONCE):
-        some = slice(start, start + CHUNKS_AT_ONCE)
-        labels_CM = split["tokens"][some][:, 1:]
+        block = slice(start, start + CHUNKS_AT_ONCE)
+        labels_CM = split["tokens"][block][:, 1:]
         real = labels_CM != split.facts["pad_id"]
-        kept = slice(max(0, len(tokens) - length + 1), None)  # runs may begin in the block before
+        kept = slice(max(0, len(tokens) - length + 1), None)  # runs may begin in the previous block
         tokens = np.concatenate([tokens[kept], labels_CM[real]])
-        documents = np.concatenate([documents[kept], np.repeat(split["documents"][some], real.sum(axis=1))])
+        documents = np.concatenate([documents[kept], np.repeat(split["documents"][block], real.sum(axis=1))])
         if len(tokens) >= length:
             within = documents[length - 1 :] == documents[: len(documents) - length + 1]
             yield run_hashes(token_hashes[tokens], length)[within]

@@ -1,6 +1,6 @@
-"""The figures of an evaluation: bits per byte, perplexity and gains with their intervals, over all of the text.
+"""Statistics over the whole text: bits per byte, perplexity, and gains with confidence intervals.
 
-All are functions of the losses of chunk rows, so that none needs a model or a file. subsets.py has those of
+All are functions of the losses of chunk rows, so they need no model and no file. subsets.py has the statistics of
 parts of the text.
 """
 
@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from retro_model.core.arrays import BoolArray, Float64Array, IntArray
 
-# Every column that there can be, in the order in which they are shown; the last two only where asked for.
+# All possible columns in display order; the last two exist only if the config asks for them.
 COLUMNS = ("baseline", "mixed", "off", "on", "random", "on_train", "compared")
-# Which of two columns gains against which.
+# Pairs of columns: the gain of the first over the second is reported.
 DIFFERENCES = (
     ("on", "off"),
     ("on", "baseline"),
@@ -28,47 +28,48 @@ DIFFERENCES = (
     ("on", "compared"),
 )
 
-# A token counts as helped or hurt from this change of its loss on, in bits.
+# A token counts as helped or hurt if its loss changes by at least this many bits.
 NOTICEABLE_BITS = 0.1
 
-# Documents that gained and that lost most are shown, so many of each.
+# The number of documents shown that gained most, and of those that lost most.
 DOCUMENTS_SHOWN = 5
 
-# Fewer documents than this say little of how much they differ: then pieces of so many rows are resampled.
+# With fewer documents than LEAST_DOCUMENTS the bootstrap says little about how much they differ, so pieces of PIECE
+# rows are resampled instead.
 LEAST_DOCUMENTS, PIECE = 20, 8
 
-# Digits that are written: what lies behind them depends on the order of floating-point sums.
+# Digits written to files; the digits after them depend on the order of floating-point sums.
 DIGITS = 6
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A small table that is written as CSV."""
+    """A small table, written as CSV."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
 
     def column(self, name: str) -> tuple[Any, ...]:
-        """The values of one column, from top to bottom."""
+        """The values of one column, top to bottom."""
         return tuple(row[self.head.index(name)] for row in self.rows)
 
 
 def bits_per_byte(loss_sum: Any, byte_sum: Any) -> Any:
-    """Summed nats over summed bytes, as bits a byte."""
+    """Convert summed nats and summed bytes to bits per byte."""
     return loss_sum / math.log(2) / byte_sum
 
 
 def sum_by_document(values: npt.NDArray[Any], documents: IntArray) -> Float64Array:
-    """The sum of each document's rows, in the order of the documents."""
+    """Sum the rows of each document, in ascending order of document numbers."""
     _, numbers = np.unique(documents, return_inverse=True)
     return np.bincount(numbers, weights=values.astype(np.float64)).astype(np.float64)
 
 
 def resampled_units(documents: IntArray) -> IntArray:
-    """What is drawn to see how much depends on the text (rows,): documents, or pieces of few of them.
+    """Return the resampling unit of each row (rows,): its document, or a piece of it if documents are few.
 
-    The rows of a document stand one after the other.
-    One document drawn again and again is always itself: its interval would have no width.
+    The rows of a document must be consecutive. Resampling a single document always gives the same text: its interval
+    would have no width.
     """
     found, first, numbers = np.unique(documents, return_index=True, return_inverse=True)
     if len(found) >= LEAST_DOCUMENTS:
@@ -79,9 +80,9 @@ def resampled_units(documents: IntArray) -> IntArray:
 
 
 def bootstrap_sums(values: Float64Array, samples: int, seed: int) -> Float64Array:
-    """Sums (samples, columns) of `values` (documents, columns) over documents drawn with replacement.
+    """Sum `values` (documents, columns) over documents drawn with replacement: (samples, columns).
 
-    All columns of a sample are of the same documents, which makes differences between them paired.
+    All columns of a sample use the same documents, so differences between columns are paired.
     """
     random = np.random.default_rng(seed)
     num_documents = len(values)
@@ -95,17 +96,17 @@ def bootstrap_sums(values: Float64Array, samples: int, seed: int) -> Float64Arra
 
 
 def interval(samples: Float64Array) -> tuple[float, float]:
-    """The middle 95% of the samples."""
+    """The middle 95% of the samples: its lower and upper end."""
     low, high = np.percentile(samples, [2.5, 97.5])
     return float(low), float(high)
 
 
 @dataclass
-class Scores:
-    """Losses in nats of the same chunk rows in every column, and what they are divided by.
+class ColumnScores:
+    """Losses in nats of the same chunk rows in every column, with the bytes and labels that normalize them.
 
-    `row_losses` (rows,) and `num_labels` are filled column by column. `saved` (rows, M) is by how many bits
-    retrieval lowered the loss of each label, 0 where there is none.
+    `row_losses` (rows,) and `num_labels` are filled column by column. `saved` (rows, M) is how many bits retrieval
+    lowered the loss of each label by, 0 where there is no label.
     """
 
     documents: IntArray  # (rows,)
@@ -116,18 +117,18 @@ class Scores:
     num_labels: dict[str, int] = field(default_factory=dict)
 
     def add(self, column: str, row_losses: Float64Array, num_labels: int) -> None:
-        """Adds a column; `num_labels` is of its own tokenizer."""
+        """Add a column; `num_labels` counts the labels of its own tokenizer."""
         assert column in COLUMNS and row_losses.shape == self.bytes.shape, column
         self.row_losses[column], self.num_labels[column] = row_losses, num_labels
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that there are, in the order in which they are shown."""
+        """The columns present, in display order."""
         return tuple(column for column in COLUMNS if column in self.row_losses)
 
     @property
     def differences(self) -> tuple[tuple[str, str], ...]:
-        """The pairs of columns that there are and that are compared."""
+        """The pairs to compare of which both columns are present."""
         return tuple(pair for pair in DIFFERENCES if set(pair) <= self.row_losses.keys())
 
     def bpb(self, column: str, rows: BoolArray | slice = slice(None)) -> float:
@@ -135,13 +136,13 @@ class Scores:
         return float(bits_per_byte(self.row_losses[column][rows].sum(), self.bytes[rows].sum()))
 
     def perplexity(self, column: str) -> float:
-        """exp of the mean loss of a label."""
+        """exp of the mean loss per label."""
         return math.exp(self.row_losses[column].sum() / self.num_labels[column])
 
     def bootstrap(self, samples: int, seed: int, rows: BoolArray | slice = slice(None)) -> dict[str, Float64Array]:
-        """Bits per byte of each column over resampled documents, or pieces where documents are few.
+        """Resample bits per byte of each column (samples,), over all rows or the given ones.
 
-        Over all rows, or over the given ones.
+        Draws documents, or pieces if documents are few.
         """
         per_row = [*(self.row_losses[column][rows] for column in self.columns), self.bytes[rows]]
         units = self.units(rows)
@@ -150,9 +151,9 @@ class Scores:
         return {column: bits_per_byte(sums[:, place], sums[:, -1]) for place, column in enumerate(self.columns)}
 
     def units(self, rows: BoolArray | slice = slice(None)) -> IntArray:
-        """What is drawn of the rows, each with a byte at least: what has none is of the unit before or after it.
+        """The resampling unit of each row. A unit without bytes joins the one before it or, at the start, after it.
 
-        The end of a document can be a chunk alone. A sample of nothing else would have no bits per byte.
+        The end of a document can be a chunk of its own. A sample of only such chunks would have no bits per byte.
         """
         _, units = np.unique(resampled_units(self.documents[rows]), return_inverse=True)
         has_bytes = sum_by_document(self.bytes[rows], units) > 0
@@ -160,13 +161,13 @@ class Scores:
         return joined
 
 
-# ---- the flat figures ------------------------------------------------------------------------------
+# ---- flat metrics ------------------------------------------------------------------------------------
 
 
-def metrics_of(scores: Scores, resampled: Mapping[str, Float64Array]) -> dict[str, float | int]:
-    """The flat figures of the whole text; gains are bits per byte saved, positive is better.
+def metrics_of(scores: ColumnScores, resampled: Mapping[str, Float64Array]) -> dict[str, float | int]:
+    """Flat metrics of the whole text; gains are bits per byte saved, positive is better.
 
-    `saved_share_vs_baseline` is the gain over the baseline as a part of the baseline's bits.
+    `saved_share_vs_baseline` is the gain over the baseline as a share of the baseline's bits.
     """
     metrics: dict[str, float | int] = {f"test_bpb_{column}": scores.bpb(column) for column in scores.columns}
     for one, other in scores.differences:
@@ -186,7 +187,7 @@ def metrics_of(scores: Scores, resampled: Mapping[str, Float64Array]) -> dict[st
 
 
 def helped_and_hurt(saved: Float64Array) -> tuple[float, float]:
-    """The shares of tokens whose loss retrieval lowered, and raised, noticeably."""
+    """The shares of tokens whose loss retrieval lowered, and raised, by NOTICEABLE_BITS or more."""
     if not len(saved):
         return 0.0, 0.0
     return float(np.mean(saved >= NOTICEABLE_BITS)), float(np.mean(saved <= -NOTICEABLE_BITS))
@@ -195,8 +196,8 @@ def helped_and_hurt(saved: Float64Array) -> tuple[float, float]:
 # ---- curves ----------------------------------------------------------------------------------------
 
 
-def columns_curve(scores: Scores, resampled: Mapping[str, Float64Array]) -> Curve:
-    """Bits per byte of all columns with their intervals."""
+def columns_curve(scores: ColumnScores, resampled: Mapping[str, Float64Array]) -> Curve:
+    """Bits per byte of all columns with intervals, and their perplexity."""
     rows = []
     for column in scores.columns:
         figures = (scores.bpb(column), *interval(resampled[column]), scores.perplexity(column))
@@ -204,8 +205,8 @@ def columns_curve(scores: Scores, resampled: Mapping[str, Float64Array]) -> Curv
     return Curve(("column", "test_bpb", "low", "high", "test_perplexity"), tuple(rows))
 
 
-def gains_curve(scores: Scores, resampled: Mapping[str, Float64Array]) -> Curve:
-    """The bits per byte that one column saves against another, with their intervals."""
+def gains_curve(scores: ColumnScores, resampled: Mapping[str, Float64Array]) -> Curve:
+    """Bits per byte that one column saves over another, with intervals."""
     rows = []
     for one, other in scores.differences:
         gain = scores.bpb(other) - scores.bpb(one)
@@ -214,10 +215,10 @@ def gains_curve(scores: Scores, resampled: Mapping[str, Float64Array]) -> Curve:
     return Curve(("pair", "one", "other", "gain", "low", "high"), tuple(rows))
 
 
-def documents_curve(scores: Scores, names: Mapping[int, str]) -> Curve:
-    """The documents that gained and that lost most by retrieval, in bits, the greatest gain first.
+def documents_curve(scores: ColumnScores, names: Mapping[int, str]) -> Curve:
+    """The documents that gained and lost most by retrieval, in bits, the greatest gain first.
 
-    `names` says where each document comes from. A document is in the table once.
+    `names` maps document numbers to their sources. No document appears twice.
     """
     numbers = np.unique(scores.documents)
     sums = [scores.row_losses["off"], scores.row_losses["on"], scores.bytes, np.ones(len(scores.bytes))]
@@ -235,5 +236,5 @@ def documents_curve(scores: Scores, names: Mapping[int, str]) -> Curve:
 
 
 def rounded(*values: float) -> tuple[float, ...]:
-    """The values with as many digits as are written."""
+    """Round the values to the digits that are written."""
     return tuple(round(float(value), DIGITS) for value in values)
