@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paths import ROOT
 
 from retro_model.core.artifacts import (
     DESCRIPTION,
@@ -355,7 +356,7 @@ def test_a_disk_that_is_full_at_the_last_buffer_is_told(what: str, limit: int, t
     done = subprocess.run(
         [sys.executable, "-c", FULL, what, str(limit)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,

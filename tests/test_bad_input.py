@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures import tiny_encoder
+from paths import ROOT
 from stagewise import copy_of, refuse, run, write_params
 
 from retro_model import RETRO, Retriever, RETRODataset, generate
@@ -33,8 +34,6 @@ from retro_model.retrieval import (
     text_folder_to_chunks_,
     tokenize,
 )
-
-ROOT = Path(__file__).parent.parent
 
 
 def says(found: str, expected: str) -> None:

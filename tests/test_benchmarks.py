@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from retro_model.network.model import RETRO
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from fixtures import tiny_encoder
-from test_training import CHUNK, MODEL, SEQ_LEN, TRAIN, VOCABULARY
+from paths import ROOT
+from small_training import CHUNK, MODEL, SEQ_LEN, TRAIN, VOCABULARY
 from torch import nn
 from woven import write_woven
 
@@ -21,7 +22,6 @@ from retro_model.network.model import RETRO
 from retro_model.training.run import build_model
 from retro_model.training.throughput import DATA_SHEETS, peak, products
 
-ROOT = Path(__file__).resolve().parent.parent
 PARAMS = SimpleNamespace(knn=2, seq_len=SEQ_LEN, seed=0, model=MODEL, train=dataclasses.replace(TRAIN, accumulation=1))
 
 

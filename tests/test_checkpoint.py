@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_model import SMALL, M, make, retrieved_for, tokens
+from small_network import SMALL, M, make, retrieved_for, tokens
 
 from retro_model.core.errors import ConfigError, DamagedArtifactError, MismatchError, MissingArtifactError
 from retro_model.network.model import RETRO

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from paths import ROOT
 from small_run import STORED, small_run, write_data, write_model
 
 from retro_model.cli import main
@@ -15,8 +16,6 @@ from retro_model.core.artifacts import Artifact
 from retro_model.corpus.chunks import chunk_text
 from retro_model.corpus.tokenizer import Tokenizer
 from retro_model.inference.retriever import Retriever
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 STAGES: dict[str, dict[str, list[object]]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PACKAGES = ("retro_model", "stages")
 UNTRACKED_SECTIONS = {"runtime"}  # changes no byte of an output

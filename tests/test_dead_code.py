@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from paths import ROOT
+
 import retro_model
 
-ROOT = Path(__file__).parent.parent
 PACKAGES = sorted(path for folder in ("retro_model", "stages") for path in (ROOT / folder).rglob("*.py"))
 USERS = [*PACKAGES, *(ROOT / "benchmarks").glob("*.py"), ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fixtures import tiny_encoder
+from paths import ROOT
 
 from retro_model.core.artifacts import SPLITS, Artifact
 from retro_model.corpus.chunking import make_chunks
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("default")
-    params = SimpleNamespace(**parse_params(read_yaml(Path(__file__).parent.parent / "params.yaml")))
+    params = SimpleNamespace(**parse_params(read_yaml(ROOT / "params.yaml")))
     write_sample(folder / "sample", params.sample)
     make_tokenizer(folder / "sample", params.corpus, params.tokenizer, folder / "tokenizer")
     make_chunks(folder / "sample", params.corpus, folder / "tokenizer", params.chunk_size, folder / "chunks")
@@ -81,7 +82,7 @@ def test_they_are_those_of_brute_force(split: str, data: Path) -> None:
 
 
 def test_from_any_chunk_one_gets_to_its_place_in_its_document(data: Path) -> None:
-    params = SimpleNamespace(**parse_params(read_yaml(Path(__file__).parent.parent / "params.yaml")))
+    params = SimpleNamespace(**parse_params(read_yaml(ROOT / "params.yaml")))
     texts = {document.number: document.text for document in Corpus(data / "sample", params.corpus).documents()}
     for split in SPLITS:
         chunks = opened(data, "chunks", "chunks", split)

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from paths import ROOT, SUPPORT
 from safetensors.torch import load_file
-from test_training import CHUNK, MODEL, SEQ_LEN, TRAIN, VOCABULARY, Killed, folder_digests, run
+from small_training import CHUNK, MODEL, SEQ_LEN, TRAIN, VOCABULARY, Killed, folder_digests, make_trainer, run
 from woven import Woven, write_woven
 
 from retro_model.core.errors import ConfigError, TrainingError
@@ -84,8 +85,6 @@ def alone(woven: Woven, tmp_path_factory: pytest.TempPathFactory) -> tuple[Curve
 
 def test_the_data_makes_processes_differ(woven: Woven) -> None:
     """What the tests below rest on: portions in which one process has no neighbors, or none has any."""
-    from test_training import make_trainer
-
     trainer = make_trainer(woven, PLAIN)
     kinds = set()
     for step in range(PLAIN.steps):
@@ -144,10 +143,10 @@ def test_a_checkpoint_loads_in_any_number_of_processes(
 
 PROGRAM = f"""
 import os, signal, sys
-sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+sys.path[:0] = {[str(SUPPORT), str(ROOT)]!r}
 from pathlib import Path
 import dataclasses
-from test_training import MODEL, TRAIN
+from small_training import MODEL, TRAIN
 from retro_model.training.run import TrainingRun, train_model
 
 if __name__ == "__main__":
@@ -249,8 +248,6 @@ def test_a_process_that_cannot_begin_is_not_waited_for(woven: Woven, tmp_path: P
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(woven: Woven, tmp_path: Path) -> None:
-    from test_training import make_trainer
-
     with pytest.raises(ConfigError, match="train.batch_size: found 4 in 2 portions, expected a multiple of 6 for 3"):
         make_trainer(woven, TRAIN, world=World(0, 3))
 
@@ -271,8 +268,6 @@ def test_alone_sums_and_agreements_are_its_own() -> None:
 
 
 def test_a_batch_without_neighbors_gets_a_sequence_that_teaches_nothing(woven: Woven) -> None:
-    from test_training import make_trainer
-
     trainer = make_trainer(woven)
     rows = trainer.training.training_rows(0, 0, 2)
     bare = trainer.training.batch(rows, without=np.array([True, True]))

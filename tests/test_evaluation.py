@@ -14,9 +14,10 @@ import numpy.typing as npt
 import pytest
 import torch
 from browser import PHONE, needs_browser, show
+from copying_reference import slow_rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_copying import slow_rule
+from made_up_scores import scores_of
 
 from retro_model.core.artifacts import Artifact, ArtifactWriter, write_description
 from retro_model.core.errors import ConfigError, DocumentError, MismatchError, TrainingError
@@ -674,18 +675,6 @@ def test_valid_neighbors_of_another_search_are_refused(world: World, tmp_path: P
 
 
 # ---- parts of the text ------------------------------------------------------------------------------
-
-
-def scores_of(scorer: Scorer, **losses: npt.NDArray[Any]) -> Scores:
-    """Scores of columns with these losses (rows, M); the baseline costs a nat a token, all others nothing."""
-    nothing = np.zeros(scorer.labels.shape)
-    columns = {name: losses.get(name, nothing) for name in ("baseline", "off", "on", "random")}
-    columns["baseline"] = losses.get("baseline", nothing + 1)
-    saved = (columns["off"] - columns["on"]) / math.log(2)
-    scores = Scores(scorer.documents, scorer.bytes, scorer.is_label, saved)
-    for name, found in columns.items():
-        scores.add(name, found.sum(axis=1), int(scorer.is_label.sum()))
-    return scores
 
 
 def test_the_leakage_curve_ends_at_plain_bits_per_byte(evaluated: tuple[EvaluationResult, Path]) -> None:

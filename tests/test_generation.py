@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import SMALL, K, M, R, V, make, tokens
+from small_network import SMALL, K, M, R, V, make, tokens
 from torch import Tensor
 
 from retro_model.core.errors import ConfigError

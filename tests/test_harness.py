@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from retro_model.core.errors import ConfigError, RetroError
 from stages.common.harness import project_root, read_timings, record_timing, recorded_timings, run_stage, work_folder
-
-ROOT = Path(__file__).parent.parent
 
 
 def stop_with(error: BaseException) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_evaluation import scores_of
+from made_up_scores import scores_of
 from woven import Woven, write_woven
 
 from retro_model.core.artifacts import Artifact

@@ -11,26 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_network import SMALL, K, M, R, V, make, retrieved_for, tokens
 from torch import Tensor, nn
 
 from retro_model.core.errors import ConfigError
 from retro_model.network.config import RETROConfig
 from retro_model.network.model import NORMS, RETRO, RMSNorm, stream_of_documents
-
-M, R, K, V = 4, 6, 2, 23
-
-SMALL: dict[str, Any] = {
-    "num_tokens": V,
-    "max_seq_len": 8 * M,
-    "enc_dim": 12,
-    "enc_depth": 2,
-    "dec_depth": 3,
-    "dec_cross_attn_layers": (2, 3),
-    "heads": 2,
-    "dec_dim": 8,
-    "dim_head": 6,
-    "chunk_size": M,
-}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -48,29 +34,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "copying by four, sink, deepnet": {"copy_tokens": 4, "cross_attn_sink": True, "use_deepnet": True},
     "deepnet, layernorm, scaled": {"use_deepnet": True, "norm_klass": "layernorm", "dec_scale_residual": 2.0},
 }
-
-
-def make(seed: int = 0, **changes: Any) -> RETRO:
-    """A small float64 model in eval mode whose every weight matters."""
-    torch.manual_seed(seed)
-    model = RETRO(**{**SMALL, **changes}).double().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 or name.endswith("sink"):  # norms: a gain of 1 would hide a gain left out
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            if "embedding" in name:
-                parameter.normal_(std=0.7)
-            if model.config.copy_rows and name.endswith("key_value.weight"):  # else the encoder's values stay zero
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(1, V, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def retrieved_for(seq: Tensor, seed: int = 7, neighbors: int = K) -> Tensor:
-    return tokens(len(seq), seq.shape[1] // M, neighbors, R, seed=seed)
 
 
 # ---- parity ----------------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from fixtures import write_vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import ROOT, SUPPORT
+from small_database import Floats, Ints, database_of, faiss
 
 from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter
 from retro_model.core.errors import ConfigError, MismatchError
@@ -20,15 +21,9 @@ from retro_model.jobs import engine as engine_module
 from retro_model.search import distances as distances_module
 from retro_model.search import neighbors as neighbors_module
 from retro_model.search.build import make_index
-from retro_model.search.distances import import_faiss, pair_distances
-from retro_model.search.index import Index
+from retro_model.search.distances import pair_distances
 from retro_model.search.keys import IndexConfig
 from retro_model.search.neighbors import Database, KnnJob, NeighborsConfig, describe_neighbors, make_neighbors
-
-faiss = import_faiss()
-TESTS = Path(__file__).parent
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,40 +33,6 @@ def one_thread() -> Iterator[None]:
     faiss.omp_set_num_threads(1)
     yield
     faiss.omp_set_num_threads(before)
-
-
-def database_of(
-    vectors: Floats, documents: Ints, lists: int = 0, probes: int = 1, codes: int = 0, rescored: int = 1
-) -> Database:
-    """A database in memory; with `lists`, its index is IVF with centroids drawn from the vectors.
-
-    With `codes`, that many numbers of 4 bits stand for a row in it.
-    """
-    num_rows, dim = vectors.shape
-    index: Any = faiss.IndexFlatL2(dim)
-    if lists:
-        quantizer = faiss.IndexFlatL2(dim)
-        quantizer.add(vectors[np.random.default_rng(0).permutation(num_rows)[:lists]])
-        if codes:
-            index = faiss.IndexIVFPQ(quantizer, dim, lists, codes, 4)
-            index.pq.cp.min_points_per_centroid = 1
-            index.train(vectors)
-        else:
-            index = faiss.IndexIVFFlat(quantizer, dim, lists)
-            index.is_trained = True
-    index.add(vectors)
-    if codes:
-        index = faiss.IndexIVFPQFastScan(index)
-    facts = {
-        "rows": num_rows,
-        "dim": dim,
-        "key": f"IVF{lists},{f'PQ{codes}x4fs' if codes else 'Flat'}" if lists else "Flat",
-        "nprobe": probes if lists else None,
-        "rescored": rescored if codes else None,
-        "largest_norm": float((vectors**2).sum(axis=1).max()),
-    }
-    stored: Any = vectors.astype(np.float16) if (vectors.astype(np.float16) == vectors).all() else vectors
-    return Database(Index(index, facts), stored, documents)
 
 
 def brute_force(
@@ -293,7 +254,7 @@ def test_lists_that_hold_too_few_are_not_the_end() -> None:
 # Shares go on to more lists each at its own time; where they shared that number, faiss read beyond an array.
 THREADS = """
 import numpy as np
-from test_neighbors import database_of, faiss
+from small_database import database_of, faiss
 
 random = np.random.default_rng(0)
 vectors = (random.normal(size=(20_000, 16)) * np.exp(random.normal(size=(20_000, 1)))).astype(np.float32)
@@ -309,7 +270,8 @@ for _ in range(20):
 
 def test_threads_that_visit_different_numbers_of_lists_do_not_meet() -> None:
     program = [sys.executable, "-c", THREADS]  # a process of its own: faiss may end it
-    done = subprocess.run(program, cwd=TESTS, env={**os.environ, "PYTHONPATH": str(TESTS.parent)}, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), str(ROOT)])}
+    done = subprocess.run(program, env=environment, check=False)
     assert done.returncode == 0
 
 

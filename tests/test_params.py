@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
+from paths import ROOT
 
 from retro_model.core.errors import ConfigError
 from stages.common import params as params_module
 from stages.common.params import flat_params, parse_params, read_params, read_yaml
-
-ROOT = Path(__file__).parent.parent
 
 
 def changed(**changes: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from project import Project, stages_run
 
 pytestmark = pytest.mark.slow
@@ -284,7 +285,7 @@ def test_the_readme_shows_the_pipeline_as_it_is(project: Project) -> None:
 
 def readme_program(which: str) -> str:
     """The Python of the README that holds `which`."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     (program,) = [block for block in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) if which in block]
     return str(program)
 
@@ -314,7 +315,7 @@ def test_a_colleague_pulls_everything_and_works_on(project: Project, tmp_path: P
 def test_a_machine_that_stops_in_a_stage_loses_nothing(project: Project, tmp_path: Path) -> None:
     """SIGKILL for all that runs, again and again; then the same outputs as if nothing had been.
 
-    Each kill lands at a point of a stage (tests/faults), so that it is never DVC that is killed while it
+    Each kill lands at a point of a stage (tests/support/faults), so that it is never DVC that is killed while it
     writes its own files. tests/torture.py has many more.
     """
     other = project.clone(tmp_path / "killed")
@@ -322,7 +323,10 @@ def test_a_machine_that_stops_in_a_stage_loses_nothing(project: Project, tmp_pat
     calm = dict(other.environment)
     for stage, point in (("chunk", 12), ("embed", 9), ("index", 7), ("train", 30)):
         fault = {"stage": stage, "action": "kill everything", "point": point, "folder": str(tmp_path)}
-        other.environment |= {"PYTHONPATH": str(other.root / "tests" / "faults"), "RETRO_FAULT": json.dumps(fault)}
+        other.environment |= {
+            "PYTHONPATH": str(other.root / "tests" / "support" / "faults"),
+            "RETRO_FAULT": json.dumps(fault),
+        }
         assert other.run("dvc", "repro", check=False, apart=True).returncode == -signal.SIGKILL
         (tmp_path / "reached").unlink()
     other.environment = calm

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_interrupted
-from test_engine import SquareJob, run, times_made, wait_until
+from data_stages import OUT, STAGES, files_of, finished, make, quiet_run, small_parts
+from paths import ROOT, SUPPORT
+from square_job import SquareJob, run, times_made, wait_until
 
-from retro_model.core import artifacts
 from retro_model.core.errors import ConfigError
-from retro_model.corpus import chunking
 from retro_model.jobs.engine import EngineConfig
-from retro_model.search import build as index_building
 
 pytestmark = [pytest.mark.slow]
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
@@ -27,7 +25,7 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(SUPPORT), str(ROOT)]))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
         nodes.add_node(num_cpus=1)
@@ -80,17 +78,17 @@ def test_more_than_the_cluster_has_is_refused(cluster: Any, diary: Path, tmp_pat
 # ---- the stages --------------------------------------------------------------------------------------------
 
 
-data = test_interrupted.data  # what a quiet run of this process writes
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quiet_run(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("stage", test_interrupted.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_cluster_writes_the_bytes_of_one_process(
     stage: str, cluster: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "LEAST_ROWS_PER_PART", 256)
-    monkeypatch.setattr(chunking, "PART_BYTES", 10_000)
-    monkeypatch.setattr(index_building, "ROWS_PER_ADDED_PART", 128)
-    test_interrupted.make(stage, data, tmp_path / "out", tmp_path / "work", RAY)
-    expected = test_interrupted.files_of(data / test_interrupted.OUT[stage])
-    assert test_interrupted.files_of(tmp_path / "out") == expected
-    assert len(test_interrupted.finished(tmp_path / "work")) > 3
+    small_parts(monkeypatch.setattr)
+    make(stage, data, tmp_path / "out", tmp_path / "work", RAY)
+    expected = files_of(data / OUT[stage])
+    assert files_of(tmp_path / "out") == expected
+    assert len(finished(tmp_path / "work")) > 3

@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 import torch
 from fixtures import tiny_corpus, tiny_encoder
-from stagewise import ROOT, contents, copy_of, run, write_params
+from paths import ROOT
+from stagewise import contents, copy_of, run, write_params
 
 import stages
 from retro_model import RETRO

@@ -1,6 +1,6 @@
 """Each stage alone, without DVC: what it writes, and what it says to inputs that are missing, torn or mismatched.
 
-One tiny pipeline is run once, stage by stage, in a folder (tests/stagewise.py); every test works on a copy.
+One tiny pipeline is run once, stage by stage, in a folder (tests/support/stagewise.py); every test works on a copy.
 """
 
 import json
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from fixtures import tiny_corpus
-from stagewise import OUTS, ROOT, STAGES, contents, copy_of, refuse, run, write_params
+from paths import ROOT
+from stagewise import OUTS, STAGES, contents, copy_of, refuse, run, write_params
 
 from retro_model.core.artifacts import Artifact
 from retro_model.core.errors import MismatchError

@@ -14,6 +14,7 @@ import pytest
 from fixtures import tiny_corpus, tiny_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import ROOT
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -159,7 +160,7 @@ def test_equal_documents_give_equal_bytes_in_every_process(corpus: Path, tmp_pat
     )
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
-        subprocess.run([sys.executable, "-c", program, corpus, folder], check=True, cwd=Path(__file__).parents[1])
+        subprocess.run([sys.executable, "-c", program, corpus, folder], check=True, cwd=ROOT)
     one, two = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
     assert one == two
     assert str(tmp_path).encode() not in b"".join(one.values())

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from retro_model.core.artifacts import ArtifactWriter
 from stages.tracking.runs import EXPERIMENT, MODEL_TAG, _connect, evaluation_run, training_run
@@ -149,7 +150,7 @@ def test_a_store_on_a_full_disk_is_an_error_and_not_a_traceback_of_mlflows_own(r
                 print(error, flush=True)
                 os._exit(3)
     """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 3 and "disk" in done.stdout, done.stderr
@@ -159,8 +160,7 @@ def test_a_store_on_a_full_disk_is_an_error_and_not_a_traceback_of_mlflows_own(r
 def test_the_store_is_made_by_one_process_alone(tmp_path: Path) -> None:
     """Six at once, as queued experiments start: without the lock, the migration breaks most of them."""
     code = "from stages.tracking.runs import _connect; print(_connect()[1])"
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "DVC_ROOT": str(tmp_path), "PYTHONPATH": str(root)}
+    environment = {**os.environ, "DVC_ROOT": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
     processes = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from paths import ROOT, SUPPORT
 from safetensors.torch import load_file
+from small_training import CHUNK, MODEL, SEQ_LEN, TRAIN, VOCABULARY, Killed, folder_digests, make_trainer, run
 from woven import Woven, write_tokenizer, write_woven
 
 import retro_model.network.model
 import retro_model.network.pretrained
 import retro_model.training.checkpoints
-from retro_model.core.artifacts import Artifact, file_digest
+from retro_model.core.artifacts import Artifact
 from retro_model.core.errors import (
     ConfigError,
     DamagedArtifactError,
@@ -34,34 +36,9 @@ from retro_model.network.model import RETRO
 from retro_model.training.checkpoints import Checkpoints
 from retro_model.training.distributed import ALONE, World
 from retro_model.training.optimizer import learning_rate, make_optimizer
-from retro_model.training.run import TrainingRun, build_model, train_model
-from retro_model.training.sequences import PackedSequences
+from retro_model.training.run import build_model
 from retro_model.training.trainer import TrainConfig, Trainer, TrainingResult
 from retro_model.training.warm_start import RetrofitConfig, start_from
-
-CHUNK, SEQ_LEN, VOCABULARY = 8, 32, 40
-MODEL = ModelConfig(
-    enc_dim=8,
-    enc_depth=1,
-    dec_dim=16,
-    dec_depth=2,
-    dec_cross_attn_layers=(2,),
-    heads=2,
-    dim_head=8,
-    dec_ff_dropout=0.1,
-)
-TRAIN = TrainConfig(
-    steps=12,
-    batch_size=4,
-    accumulation=2,
-    lr=1e-2,
-    warmup=2,
-    neighbor_dropout=0.3,
-    validate_every=5,
-    validate_sequences=3,
-    number_type="float32",
-)
-
 
 Outcome = tuple[TrainingResult, dict[str, str]]
 
@@ -75,37 +52,6 @@ def one_thread() -> None:
 def woven(tmp_path_factory: pytest.TempPathFactory) -> Woven:
     folder = tmp_path_factory.mktemp("woven")
     return write_woven(folder, chunk_size=CHUNK, vocab_size=VOCABULARY, num_documents=20)
-
-
-def run(woven: Woven, folder: Path, train: TrainConfig = TRAIN, **arguments: Any) -> TrainingResult:
-    options: dict[str, Any] = {"knn": 2, "seq_len": SEQ_LEN, "seed": 0, "out_folder": folder / "retro"}
-    neighbors = arguments.pop("neighbors", woven.neighbors)
-    model = arguments.pop("model", MODEL)
-    called = {name: arguments.pop(name) for name in ("log", "threads") if name in arguments}
-    settings = {**options, **arguments}
-    return train_model(TrainingRun(woven.chunks, neighbors, woven.tokenizer, model, train, **settings), **called)
-
-
-def make_trainer(
-    woven: Woven,
-    train: TrainConfig = TRAIN,
-    checkpoints: Checkpoints | None = None,
-    seed: int = 0,
-    world: World = ALONE,
-) -> Trainer:
-    chunks = {split: Artifact.open(woven.chunks / split, "chunks") for split in ("train", "valid")}
-    data = [
-        PackedSequences(chunks[split], SEQ_LEN, Artifact.open(woven.neighbors / split, "neighbors"), chunks["train"], 2)
-        for split in ("train", "valid")
-    ]
-    torch.manual_seed(seed)
-    model = build_model(MODEL, chunks["train"].facts, SEQ_LEN, retrieval=True)
-    return Trainer(model, *data, train, seed=seed, checkpoints=checkpoints, world=world)
-
-
-def folder_digests(folder: Path) -> dict[str, str]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
 
 
 @pytest.fixture(scope="session")
@@ -395,10 +341,6 @@ def test_records_hold_what_a_person_watches(woven: Woven, tmp_path: Path) -> Non
 # ---- stopping and going on -------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """What a test stops a run with; nothing catches it."""
-
-
 def stop_at(step: int) -> Callable[[int, Mapping[str, float]], None]:
     def log(now: int, record: Mapping[str, float]) -> None:
         if now == step:
@@ -502,9 +444,9 @@ def test_a_finished_run_is_not_trained_again(woven: Woven, tmp_path: Path, undis
 
 CHILD = f"""
 import os, signal, sys
-sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+sys.path[:0] = {[str(SUPPORT), str(ROOT)]!r}
 from pathlib import Path
-from test_training import MODEL, TRAIN
+from small_training import MODEL, TRAIN
 from retro_model.training.run import TrainingRun, train_model
 """
 

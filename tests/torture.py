@@ -9,7 +9,7 @@ of it: the next `dvc repro` ends with the very files and the very dvc.lock of th
 with one line that says what to do, and once that is done, the next one does. Anything else is LOST, and so is
 a traceback.
 
-A fault lands at a point, not at a time: tests/faults/sitecustomize.py counts the stage's operations on files.
+A fault lands at a point, not at a time: tests/support/faults/sitecustomize.py counts the stage's operations on files.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from project import Project, stages_run  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
@@ -94,7 +94,7 @@ class Torture:
         self.faults = folder / "faults"
         self.faults.mkdir()
         self.last_fault: dict[str, Any] = {}
-        self.project.environment["PYTHONPATH"] = str(ROOT / "tests" / "faults")
+        self.project.environment["PYTHONPATH"] = str(ROOT / "tests" / "support" / "faults")
         self.plain = dict(self.project.environment)
         done = self.repro({"stage": "every"})
         assert done.returncode == 0, done.stdout + done.stderr

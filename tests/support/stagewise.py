@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 from fixtures import tiny_corpus, tiny_encoder
+from paths import ROOT
 from project import TINY
 from ruamel.yaml import YAML
 
 from stages.common.harness import run_stage
 
-ROOT = Path(__file__).parent.parent
 STAGES = ("sample", "tokenizer", "chunk", "embed", "index", "knn", "baseline", "train", "evaluate")
 OUTS = {
     "sample": "data/sample",

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fixtures import tiny_corpus, tiny_encoder
+from paths import ROOT
 from ruamel.yaml import YAML  # keeps the file's comments; DVC brings it
-
-ROOT = Path(__file__).parent.parent
 
 TINY = {
     "documents": "tiny/documents",
