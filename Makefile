@@ -51,7 +51,7 @@ test-fast: install  ## the inner loop
 	python $(PYTEST) -m "not slow" -x -q
 
 torture: install  ## a hundred faults against the pipeline, none of which may be lost (about half an hour)
-	python tests/torture.py
+	python tests/end_to_end/torture.py
 
 coverage: install  ## all tests, with the lines and branches that they run; at least 90% of them
 	coverage erase

@@ -5,7 +5,7 @@ A stage names what it reads:
     params = read_params("chunk_size", "corpus", "chunk")
     params.corpus.valid
 
-and gets that and nothing else; dvc.yaml declares the same names, and tests/test_contract.py holds the
+and gets that and nothing else; dvc.yaml declares the same names, and tests/contract/test_contract.py holds the
 two together. Whatever a stage names, the whole file is checked first, so that a mistake anywhere in it
 stops the first stage that runs and not the one that needs the key, hours later.
 """

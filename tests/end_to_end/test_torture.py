@@ -1,4 +1,4 @@
-"""The short form of tests/torture.py, and that it would see what it looks for."""
+"""The short form of torture.py, and that it would see what it looks for."""
 
 from pathlib import Path
 

@@ -74,7 +74,7 @@ def test_everything_ran_and_a_second_run_does_nothing(project: Project) -> None:
 
 
 # What each change must run again: the table of the design, row by row. That each param alone is among those that
-# dvc.yaml names for the stages that read it is tests/test_contract.py's.
+# dvc.yaml names for the stages that read it is tests/contract/test_contract.py's.
 LEARN = ["baseline", "train", "evaluate"]
 CHANGES = [
     ({"runtime.evaluate_batch_size": 3}, []),
@@ -316,7 +316,7 @@ def test_a_machine_that_stops_in_a_stage_loses_nothing(project: Project, tmp_pat
     """SIGKILL for all that runs, again and again; then the same outputs as if nothing had been.
 
     Each kill lands at a point of a stage (tests/support/faults), so that it is never DVC that is killed while it
-    writes its own files. tests/torture.py has many more.
+    writes its own files. torture.py has many more.
     """
     other = project.clone(tmp_path / "killed")
     (other.root / "dvc.lock").unlink()

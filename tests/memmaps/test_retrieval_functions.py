@@ -1,6 +1,6 @@
 """The functions of retro_model.retrieval do what their users type, without the traps seen elsewhere.
 
-A test that is named after a trap (shared with tests/test_retro_dataset.py) shows that it is not there:
+A test that is named after a trap (shared with test_retro_dataset.py) shows that it is not there:
 3 missing neighbors and continuations, 4 memory maps that grow, 5 stale files, 6 one document, 7 two ways to
 embed, 8 text that spells special tokens, 9 chunks without text, 12 autofaiss's defaults, 13 training on the
 first rows, 14 queries that are in no database. (1, 2, 10 and 11 are about the network and training.)

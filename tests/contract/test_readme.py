@@ -11,7 +11,7 @@ from fixtures import tiny_corpus, tiny_encoder
 
 from stages.common.params import read_yaml
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

@@ -1,7 +1,7 @@
 """Faults, drawn from a seed, against the whole pipeline on a tiny corpus; a table of what came of each.
 
-    python tests/torture.py                     # 100 faults (make torture)
-    python tests/torture.py --faults 12 --seed 7
+    python tests/end_to_end/torture.py                     # 100 faults (make torture)
+    python tests/end_to_end/torture.py --faults 12 --seed 7
 
 One project is run once undisturbed. Then, again and again, a stage has to run (its entry in dvc.lock, its run
 cache and its work in progress are taken away), and meanwhile, before or after something breaks. What must come
@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from project import Project, stages_run  # noqa: E402
