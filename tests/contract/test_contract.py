@@ -112,12 +112,6 @@ def test_a_stage_has_a_description_and_a_constant_command(stage: str) -> None:
     assert STAGES[stage]["cmd"] == f"python -m stages.{stage}"
 
 
-def test_stages_never_import_each_other() -> None:
-    for stage in STAGES:
-        others = {f"stages/{other}.py" for other in STAGES} - {f"stages/{stage}.py"}
-        assert not closure(stage) & others
-
-
 def test_documents_of_the_repository_are_no_dependency_twice() -> None:
     for stage, content in STAGES.items():
         dependencies = list(map(str, content["deps"]))
