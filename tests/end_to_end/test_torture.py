@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from torture import DAMAGES, Lost, Outcome, Torture, table
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
+@pytest.mark.torture
 def test_a_few_faults_and_none_is_lost(tmp_path: Path) -> None:
     torture = Torture(tmp_path, seed=3)
     outcomes = list(torture.run(5))

@@ -83,7 +83,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quiet_run(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=[] if stage == "embed" else pytest.mark.torture) for stage in STAGES]
+)
 def test_a_cluster_writes_the_bytes_of_one_process(
     stage: str, cluster: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

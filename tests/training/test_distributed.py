@@ -190,7 +190,9 @@ def start(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
+@pytest.mark.parametrize(
+    "shard", [pytest.param(False, marks=pytest.mark.torture, id="replicated"), pytest.param(True, id="sharded")]
+)
 def test_killed_and_interrupted_they_go_on_bit_for_bit(woven: Woven, tmp_path: Path, shard: bool) -> None:
     status, steps, errors = start(woven, tmp_path / "quiet", "", shard=shard)
     assert status == 0, errors
@@ -208,6 +210,7 @@ def test_killed_and_interrupted_they_go_on_bit_for_bit(woven: Woven, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.torture  # tests/stages/test_stages.py starts a whole stage so
 def test_torchrun_starts_what_the_stage_starts_itself(woven: Woven, tmp_path: Path) -> None:
     status, steps, errors = start(woven, tmp_path / "own", "")
     assert status == 0, errors
