@@ -43,20 +43,21 @@ $(INSTALLED)-gpu: $(INSTALLED)
 	python -m pip install --disable-pip-version-check --progress-bar off faiss-gpu-cu12==1.12.0 numpy==$$(sed -n 's/^numpy==//p' requirements.lock)
 	@touch $@
 
-test: install  ## all tests that need no GPU, the fast ones first
+test: install  ## the tests, none of which needs a GPU, the fast ones first
 	python $(PYTEST) -m "not slow"
-	python $(PYTEST) -m slow --durations 20
+	python $(PYTEST) -m "slow and not torture" --durations 20
 
 test-fast: install  ## the inner loop
 	python $(PYTEST) -m "not slow" -x -q
 
-torture: install  ## a hundred faults against the pipeline, none of which may be lost (about half an hour)
-	python tests/torture.py
+torture: install  ## repeats of tests at more places, then a hundred faults, none of which may be lost (over half an hour)
+	python $(PYTEST) -m torture
+	python tests/end_to_end/torture.py
 
-coverage: install  ## all tests, with the lines and branches that they run; at least 90% of them
+coverage: install  ## the same tests, with the lines and branches that they run; at least 90% of them
 	coverage erase
 	coverage run $(PYTEST) -m "not slow"
-	coverage run $(PYTEST) -m slow
+	coverage run $(PYTEST) -m "slow and not torture"
 	coverage combine -q
 	coverage report
 

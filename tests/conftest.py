@@ -24,7 +24,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which every stage has run once (tests/stagewise.py); to be copied, never changed."""
+    """A folder in which every stage has run once (tests/support/stagewise.py); to be copied, never changed."""
     from stagewise import run_all
 
     return run_all(tmp_path_factory.mktemp("pipeline"))

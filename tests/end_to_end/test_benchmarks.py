@@ -1,0 +1,157 @@
+"""Each program of benchmarks/ once at toy size, so that none rots between two measurements.
+
+The quick form runs those that need neither a GPU, nor the data of a real run, nor the other side's code.
+"""
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fixtures import tiny_encoder
+from paths import ROOT
+from small_training import CHUNK, MODEL, SEQ_LEN, TRAIN, VOCABULARY
+from torch import nn
+from woven import write_woven
+
+from retro_model.network.config import ModelConfig
+from retro_model.network.model import RETRO
+
+PARAMS = SimpleNamespace(knn=2, seq_len=SEQ_LEN, seed=0, model=MODEL, train=dataclasses.replace(TRAIN, accumulation=1))
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a program of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    torch.set_num_threads(1)
+
+    def load(name: str) -> ModuleType:
+        for known in ("network", "training", "time_to_loss", "large"):
+            monkeypatch.delitem(sys.modules, known, raising=False)
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_woven(folder, chunk_size=CHUNK, vocab_size=VOCABULARY, num_documents=20)
+    return folder
+
+
+def test_every_benchmark_joins(benchmark: Any) -> None:
+    """All programs of the folder but the two that put them together."""
+    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"run_all", "measured"}
+    found = benchmark("run_all").programs(ROOT / "benchmarks")
+    assert set(found) == names
+    assert all(set(lines) == {"full", "quick"} for lines in found.values())
+    alone = {name for name, lines in found.items() if not lines["full"]}
+    assert alone == {"large", "strongest_plain"}, "a run for a GPU, and one of hours"
+
+
+@pytest.mark.slow
+def test_the_quick_form_of_all_runs(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "run_all.py"), "--quick", "--without-theirs"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    table = done.stdout.rpartition("| what |")[2]
+    assert "targets met" in table and table.count("\n|") > 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_is_measured_beside_the_other_side(
+    benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With this project's model in the place of the other side's."""
+    package = tmp_path / "retro_pytorch"
+    package.mkdir()
+    (package / "__init__.py").write_text("from retro_model.network.model import RETRO\n", encoding="utf-8")
+    network = benchmark("network")
+    setting = network.Setting(
+        device="cpu",
+        network={
+            "num_tokens": 50, "max_seq_len": 32, "enc_dim": 16, "enc_depth": 1, "dec_dim": 8, "dec_depth": 2,
+            "dec_cross_attn_layers": (2,), "heads": 2, "dim_head": 4, "chunk_size": 4,
+        },
+        batch=2, length=16, memory_length=32, dtypes={"bfloat16 autocast": torch.bfloat16}, compiled=False,
+        prompt=4, written=12, places=(8, 24),
+    )  # fmt: skip
+    seconds = network.training(setting, str(tmp_path), 2)
+    steps = {"ours", "theirs", "theirs, set up as ours", "without neighbors", "packed documents"}
+    assert set(seconds["bfloat16 autocast"]) == steps
+    assert all(value > 0 for value in seconds["bfloat16 autocast"].values())
+    assert "RATIO of tokens a second, ours to theirs" in capsys.readouterr().out
+
+
+def test_training_is_measured(benchmark: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = benchmark("training")
+    trainer = training.make_trainer(data, PARAMS)
+    found = training.in_turns(trainer, 2)
+    assert set(found) == {"packed", "one document a sequence"}
+    assert all(rate > 0 and 0 < share <= 1 for rate, share in found.values())
+    assert found["packed"][1] > 0.9
+    assert training.loader(trainer, 3) > 0
+    monkeypatch.chdir(tmp_path)
+    assert 0 < training.logging_seconds(3) < 10
+
+
+def test_time_to_loss_runs_both_sides(benchmark: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With this project's network in the place of the other side's."""
+    program = benchmark("time_to_loss")
+    made = []
+
+    class Theirs(nn.Module):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__()
+            self.inner = RETRO(**arguments)
+            made.append(arguments)
+
+        def forward(self, seq: torch.Tensor, retrieved: torch.Tensor, return_loss: bool) -> torch.Tensor:
+            loss: torch.Tensor = self.inner(seq, retrieved, return_loss=return_loss)
+            return loss
+
+    monkeypatch.setitem(sys.modules, "retro_pytorch", SimpleNamespace(RETRO=Theirs))
+    sequences = [program.open_sequences(data, split, SEQ_LEN, 2) for split in ("train", "valid")]
+    sides = {
+        "theirs": program.theirs("nowhere", PARAMS, sequences[0]),
+        "ours": program.ours(PARAMS, sequences[0]),
+    }
+    assert made[0]["dec_dim"] == MODEL.dec_dim
+    runs = {name: program.Run(side, PARAMS, sequences[1], 4, 1e-9) for name, side in sides.items()}
+    for run in runs.values():
+        seconds, steps, loss = run.turn()
+        assert seconds > 0 and steps == 1 and loss == pytest.approx(np.log(VOCABULARY), abs=0.3)
+
+
+@pytest.mark.slow
+def test_the_large_run_at_toy_size(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = benchmark("large")
+    model = ModelConfig(
+        enc_dim=16, enc_depth=1, dec_dim=16, dec_depth=2, dec_cross_attn_layers=(2,), heads=2, dim_head=8
+    )
+    train = dataclasses.replace(TRAIN, steps=2, warmup=1, batch_size=2, accumulation=1)
+    setting = program.Setting(
+        ("json", "einops"), model, train, vocab_size=400, chunk_size=16, seq_len=64,
+        encoder=str(tiny_encoder(tmp_path / "encoder")),
+    )  # fmt: skip
+    program.prepare(tmp_path / "work", setting)
+    results = program.train(tmp_path / "work", setting, "cpu")
+    program.report(tmp_path / "work", setting, results)
+    text = capsys.readouterr().out
+    assert "baseline: " in text and "retro: " in text and "% of peak" in text
+    assert program.large(2000).train.steps == 2000
+    assert "python" in program.installed_packages() and "sklearn" in program.installed_packages()
+    code = "import large; large.installed_packages(); import setuptools, distutils.core"  # as torch.compile does
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", check=True)

@@ -1,0 +1,254 @@
+"""The command `retro`, as a user types it: what it prints, what it says when it cannot, and how it ends."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from paths import ROOT
+from small_run import STORED, small_run, write_data, write_model
+
+from retro_model.cli import main
+from retro_model.core.artifacts import Artifact
+from retro_model.corpus.chunks import chunk_text
+from retro_model.corpus.tokenizer import Tokenizer
+from retro_model.inference.retriever import Retriever
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = small_run(tmp_path_factory.mktemp("run"))
+    (root / "params.yaml").write_text(yaml.safe_dump({"embed": {"encoder": "encoder"}}))
+    return root
+
+
+@pytest.fixture
+def run(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(finished)
+    return finished
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command prints that succeeds."""
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line of a command that fails."""
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("retro: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+# ---- neighbors -------------------------------------------------------------------------------------
+
+
+def test_a_stored_chunk_is_shown_with_what_was_found_for_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, "neighbors", "--split", "valid", "--chunk", "3", "--knn", "5")
+    chunks, train = (Artifact.open(f"data/chunks/{split}", "chunks") for split in ("valid", "train"))
+    neighbors = Artifact.open("data/neighbors/valid", "neighbors")
+    tokenizer = Tokenizer.open("data/tokenizer")
+    (text,) = chunk_text(tokenizer, chunks["tokens"][3:4][:, :-1])
+    flat = " ".join(out.split())
+    assert out.startswith("valid chunk 3: ") and " ".join(text.split()) in flat
+    distances = [float(found) for found in re.findall(r"^\d\. distance ([\d.]+), \S+\.txt", out, flags=re.MULTILINE)]
+    assert distances == pytest.approx(neighbors["distances"][3][:5].tolist(), abs=1e-4)
+    for row in neighbors["ids"][3][:5]:
+        (found,) = chunk_text(tokenizer, train["tokens"][row : row + 1][:, :-1])
+        assert " ".join(found.split()) in flat
+
+
+def test_a_text_finds_live_what_the_retriever_finds(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "Gaba fuco dilem"
+    out = said(capsys, "neighbors", "--text", text, "-k", "3")
+    found = Retriever.open("data", encoder="encoder").retrieve_text([text], 3)
+    distances = [float(each) for each in re.findall(r"^\d\. distance ([\d.]+)", out, flags=re.MULTILINE)]
+    assert distances == pytest.approx(found.distances[0].tolist(), abs=1e-4)
+    assert out.startswith(f"text\n   {text}\n")
+
+
+def test_control_characters_of_a_text_do_not_reach_the_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, "neighbors", "--text", "a\x1b[31mb\rc", "-k", "1")
+    assert "\x1b" not in out and "\r" not in out and "a\N{REPLACEMENT CHARACTER}[31mb" in out
+
+
+# ---- generate --------------------------------------------------------------------------------------
+
+GENERATE = ("generate", "--prompt", "Gaba fuco di", "--max-new-tokens", "20")
+
+
+def test_what_is_written_follows_the_prompt_and_the_seed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, again = said(capsys, *GENERATE), said(capsys, *GENERATE, "--seed", "0")
+    assert first == again and first.startswith("Gaba fuco di") and len(first) > 14
+    assert said(capsys, *GENERATE, "--seed", "1") != first
+    greedy = said(capsys, *GENERATE, "--temperature", "0")
+    assert (
+        greedy == said(capsys, *GENERATE, "--top-k", "1", "--seed", "9") == said(capsys, *GENERATE, "--top-p", "1e-9")
+    )
+
+
+def test_retrieval_can_be_left_out_and_changes_what_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    greedy = (*GENERATE, "--temperature", "0")
+    without = said(capsys, *greedy, "--knn", "0")
+    assert without != said(capsys, *greedy)
+    assert "Gaba" in said(capsys, *greedy, "--model", "models/baseline", "--data", "nowhere")
+
+
+def test_neighbors_are_shown_at_each_boundary(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "Gaba fuco dilem norpa que ri"
+    out = said(capsys, *GENERATE, "--prompt", prompt, "--show-neighbors", "--temperature", "0", "--knn", "3")
+    plain = said(capsys, *GENERATE, "--prompt", prompt, "--temperature", "0", "--knn", "3")
+    tokenizer = Tokenizer.open("data/tokenizer")
+    length = 1 + len(tokenizer.encode(prompt)) + 20
+    finished = (min(length, 32) - 1) // 8  # the last token that is written is not read
+    blocks = re.findall(r"retrieved with chunk (\d+) of this text", out)
+    assert blocks == [str(number) for number in range(1, finished + 1)] and finished >= 3
+    assert out.count("| 1. distance") == finished and out.count("| 3. distance") == finished
+    text = re.sub(r"\n\n(?:  \| [^\n]*\n)+\n", "", out)
+    assert text == plain
+
+
+def test_whole_characters_come_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(4):
+        out = said(
+            capsys, *GENERATE, "--temperature", "5", "--top-p", "1", "--seed", str(seed), "--max-new-tokens", "26"
+        )
+        out.encode()
+
+
+# ---- what cannot be --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("neighbors", "--chunk", "99999"), "--chunk: found 99999, expected 0 to "),
+        (("neighbors", "--chunk", "1", "-k", "99"), f"--knn: found 99, expected at most {STORED}"),
+        (("neighbors", "--text", " "), "--text: found no text"),
+        (("neighbors", "--text", "a", "--encoder", "models/retro"), "models/retro"),
+        (("generate", "--prompt", "a b c d e f g h i j k l m n o p q r s t u v w x y z"), "expected fewer than the 32"),
+        (("generate", "--prompt", "a", "--model", "models/baseline", "-k", "2"), "models/baseline has no retrieval"),
+        (("generate", "--prompt", "a", "--knn", "0", "--show-neighbors"), "nothing is retrieved here"),
+        (("generate", "--prompt", "a", "--model", "data/index"), "expected retro/model, found retro/index"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(capsys, *arguments)
+
+
+@pytest.mark.usefixtures("run")
+def test_params_that_are_no_yaml_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It reads them for the encoder, which may be a folder."""
+    monkeypatch.setattr("retro_model.cli.PARAMS_FILE", tmp_path / "broken.yaml")
+    (tmp_path / "broken.yaml").write_text("embed: [1, 2\n", encoding="utf-8")
+    assert "broken.yaml: not valid YAML" in refused(capsys, "neighbors", "--text", "a")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("neighbors", "--split", "test", "--chunk", "123"),
+        ("neighbors", "--text", "a"),
+        ("generate", "--prompt", "a"),
+    ],
+)
+def test_before_the_pipeline_has_run_one_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "run `dvc repro`" in refused(capsys, *arguments)
+
+
+def test_a_model_of_other_data_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(run, tmp_path / "data", vocab_size=380, search=False)
+    write_model(tmp_path / "model", data, retrieval=True)
+    line = refused(capsys, "generate", "--prompt", "a", "--model", str(tmp_path / "model"))
+    assert "its tokenizer is not that of data" in line and "dvc repro" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("neighbors",),
+        ("neighbors", "--chunk", "-1"),
+        ("neighbors", "--chunk", "1", "--text", "a"),
+        ("generate", "--prompt", "a", "--temperature", "-1"),
+        ("generate", "--prompt", "a", "--top-p", "0"),
+        ("generate", "--prompt", "a", "--top-p", "0.5", "--top-k", "3"),
+        ("generate", "--prompt", "a", "--max-new-tokens", "many"),
+    ],
+)
+def test_wrong_arguments_are_told_by_usage(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and "usage: retro" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("neighbors", "--help"), ("generate", "--help")])
+def test_help_explains_itself(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and out.startswith("usage: retro")
+    assert "default:" in out or "retro generate --prompt" in out
+
+
+# ---- as a process ----------------------------------------------------------------------------------
+
+
+def test_help_loads_no_heavy_library() -> None:
+    code = (
+        "import sys, contextlib\nfrom retro_model.cli import main\n"
+        "with contextlib.suppress(SystemExit): main(['--help'])\n"
+        "print(sorted({'torch', 'faiss', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_reader_that_went_away_ends_it_without_a_word(finished: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # before a byte is written: the first write fails
+    done = subprocess.run(
+        [sys.executable, "-m", "retro_model", "neighbors", "--chunk", "1"],
+        cwd=finished,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_an_interrupt_ends_it_with_130(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def interrupted(logits: object, **options: object) -> object:
+        written.append(logits)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("retro_model.inference.generation.sample", interrupted)
+    assert main(GENERATE) == 130 and len(written) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "" and captured.out == "Gaba fuco di"
+
+
+def test_the_entry_point_is_this_command() -> None:
+    assert 'retro = "retro_model.cli:main"' in (ROOT / "pyproject.toml").read_text()
