@@ -24,9 +24,9 @@ def test_a_known_chip_has_its_data_sheet_and_another_is_measured(monkeypatch: py
 
 def test_products_grow_with_what_is_computed() -> None:
     config = RETROConfig(num_tokens=50, enc_dim=16, enc_depth=1, dec_dim=8, dec_depth=2, dec_cross_attn_layers=(2,))
-    bare = products(config, 2, 128, 0)
-    assert products(config, 4, 128, 0) == 2 * bare
-    assert bare < products(config, 2, 128, 1) < products(config, 2, 128, 2)
+    bare = step_flops(config, 2, 128, 0)
+    assert step_flops(config, 4, 128, 0) == 2 * bare
+    assert bare < step_flops(config, 2, 128, 1) < step_flops(config, 2, 128, 2)
 
 
 def test_products_are_those_that_torch_counts() -> None:
@@ -44,4 +44,4 @@ def test_products_are_those_that_torch_counts() -> None:
         scores = sum(count for name, count in counts.items() if name not in (torch.ops.aten.mm, torch.ops.aten.addmm))
         # causal attention in one block computes all scores; `products` counts the half that is needed
         unneeded = 2 * 16 * model.config.dec_depth * 2 * 8 * 16
-        assert 3 * (linear + scores - unneeded) == products(model.config, 2, 16, neighbors)
+        assert 3 * (linear + scores - unneeded) == step_flops(model.config, 2, 16, neighbors)
