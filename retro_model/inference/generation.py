@@ -239,9 +239,7 @@ class CachedDecoder:
         self.threads = 1  # torch's number of threads when `read` was called
         self.lengths = [0] * rows  # number of tokens each row has read
         self.neighbors = _Neighbors(torch.zeros(rows, 0, dtype=torch.bool, device=device))
-        self.hidden_BMD = weight.new_zeros(
-            rows, config.chunk_size, config.dec_dim
-        )  # of the current chunk; input of the encoder
+        self.hidden_BMD = weight.new_zeros(rows, config.chunk_size, config.dec_dim)  # of the current chunk
         self.table_NF = rotary_table(torch.arange(tokens[2], device=device), features, weight.dtype)
         self.query_table_MF, _ = cross_positions(config, 1, 1, weight)
         self.layers = []

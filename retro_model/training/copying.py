@@ -99,9 +99,7 @@ def rule_of_rows(
     """The rule with the database rows `neighbors_CK` (-1: none) as neighbors, computed block by block."""
     parts = []
     for start in range(0, len(labels_CM), CHUNKS_AT_ONCE):
-        some = slice(
-            max(start - 1, 0), start + CHUNKS_AT_ONCE
-        )  # the first chunk needs the neighbors of the previous one
+        some = slice(max(start - 1, 0), start + CHUNKS_AT_ONCE)  # the first chunk reads the previous one's neighbors
         retrieved = retrieved_tokens(database, neighbors_CK[some])
         part = bigram_rule(inputs_CM[some], labels_CM[some], retrieved, follows_C[some], database.facts["pad_id"])
         parts.append([values[start - some.start :] for values in part])

@@ -145,7 +145,7 @@ class TrainingRun:
             torch.manual_seed(self.seed)
             facts = inputs.chunks["train"].facts
             model = build_model(self.model_config, facts, self.seq_len, inputs.retrieval)
-            if inputs.retrieval:  # the same initial decoder as the baseline, so that they differ by no luck
+            if inputs.retrieval:  # start from the baseline's initial decoder: no difference by chance
                 torch.manual_seed(self.seed)
                 plain = build_model(self.model_config, facts, self.seq_len, retrieval=False)
                 model.load_state_dict({**model.state_dict(), **plain.state_dict()})
