@@ -5,8 +5,9 @@ A stage names the keys and sections that it reads:
     params = read_params("chunk_size", "corpus", "chunk")
     params.corpus.valid
 
-and gets nothing else. dvc.yaml declares the same names; tests/contract/test_contract.py checks that they agree. Every stage
-checks the whole file first, so that a mistake stops the first stage that runs, not one that needs the key hours later.
+and gets nothing else. dvc.yaml declares the same names; tests/contract/test_contract.py checks that they agree.
+Every stage checks the whole file first, so that a mistake stops the first stage that runs, not one that needs the
+key hours later.
 """
 
 import importlib

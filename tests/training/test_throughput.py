@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from retro_model.network.config import RETROConfig
 from retro_model.network.model import RETRO
-from retro_model.training.throughput import DATA_SHEETS, known_chip, peak, products
+from retro_model.training.throughput import DATA_SHEETS, known_chip, peak, step_flops
 
 
 def test_a_known_chip_has_its_data_sheet_and_another_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
