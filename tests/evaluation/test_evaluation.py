@@ -26,7 +26,7 @@ from retro_model.corpus.documents import CorpusConfig
 from retro_model.corpus.tokenizer import Tokenizer, save, train
 from retro_model.embedding.embed import EmbedConfig
 from retro_model.evaluation.by_overlap import (
-    Shared,
+    SharedRuns,
     read_run_metrics,
     runs_of_train_sample,
     runs_shared_with_nearest,
@@ -617,7 +617,7 @@ def test_train_rows_are_compared_with_what_is_read_beside_them(world: World) -> 
     some = runs_of_train_sample(train_rows, 9, KNN, 0)
     assert len(some) == 9 and not set(some.tolist()) - set(expected)
     np.testing.assert_array_equal(some, runs_of_train_sample(train_rows, 9, KNN, 0))
-    shared = Shared(*([np.zeros(0, int)] * 2), np.array([7, 8, 3]), np.zeros(0, int), np.zeros(0, bool))
+    shared = SharedRuns(*([np.zeros(0, int)] * 2), np.array([7, 8, 3]), np.zeros(0, int), np.zeros(0, bool))
     assert read_run_metrics(shared) == {"read_run_mean_test": 6.0, "read_run_8_share_test": 0.333333}
 
 
