@@ -14,6 +14,7 @@ import pytest
 from browser import PHONE, needs_browser, show
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import ROOT
 
 from retro_model.evaluation.report import charts
 from retro_model.evaluation.report.charts import PALETTE, Chart, Drawing, Series, draw, plot
@@ -21,7 +22,6 @@ from retro_model.evaluation.report.html import Look, Neighbor, Passage, Report, 
 from retro_model.evaluation.report.printable import printable
 from stages.common.harness import _code_files
 
-ROOT = Path(__file__).parent.parent
 REPORT = "retro_model/evaluation/report"
 LABELS_MAY_NOT_FIT = pytest.mark.filterwarnings(  # hostile labels fill the chart or have signs that its font lacks
     "ignore:Glyph .* missing from font", "ignore:constrained_layout not applied"

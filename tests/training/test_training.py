@@ -725,7 +725,7 @@ def test_a_run_from_another_model_never_picks_up_a_checkpoint(woven: Woven, tmp_
         run(woven, tmp_path, retrofit=retrofit, log=stop_at(7), **options)
     moved = dataclasses.replace(retrofit, init_from=str(shutil.copytree(baseline, tmp_path / "moved")))
     frozen = dataclasses.replace(moved, freeze="decoder")
-    for settings, first in ((moved, 7), (frozen, 1), (None, 1)):
+    for settings, first in ((moved, 7), (frozen, 1), (RetrofitConfig(), 1)):
         steps: list[int] = []
         run(woven, tmp_path, retrofit=settings, log=lambda now, record, steps=steps: steps.append(now), **options)
         assert steps[0] == first
