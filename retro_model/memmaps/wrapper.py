@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,45 +89,19 @@ class TrainingWrapper:
         self.tokenizer = open_tokenizer(encoder)
         _check_model(retro, chunk_size, self.tokenizer)
         force = _reprocess()
-        files: dict[str, Any] = {
+        files = {
             "chunks_memmap_path": Path(chunks_memmap_path),
             "seqs_memmap_path": Path(seqs_memmap_path),
             "doc_ids_memmap_path": Path(doc_ids_memmap_path),
         }
-        settings: dict[str, Any] = {
+        settings = {
             "chunk_size": chunk_size,
             "seq_len": retro.config.max_seq_len,
             "glob": glob,
             "documents_separator": documents_separator,
         }
-        stats_path = Path(processed_stats_json_path)
-        made_from = {
-            "text": _text_digest(Path(documents_path), glob),
-            "tokenizer": self.tokenizer.fingerprint,
-            **settings,
-        }
-
-        def find_stats() -> dict[str, Any] | None:
-            stats = None if force else _reusable_stats(stats_path, made_from, files)
-            return stats if stats and stats["chunks"] <= max_chunks and stats["seqs"] <= max_seqs else None
-
-        def make_stats() -> dict[str, Any]:
-            stats = text_folder_to_chunks_(
-                folder=documents_path,
-                max_chunks=max_chunks,
-                max_seqs=max_seqs,
-                encoder=encoder,
-                **settings,
-                **files,
-            )
-            digests = {name: file_digest(path) for name, path in files.items()}
-            write_json(stats_path, {**stats, "version": VERSION, "made_from": made_from, "sha256": digests})
-            return stats
-
-        stats = find_stats()
-        if stats is None:
-            with one_at_a_time(stats_path):
-                stats = find_stats() or make_stats()  # another process may have finished meanwhile
+        text = _ChunkedText(Path(documents_path), files, Path(processed_stats_json_path), settings, encoder)
+        stats = text.find_or_make(self.tokenizer, max_chunks, max_seqs, force)
         self.stats = {name: stats[name] for name in ("chunks", "docs", "seqs")}
         search: dict[str, Any] = {
             "num_chunks": stats["chunks"],
@@ -145,15 +120,19 @@ class TrainingWrapper:
             force_reprocess=force,
             **search,
         )
-        self._chunks = SearchableChunks.open(**search)
-        documents = open_raw(files["doc_ids_memmap_path"], (stats["chunks"],))
-        self._database = self._chunks.database(documents)
+        self._open(SearchableChunks.open(**search), files, neighbors_path)
+
+    def _open(self, chunks: SearchableChunks, files: Mapping[str, Path], neighbors_path: Path) -> None:
+        """Opens the files as the training data set and as the database that generation searches."""
+        self._chunks = chunks
+        documents = open_raw(files["doc_ids_memmap_path"], (self.stats["chunks"],))
+        self._database = chunks.database(documents)
         self.dataset = RETRODataset(
-            num_chunks=stats["chunks"],
-            chunk_size=chunk_size,
-            seq_len=retro.config.max_seq_len,
-            num_sequences=stats["seqs"],
-            num_neighbors=knn,
+            num_chunks=self.stats["chunks"],
+            chunk_size=self.chunk_size,
+            seq_len=self.retro.config.max_seq_len,
+            num_sequences=self.stats["seqs"],
+            num_neighbors=self.knn,
             chunk_memmap_path=files["chunks_memmap_path"],
             chunk_nn_memmap_path=neighbors_path,
             seq_memmap_path=files["seqs_memmap_path"],
@@ -284,6 +263,43 @@ def _check_model(retro: RETRO, chunk_size: int, tokenizer: Tokenizer) -> None:
         )
     if config.pad_id != tokenizer.pad_id:
         raise ConfigError(f"retro: found pad_id={config.pad_id}, expected {tokenizer.pad_id}, that of {tokenizer.name}")
+
+
+@dataclass(frozen=True)
+class _ChunkedText:
+    """The chunk files of a folder of text, and the JSON file that says what they were made from."""
+
+    folder: Path
+    files: Mapping[str, Path]  # by the arguments of text_folder_to_chunks_
+    stats_path: Path
+    settings: Mapping[str, Any]  # the arguments that change what is in the files
+    encoder: AnyPath | None
+
+    def find_or_make(self, tokenizer: Tokenizer, max_chunks: int, max_seqs: int, force: bool) -> dict[str, Any]:
+        """The counts of chunks, documents and sequences; with `force` the files are always made.
+
+        Of several processes that need the same files, one makes them and the others wait.
+        """
+        text = _text_digest(self.folder, self.settings["glob"])
+        made_from = {"text": text, "tokenizer": tokenizer.fingerprint, **self.settings}
+
+        def find() -> dict[str, Any] | None:
+            stats = None if force else _reusable_stats(self.stats_path, made_from, self.files)
+            return stats if stats and stats["chunks"] <= max_chunks and stats["seqs"] <= max_seqs else None
+
+        stats = find()
+        if stats is None:
+            with one_at_a_time(self.stats_path):
+                stats = find() or self._make(made_from, max_chunks, max_seqs)  # another process may have finished
+        return stats
+
+    def _make(self, made_from: Mapping[str, Any], max_chunks: int, max_seqs: int) -> dict[str, Any]:
+        """Writes the chunk files, and then the JSON file."""
+        arguments: dict[str, Any] = {**self.settings, **self.files, "max_chunks": max_chunks, "max_seqs": max_seqs}
+        stats: dict[str, Any] = text_folder_to_chunks_(folder=self.folder, encoder=self.encoder, **arguments)
+        digests = {name: file_digest(path) for name, path in self.files.items()}
+        write_json(self.stats_path, {**stats, "version": VERSION, "made_from": made_from, "sha256": digests})
+        return stats
 
 
 def _text_digest(folder: Path, glob: str) -> str:
