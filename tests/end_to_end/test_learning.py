@@ -39,7 +39,9 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Learned:
         woven.chunks,
         woven.neighbors,
         woven.tokenizer,
-        ModelConfig(enc_dim=64, dec_dim=64, dec_depth=2, dec_cross_attn_layers=(1, 2), heads=2, dim_head=32),
+        ModelConfig(
+            enc_dim=64, enc_depth=1, dec_dim=64, dec_depth=2, dec_cross_attn_layers=(1, 2), heads=2, dim_head=32
+        ),
         TrainConfig(
             steps=400,
             batch_size=16,

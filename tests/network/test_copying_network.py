@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from retro_model.network.attention_maps import neighbor_attention_maps
+from retro_model.network.config import RETROConfig
 from retro_model.network.model import RETRO
 
 V, M, L, K = 64, 8, 4, 2  # vocabulary, chunk, chunks of a row, neighbors
@@ -81,3 +82,18 @@ def test_a_fresh_model_looks_at_the_token_after_the_current_one(copy_tokens: int
             looked_at = retrieved[row, u].flatten()[maps[row, token].flatten().argmax()]
             right.append(bool(looked_at == seq[row, token + 1]))
     assert (sum(right) > 0.7 * len(right)) == (copy_tokens > 0), f"{sum(right)} of {len(right)}"
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_a_fresh_untied_model_raises_the_logit_of_the_token_it_copies(
+    rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the output rows in its values it would raise the logits of random tokens."""
+    monkeypatch.setattr(RETROConfig, "copy_rows", rows)
+    model = make(copy_tokens=2, tie_embeddings=False).eval()
+    seq, retrieved = random_text(16, torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        raised = model(seq[:, :-1], retrieved) - model(seq[:, :-1])
+    attending = slice(M - 1, (L - 1) * M)
+    right = (raised.argmax(-1) == seq[:, 1:])[:, attending].float().mean()
+    assert (right > 0.5) == rows, f"{right:.2f} of the tokens"
