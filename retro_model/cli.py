@@ -314,7 +314,8 @@ def _write(
     import torch
 
     from retro_model.core.devices import resolve_device
-    from retro_model.inference.generation import Writer, top_k, top_p
+    from retro_model.inference.generation import Writer
+    from retro_model.inference.sampling import top_k, top_p
     from retro_model.network.model import RETRO
 
     model = RETRO.from_pretrained(options.model, device=resolve_device(options.device))

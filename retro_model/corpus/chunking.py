@@ -31,7 +31,8 @@ from retro_model.core.prefetch import prefetch
 from retro_model.corpus.chunks import DOCUMENTS, DocumentTable, SourceText, read_documents
 from retro_model.corpus.documents import Corpus, CorpusConfig, Document
 from retro_model.corpus.tokenizer import Encoded, Tokenizer, utf8_size
-from retro_model.jobs.engine import Engine, Part, work_or_temporary
+from retro_model.jobs.engine import Engine
+from retro_model.jobs.job import Part, work_or_temporary
 
 BATCH_BYTES = 1 << 20  # text tokenized at once; a longer document is a batch of its own
 BATCH_DOCUMENTS = 1 << 12
@@ -92,7 +93,7 @@ def _bytes_of_labels(
 
 @dataclass(frozen=True)
 class ChunkJob:
-    """Turns documents into chunk rows, a batch of documents per part; see retro_model.jobs.engine.
+    """Turns documents into chunk rows, a batch of documents per part; see retro_model.jobs.job.
 
     A part holds the rows of all splits in reading order, and the split of each row.
     """

@@ -25,7 +25,8 @@ from retro_model.corpus.documents import CorpusConfig
 from retro_model.corpus.near_duplicates import NearDuplicates
 from retro_model.corpus.readers import FLAWS, find_files, read_entries
 from retro_model.corpus.tokenizer import Tokenizer
-from retro_model.embedding.embed import EmbedConfig, make_embeddings
+from retro_model.embedding.embed import make_embeddings
+from retro_model.embedding.encoder import EmbedConfig
 from retro_model.jobs.engine import Engine
 from retro_model.search.build import make_index
 from retro_model.search.keys import IndexConfig

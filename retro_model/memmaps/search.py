@@ -21,7 +21,7 @@ from retro_model.core.errors import ConfigError, SourceError
 from retro_model.core.prefetch import prefetch
 from retro_model.core.progress import Progress
 from retro_model.core.rows import NO_ROW
-from retro_model.embedding.embed import Tokenized
+from retro_model.embedding.encoder import Tokenized
 from retro_model.memmaps.autofaiss_arguments import IndexSettings, index_settings
 from retro_model.memmaps.encoder import DEFAULT_DIM, AnyPath, ChunkEmbedder
 from retro_model.memmaps.files import check_counts

@@ -31,7 +31,8 @@ from retro_model.core.errors import ConfigError
 from retro_model.core.rows import NO_ROW
 from retro_model.corpus.readers import matching_files
 from retro_model.corpus.tokenizer import Tokenizer
-from retro_model.inference.generation import Filter, generate, top_k
+from retro_model.inference.generation import generate
+from retro_model.inference.sampling import Filter, top_k
 from retro_model.memmaps.chunks import text_folder_to_chunks_
 from retro_model.memmaps.encoder import AnyPath, open_tokenizer
 from retro_model.memmaps.files import RETRODataset, check_counts, neighbor_tokens

@@ -23,7 +23,8 @@ from retro_model.core.arrays import Float32Array
 from retro_model.core.artifacts import Artifact, ArtifactWriter, save_array, whole_folder
 from retro_model.core.errors import ArtifactError, ConfigError
 from retro_model.core.progress import Progress
-from retro_model.jobs.engine import Engine, Outcome, Part, row_parts, work_or_temporary
+from retro_model.jobs.engine import Engine
+from retro_model.jobs.job import Outcome, Part, row_parts, work_or_temporary
 from retro_model.search.distances import (
     RECALL_AT,
     RECALL_QUERIES,
@@ -46,7 +47,7 @@ ROWS_PER_ADDED_PART = 1 << 18  # rows of a large index that one job part adds
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A job (see retro_model.jobs.engine) with one part: an index that is trained and holds no vectors."""
+    """A job (see retro_model.jobs.job) with one part: an index that is trained and holds no vectors."""
 
     embeddings: Path
     key: str
@@ -83,7 +84,7 @@ class _Trained(NamedTuple):
 
 @dataclass(frozen=True)
 class AddJob:
-    """A job (see retro_model.jobs.engine) whose parts each add a range of vectors to a copy of the trained index."""
+    """A job (see retro_model.jobs.job) whose parts each add a range of vectors to a copy of the trained index."""
 
     embeddings: Path
     trained: Path

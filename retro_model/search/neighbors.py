@@ -23,7 +23,8 @@ from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, Sharded
 from retro_model.core.config import Config, setting
 from retro_model.core.progress import Progress
 from retro_model.core.rows import NO_ROW
-from retro_model.jobs.engine import Engine, Outcome, row_parts, work_or_temporary
+from retro_model.jobs.engine import Engine
+from retro_model.jobs.job import Outcome, row_parts, work_or_temporary
 from retro_model.search.distances import (
     RECALL_AT,
     RECALL_QUERIES,
@@ -210,7 +211,7 @@ class _Opened(NamedTuple):
 
 @dataclass(frozen=True)
 class KnnJob:
-    """A job (see retro_model.jobs.engine) whose parts are the neighbors of a range of chunks."""
+    """A job (see retro_model.jobs.job) whose parts are the neighbors of a range of chunks."""
 
     embeddings: Path
     index: Path

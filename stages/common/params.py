@@ -32,7 +32,7 @@ SECTIONS = {
     "sample": "retro_model.sample:SampleConfig",
     "corpus": "retro_model.corpus.documents:CorpusConfig",
     "tokenizer": "retro_model.corpus.tokenizer:TokenizerConfig",
-    "embed": "retro_model.embedding.embed:EmbedConfig",
+    "embed": "retro_model.embedding.encoder:EmbedConfig",
     "index": "retro_model.search.keys:IndexConfig",
     "neighbors": "retro_model.search.neighbors:NeighborsConfig",
     "model": "retro_model.network.config:ModelConfig",

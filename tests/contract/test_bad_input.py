@@ -26,7 +26,7 @@ from stagewise import copy_of, refuse, run, write_params
 from retro_model import RETRO, Retriever, RETRODataset, generate
 from retro_model.core.artifacts import Artifact, write_description
 from retro_model.core.errors import RetroError
-from retro_model.embedding.embed import EmbedConfig, Encoder
+from retro_model.embedding.encoder import EmbedConfig, Encoder
 from retro_model.retrieval import (
     bert_embed,
     chunks_to_index_and_embed,

@@ -31,7 +31,7 @@ from retro_model.core.artifacts import Artifact, file_digest, write_description
 from retro_model.core.errors import DamagedArtifactError, RetroError, SourceError
 from retro_model.corpus.readers import find_files, read_entries
 from retro_model.corpus.tokenizer import load
-from retro_model.embedding.embed import EmbedConfig, Encoder
+from retro_model.embedding.encoder import EmbedConfig, Encoder
 
 CODE = sorted(path for folder in ("retro_model", "stages", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 
@@ -354,15 +354,14 @@ def test_dvc_and_mlflow_call_nobody() -> None:
 
 def test_ray_is_joined_and_never_started(monkeypatch: pytest.MonkeyPatch) -> None:
     """The project opens no dashboard and no port: it connects to a cluster that somebody started."""
-    from retro_model.jobs.engine import EngineConfig
+    from retro_model.jobs.engine import Engine, EngineConfig
 
     ray = pytest.importorskip("ray")
     given: dict[str, object] = {}
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **arguments: (given.update(arguments), _refuse())[0])
-    from retro_model.jobs.engine import _ray_cluster
 
-    with pytest.raises(RetroError, match="no Ray cluster"), _ray_cluster(EngineConfig(engine="ray"), None):  # type: ignore[arg-type]
+    with pytest.raises(RetroError, match="no Ray cluster"), Engine(EngineConfig(engine="ray")).open(None):  # type: ignore[arg-type]
         pass
     assert given["address"] == "auto"
     with pytest.raises(RetroError, match="ray_address"):

@@ -18,16 +18,9 @@ from retro_model.core.errors import ConfigError, MismatchError, SourceError
 from retro_model.corpus.chunks import chunk_text
 from retro_model.corpus.tokenizer import Tokenizer
 from retro_model.embedding import embed as embedding
-from retro_model.embedding.embed import (
-    EmbedConfig,
-    EmbedJob,
-    Encoder,
-    derived_max_tokens,
-    find_encoder,
-    make_embeddings,
-    pool,
-    stored_vectors,
-)
+from retro_model.embedding import encoder as encoders
+from retro_model.embedding.embed import EmbedJob, make_embeddings, stored_vectors
+from retro_model.embedding.encoder import EmbedConfig, Encoder, derived_max_tokens, find_encoder, pool
 
 LONG = "batufu verpa " * 40  # more word pieces than any max_tokens here
 TEXTS = [
@@ -337,7 +330,7 @@ def test_parts_of_batches_that_round_differently_are_not_mixed(
     monkeypatch.setattr(embedding, "embed_rows", count)
     work, config = tmp_path / "work", config_for(encoder_folder, max_tokens=24)
     for rows_alike in (8, 8, 16):
-        monkeypatch.setattr(embedding, "ROWS_ALIKE_ON_CPU", rows_alike)  # as batch sizes are on a GPU
+        monkeypatch.setattr(encoders, "ROWS_ALIKE_ON_CPU", rows_alike)  # as batch sizes are on a GPU
         out = tmp_path / f"out-{rows_alike}"
         shutil.rmtree(out, ignore_errors=True)
         make_embeddings(data / "chunks", data / "tokenizer", config, out, work_folder=work)

@@ -24,7 +24,7 @@ from retro_model.core.errors import ConfigError, DocumentError, MismatchError, T
 from retro_model.core.rows import NO_ROW, retrieved_tokens
 from retro_model.corpus.documents import CorpusConfig
 from retro_model.corpus.tokenizer import Tokenizer, save, train
-from retro_model.embedding.embed import EmbedConfig
+from retro_model.embedding.encoder import EmbedConfig
 from retro_model.evaluation.by_overlap import (
     SharedRuns,
     read_run_metrics,

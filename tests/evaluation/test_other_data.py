@@ -19,7 +19,7 @@ from retro_model.core.errors import ConfigError, DocumentError, MismatchError, M
 from retro_model.corpus.chunks import document_texts
 from retro_model.corpus.documents import Corpus
 from retro_model.corpus.tokenizer import Tokenizer
-from retro_model.embedding.embed import EmbedConfig
+from retro_model.embedding.encoder import EmbedConfig
 from retro_model.evaluation.comparison import spread_over_rows
 from retro_model.evaluation.evaluate import (
     EvaluateConfig,

@@ -11,17 +11,9 @@ from small_network import SMALL, K, M, R, V, make, tokens
 from torch import Tensor
 
 from retro_model.core.errors import ConfigError
-from retro_model.inference.generation import (
-    SINGLE_THREAD_BELOW,
-    CachedDecoder,
-    ThreadedLinear,
-    Writer,
-    generate,
-    sample,
-    top_k,
-    top_p,
-    torch_threads,
-)
+from retro_model.inference.cached_decoder import SINGLE_THREAD_BELOW, CachedDecoder, ThreadedLinear, torch_threads
+from retro_model.inference.generation import Writer, generate
+from retro_model.inference.sampling import sample, top_k, top_p
 from retro_model.network.model import RETRO
 
 

@@ -18,7 +18,8 @@ from square_job import LOCAL, PARTS, SquareJob, run, times_made, wait_until
 from retro_model.core.artifacts import Artifact, rows_per_part
 from retro_model.core.errors import ConfigError, RetroError
 from retro_model.jobs import engine
-from retro_model.jobs.engine import Engine, EngineConfig, Part, make_part, row_parts, work_or_temporary
+from retro_model.jobs.engine import Engine, EngineConfig
+from retro_model.jobs.job import Part, make_part, row_parts, work_or_temporary
 
 ENGINES = [LOCAL, EngineConfig(workers=2)]
 
@@ -60,7 +61,7 @@ class GpuJob(SquareJob):
 def test_each_process_sees_one_gpu(
     visible: str | None, expected: set[str], diary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_num_gpus", lambda device: 2)
+    monkeypatch.setattr(engine, "count_gpus", lambda device: 2)
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:

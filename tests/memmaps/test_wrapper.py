@@ -17,7 +17,8 @@ import retro_model.memmaps.wrapper
 import retro_model.retrieval
 from retro_model import RETRO, TrainingWrapper
 from retro_model.core.errors import ConfigError, DocumentError
-from retro_model.inference.generation import generate, top_p
+from retro_model.inference.generation import generate
+from retro_model.inference.sampling import top_p
 from retro_model.retrieval import tokenize
 
 CHUNK, SEQ_LEN = 8, 32

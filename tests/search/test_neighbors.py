@@ -345,7 +345,7 @@ def test_equal_bytes_for_any_batch(data: Path, tmp_path: Path) -> None:
 
 
 def test_each_gpu_that_faiss_can_use_has_a_process(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train, pools, process_pool = data / "embeddings", [], engine_module._process_pool
+    train, pools, process_pool = data / "embeddings", [], engine_module.process_pool
 
     def watched(job: Any, num_workers: int, num_gpus: int) -> Any:
         pools.append((num_workers, num_gpus))
@@ -354,8 +354,8 @@ def test_each_gpu_that_faiss_can_use_has_a_process(data: Path, tmp_path: Path, m
     def job(index: Path, device: str) -> KnnJob:
         return KnnJob(train, index, data / "chunks", NeighborsConfig(), 1024, device)
 
-    monkeypatch.setattr(engine_module, "_process_pool", watched)
-    monkeypatch.setattr(engine_module, "_num_gpus", lambda device: 2)
+    monkeypatch.setattr(engine_module, "process_pool", watched)
+    monkeypatch.setattr(engine_module, "count_gpus", lambda device: 2)
     run(data, tmp_path / "here")
     assert pools == [] and not job(data / "index", "auto").uses_gpus, "a build for CPUs"
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)

@@ -12,7 +12,8 @@ import numpy as np
 
 from retro_model.core.artifacts import ArtifactWriter
 from retro_model.core.errors import ConfigError, RetroError
-from retro_model.jobs.engine import Engine, EngineConfig, Part
+from retro_model.jobs.engine import Engine, EngineConfig
+from retro_model.jobs.job import Part
 
 
 def wait_until(happened: Callable[[], object]) -> None:
