@@ -35,9 +35,10 @@ from retro_model.core.config import Config, setting
 from retro_model.core.devices import resolve_device, resolve_number_type
 from retro_model.core.errors import ConfigError, SourceError
 from retro_model.core.prefetch import prefetch
+from retro_model.core.printable import say
 from retro_model.core.progress import Progress
 from retro_model.corpus.chunks import chunk_text
-from retro_model.corpus.tokenizer import Tokenizer
+from retro_model.corpus.tokenizer import Tokenizer, check_unicode
 from retro_model.jobs.engine import Engine, Outcome, row_parts, work_or_temporary
 
 NUMBER_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -203,8 +204,15 @@ class Encoder:
         }
 
     def tokenize(self, texts: Sequence[str]) -> Tokenized:
-        """Tokenize texts as [CLS] pieces [SEP] and padding; text that spells a special token stays text."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts))
+        """Tokenize texts as [CLS] pieces [SEP] and padding; text that spells a special token stays text.
+
+        Raises ConfigError for a text with a lone surrogate, which is not valid Unicode.
+        """
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts))
+        except TypeError:
+            check_unicode(texts)
+            raise
         ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
         lengths = np.array([sum(encoding.attention_mask) for encoding in encodings], dtype=np.int64)
         ids = ids.reshape(len(encodings), self.config.max_tokens)  # (0, max_tokens) for no texts
@@ -467,10 +475,9 @@ def make_embeddings(
     ):
         facts = running.facts
         rows_per_batch = batch_size or ROWS_PER_BATCH[facts["device"]]
-        print(
+        say(
             f"embed: {facts['encoder_name']}, {facts['dim']} dimensions, on {facts['device']} in "
-            f"{facts['number_type']}, {facts['max_tokens']} tokens a chunk, {rows_per_batch} chunks a batch",
-            flush=True,
+            f"{facts['number_type']}, {facts['max_tokens']} tokens a chunk, {rows_per_batch} chunks a batch"
         )
         started = time.perf_counter()
         for split, chunks in splits.items():

@@ -31,6 +31,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 from retro_model.core.artifacts import DESCRIPTION, Artifact
 from retro_model.core.config import Config, setting
 from retro_model.core.errors import ConfigError, DamagedArtifactError, MismatchError, RetroError
+from retro_model.core.printable import say
 from retro_model.core.processes import allow_open_files, end_with_parent
 from retro_model.core.progress import Progress
 
@@ -181,7 +182,7 @@ class Running(Generic[Opened]):
         try:
             return Artifact.open(folder, self.job.kind).require(**facts)
         except (DamagedArtifactError, MismatchError) as error:
-            print(f"{folder.name}: made again, what was there is of no use ({error})", flush=True)
+            say(f"{folder.name}: made again, what was there is of no use ({error})")
             shutil.rmtree(folder)
             return None
 
