@@ -85,17 +85,18 @@ class ReadingReport:
         self._name_flaws(usable, flaws, counts)
 
     def _name_flaws(self, usable: int, flaws: list[Entry], counts: Counter[str]) -> None:
-        reasons = [entry for entry in flaws if entry.flaw != "empty"]
+        """Name the file if it is lost, else up to MAX_EXAMPLES of its flaws."""
+        reasons = [entry for entry in flaws if entry.flaw != "empty"]  # an empty file has nothing to lose
         if reasons and reasons[-1].flaw == "bad_file":
             kept = f"; the {usable:,} documents before that are used" if usable else ""
             self.lost.append(describe_flaw(reasons[-1]) + kept)
+            flaws = flaws[:-1]
         elif reasons and not usable:
             more = counts.total() - reasons[0].times
             self.lost.append(describe_flaw(reasons[0]) + (f", and {more:,} more that are unusable" if more else ""))
-        else:
-            reasons = []
+            flaws = []
         for entry in flaws:
-            if entry not in reasons and self._num_examples[entry.flaw] < MAX_EXAMPLES:
+            if self._num_examples[entry.flaw] < MAX_EXAMPLES:
                 self._num_examples[entry.flaw] += 1
                 self.examples.append(describe_flaw(entry))
 

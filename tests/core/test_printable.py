@@ -1,5 +1,6 @@
 """What comes from outside reaches no terminal as a command, and no terminal makes a program fail."""
 
+import ast
 import io
 import pickle
 import re
@@ -8,6 +9,7 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import ROOT
 
 from retro_model.core.errors import DocumentError
 from retro_model.core.printable import one_line, printable, say
@@ -54,3 +56,16 @@ def test_no_terminal_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_message_of_an_error_is_one_printable_line_and_travels() -> None:
     error = DocumentError("a\x1b[31m\nb.txt: not here")
     assert str(error) == str(pickle.loads(pickle.dumps(error))) == "a\u241b[31m\u240ab.txt: not here"
+
+
+def test_the_library_and_its_stages_print_through_say() -> None:
+    """On standard output; `retro` filters text and names itself, and the summary prints numbers."""
+    allowed = {"retro_model/cli.py", "retro_model/core/printable.py", "stages/summary.py"}
+    found = {
+        file.relative_to(ROOT).as_posix()
+        for folder in ("retro_model", "stages")
+        for file in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print" and "sys.stderr" not in ast.unparse(node)
+    }
+    assert found == allowed

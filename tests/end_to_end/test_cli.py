@@ -337,7 +337,7 @@ def test_help_into_a_closed_pipe_ends_without_a_word() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "retro_model", "--help"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     found = subprocess.run(command, env=environment, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert (found.returncode, found.stderr) == (141, b"")

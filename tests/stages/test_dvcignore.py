@@ -28,6 +28,7 @@ def tracked_by_dvc(root: Path, name: str) -> list[str]:
     return sorted(entry["relpath"] for entry in listed)
 
 
+@pytest.mark.filterwarnings("ignore:_NoneStep.value will soon:DeprecationWarning")  # DVC's use of pygtrie
 def test_the_filter_leaves_what_dvc_tracks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Repo.init(no_scm=True)
