@@ -65,7 +65,8 @@ def matching_files(folder: Path, glob: str) -> FoundFiles:
     if not folder.is_dir():
         raise DocumentError(f"{folder}: no such folder; name the one with the text files")
     patterns = Path(glob).parts
-    found = _search(folder, lambda name: _matches(Path(name).parts, patterns), None)
+    depth = None if "**" in patterns else len(patterns) - 1
+    found = _search(folder, lambda name: _matches(Path(name).parts, patterns), depth=depth)
     if not found.files:
         raise DocumentError(f"{folder}: no file matches {glob!r}; give another glob, such as '**/*.md'")
     return found
@@ -80,10 +81,13 @@ def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
     return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
 
 
-def _search(path: Path, wanted: Callable[[str], bool], name_filter: NameFilter | None) -> FoundFiles:
+def _search(
+    path: Path, wanted: Callable[[str], bool], name_filter: NameFilter | None = None, depth: int | None = None
+) -> FoundFiles:
+    """Return the files whose names are wanted, in folders up to `depth` levels below `path` (None: in all)."""
     found = FoundFiles([], 0, [], [])
     others = 0
-    for folder, left_out, names in _walk(path, name_filter):
+    for folder, left_out, names in _walk(path, name_filter, depth):
         below = Path(folder).relative_to(path).as_posix()
         prefix = "" if below == "." else f"{below}/"
         found.ignored.extend(prefix + name for name in left_out if name.endswith("/") or wanted(prefix + name))
@@ -101,7 +105,7 @@ def _search(path: Path, wanted: Callable[[str], bool], name_filter: NameFilter |
     return found._replace(other_files=others)
 
 
-def _walk(path: Path, name_filter: NameFilter | None) -> Iterator[tuple[str, list[str], list[str]]]:
+def _walk(path: Path, name_filter: NameFilter | None, depth: int | None) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield each folder with the names in it that the filter leaves out, and its files.
 
     Links are followed after all that is below `path` itself, so that a file's own folder gives it its name and not a
@@ -116,6 +120,8 @@ def _walk(path: Path, name_filter: NameFilter | None) -> Iterator[tuple[str, lis
                 continue
             seen.add(real)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if depth is not None and len(Path(folder).relative_to(path).parts) >= depth:
+                folders.clear()
             files = [name for name in all_files if not name.startswith(".")]
             left_out: list[str] = []
             if name_filter is not None:

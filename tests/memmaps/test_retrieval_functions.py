@@ -381,7 +381,7 @@ def test_what_is_no_text_is_left_out_and_told(tmp_path: Path, capsys: pytest.Cap
         "dropped: 1 not UTF-8",
         "  002.txt: empty",
         "lost, in whole or from some place on: 1 files",
-        "  003.txt:1: not UTF-8 (byte 0xff)",
+        "  bytes.txt:2: not UTF-8 (byte 0xff)",
     ]
 
 

@@ -15,8 +15,8 @@ FILES = (
     "more/deep/d.txt", "more/deep/e.tmp.txt", "caf\xe9/\ud55c.txt",
 )  # fmt: skip
 IGNORED = {
-    ".dvcignore": "# a comment\n*.bak.txt\n!keep.bak.txt\ndrafts/\n/documents/more/*.md\n",
-    "documents/more/.dvcignore": "**/*.tmp.txt\n",
+    ".dvcignore": "# a comment\n*.bak.txt\n!keep.bak.txt\ndrafts/\n/texts/documents/more/*.md\n",
+    "texts/.dvcignore": "**/*.tmp.txt\n",
 }
 
 
@@ -32,11 +32,11 @@ def tracked_by_dvc(root: Path, name: str) -> list[str]:
 def test_the_filter_leaves_what_dvc_tracks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Repo.init(no_scm=True)
-    for name in (*(f"documents/{file}" for file in FILES), *IGNORED):
+    for name in (*(f"texts/documents/{file}" for file in FILES), *IGNORED):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(IGNORED.get(name, "text"))
-    found = find_files(Path("documents"), dvc_name_filter())
-    tracked = [name for name in tracked_by_dvc(tmp_path, "documents") if not name.endswith(".dvcignore")]
+    found = find_files(Path("texts/documents"), dvc_name_filter())
+    tracked = tracked_by_dvc(tmp_path, "texts/documents")
     assert [name for _, name in found.files] == tracked and "keep.bak.txt" in tracked and len(tracked) == 5
     assert found.ignored == ["b.bak.txt", "drafts/", "more/deep/e.tmp.txt", "more/drafts/", "more/only.md"]
     outside = tmp_path.parent / f"{tmp_path.name}-outside"
