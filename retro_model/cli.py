@@ -5,11 +5,13 @@
     retro generate --prompt "Return the indices of the largest" --show-neighbors
 
 Reads the pipeline's outputs (data/ and models/retro) and writes nothing. User errors are one line on standard error,
-with exit status 1. Ctrl-C exits with 130 and a closed pipe (`| head`) with 141, both silently. Heavy libraries are
+with exit status 1. Ctrl-C exits with 130 and a closed pipe (`| head`) with 141, both silently. Text and names are
+printed without control characters, and question marks stand for what the terminal cannot show. Heavy libraries are
 imported after arguments and files have been checked.
 """
 
 import argparse
+import io
 import os
 import sys
 import textwrap
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from retro_model.core.artifacts import SPLITS, Artifact
 from retro_model.core.errors import ConfigError, MismatchError, RetroError
+from retro_model.core.printable import one_line, printable
 from retro_model.core.processes import allow_open_files
 
 if TYPE_CHECKING:
@@ -43,15 +46,31 @@ Run it from the folder that holds data/ and models/, after `dvc repro` or `dvc p
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
+    if sys.stderr is None:  # closed (`2>&-`): progress bars would fail, and `print` would write to standard output
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open as long as the process runs)
+    if sys.stdout is None:
+        print("retro: standard output is closed", file=sys.stderr)
+        return 1
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        try:
+            return _run_command(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes the streams again at exit and would report the closed pipe.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        return 141
+
+
+def _run_command(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     allow_open_files()
     try:
         options.run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The interpreter flushes stdout again at exit and would report the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except KeyboardInterrupt:
         return 130
     except RetroError as error:
@@ -158,12 +177,13 @@ def _stored_neighbors(options: argparse.Namespace) -> None:
 
 def _neighbors_of_text(options: argparse.Namespace) -> None:
     """Embeds a text, searches for its neighbors and prints both."""
-    if not options.text.strip():
+    text = _text_of_argument("--text", options.text)
+    if not text.strip():
         raise ConfigError("--text: found no text, expected some")
     retriever = _open_retriever(options)
-    found = retriever.retrieve_text([options.text], options.knn)
+    found = retriever.retrieve_text([text], options.knn)
     _print(_heading("text"))
-    _print(_wrapped(options.text))
+    _print(_wrapped(text))
     _print_neighbors(retriever.chunks, retriever.tokenizer, found.ids[0].tolist(), found.distances[0].tolist())
 
 
@@ -196,18 +216,43 @@ def _format_neighbors(
 
 
 def _heading(text: str) -> str:
-    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
+    return f"\033[1m{one_line(text)}\033[0m" if sys.stdout.isatty() else one_line(text)
 
 
 def _wrapped(text: str) -> str:
     """The text indented and wrapped, with its own line breaks kept and control characters replaced."""
-    printable = "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
     lines = [
         part
-        for line in printable.splitlines()
+        for line in printable(text).splitlines()
         for part in textwrap.wrap(line, COLUMNS, replace_whitespace=False) or [""]
     ]
     return textwrap.indent("\n".join(lines), "   ", lambda line: True)
+
+
+def _text_of_argument(option: str, value: str) -> str:
+    """The value of a command line option, whose bytes must be UTF-8."""
+    return _decode_text(option, os.fsencode(value))
+
+
+def _decode_text(place: str, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{content[error.start]:02x} at position {error.start}"
+        raise ConfigError(f"{place}: found {byte}, expected text in UTF-8") from error
+
+
+def _read_prompt(prompt: str) -> str:
+    """The prompt that the option gives, from standard input if it is `-`."""
+    if prompt != "-":
+        return _text_of_argument("--prompt", prompt)
+    if sys.stdin is None:
+        raise ConfigError("--prompt: standard input is closed, expected the text there, or another prompt than -")
+    try:
+        content = sys.stdin.buffer.read()
+    except OSError as error:
+        raise ConfigError(f"--prompt: standard input cannot be read ({error.strerror})") from error
+    return _decode_text("--prompt, standard input", content).replace("\r\n", "\n")
 
 
 def _print(text: str) -> None:
@@ -292,6 +337,7 @@ def _generate(options: argparse.Namespace) -> None:
         raise ConfigError(
             "--show-neighbors: nothing is retrieved here; expected a model with retrieval and --knn above 0"
         )
+    text = _read_prompt(options.prompt)
     retriever = _open_retriever(options) if knn else None
     if retriever is not None and retriever.tokenizer.fingerprint != artifact.facts["tokenizer"]:
         raise MismatchError(
@@ -301,14 +347,14 @@ def _generate(options: argparse.Namespace) -> None:
     from retro_model.corpus.tokenizer import Tokenizer
 
     tokenizer = retriever.tokenizer if retriever else Tokenizer.open(options.model / "tokenizer")
-    for piece in _write(options, tokenizer, retriever, knn):
+    for piece in _write(options, text, tokenizer, retriever, knn):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
 
 
 def _write(
-    options: argparse.Namespace, tokenizer: "Tokenizer", retriever: "Retriever | None", knn: int
+    options: argparse.Namespace, text: str, tokenizer: "Tokenizer", retriever: "Retriever | None", knn: int
 ) -> Iterator[str]:
     """Yields the prompt, then each piece of generated text, with the retrieved neighbors if asked for."""
     import torch
@@ -319,7 +365,6 @@ def _write(
     from retro_model.network.model import RETRO
 
     model = RETRO.from_pretrained(options.model, device=resolve_device(options.device))
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt
     ids = [tokenizer.begin_id, *tokenizer.encode(text).tolist()]
     if len(ids) >= model.config.max_seq_len:
         raise ConfigError(
@@ -341,7 +386,7 @@ def _write(
         eos_id=tokenizer.end_id,
         seed=options.seed,
     )
-    yield text
+    yield printable(text)
     before = tokenizer.decode(ids)
     for token in writer:
         if options.show_neighbors:
@@ -350,7 +395,7 @@ def _write(
         ids.append(int(token))
         # Hold back a character until all of its tokens are there.
         now = tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
-        yield now.removeprefix(before)
+        yield printable(now.removeprefix(before))
         before = now
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from retro_model.core.artifacts import write_json
 from retro_model.corpus.chunking import make_chunks
+from stages.common.dvcignore import dvc_name_filter
 from stages.common.harness import run_stage, work_folder
 from stages.common.params import read_params
 
@@ -22,6 +23,7 @@ def main() -> None:
             Path("data/chunks"),
             engine=params.runtime.make_engine(),
             work_folder=work,
+            name_filter=dvc_name_filter(),
         )
     write_json(Path("metrics/chunk.json"), metrics)
 

@@ -5,8 +5,10 @@ from pathlib import Path
 from retro_model.core.artifacts import Artifact
 from retro_model.core.devices import resolve_device
 from retro_model.core.errors import MismatchError, SourceError
+from retro_model.core.printable import say
 from retro_model.evaluation.evaluate import EvaluationRun, evaluate_models, time_retrieval
 from retro_model.evaluation.inputs import Searching
+from stages.common.dvcignore import dvc_name_filter
 from stages.common.harness import record_timing, run_stage, work_folder
 from stages.common.params import flat_params, read_params
 from stages.tracking.runs import evaluation_run
@@ -27,6 +29,7 @@ def main() -> None:
         device=params.runtime.device,
         embed_batch_size=params.runtime.embed_batch_size or None,
         engine=params.runtime.make_engine(),
+        name_filter=dvc_name_filter(),
     )
     settings = {
         "evaluate": params.evaluate,
@@ -55,7 +58,8 @@ def main() -> None:
             batch_size=params.runtime.evaluate_batch_size,
         )
         result = evaluate_models(run)
-        print(*result.lines(), sep="\n", flush=True)
+        for line in result.lines():
+            say(line)
         timings = {**result.timings, **_retrieval_timings(data, searching, params.knn)}
         tracked.log_metrics(timings)
         for place in (tracked, model_run):  # each evaluation has a child run; the model's run shows the newest
@@ -70,10 +74,10 @@ def _retrieval_timings(data: Path, searching: Searching, knn: int) -> dict[str, 
     try:
         timings = time_retrieval(data, searching, knn)
     except (SourceError, MismatchError) as error:
-        print(f"evaluate: retrieval was not timed: {error}", flush=True)
+        say(f"evaluate: retrieval was not timed: {error}")
         return {}
     formatted = ", ".join(f"{value:.2f} {name.rpartition('_')[2]}" for name, value in timings.items())
-    print(f"evaluate: retrieval, milliseconds a chunk: {formatted}", flush=True)
+    say(f"evaluate: retrieval, milliseconds a chunk: {formatted}")
     return timings
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from retro_model.core.artifacts import write_json
 from retro_model.corpus.tokenizer import make_tokenizer
+from stages.common.dvcignore import dvc_name_filter
 from stages.common.harness import run_stage
 from stages.common.params import read_params
 
@@ -11,7 +12,13 @@ from stages.common.params import read_params
 def main() -> None:
     """Reads the documents, writes the tokenizer and its metrics."""
     params = read_params("documents", "corpus", "tokenizer")
-    metrics = make_tokenizer(Path(params.documents), params.corpus, params.tokenizer, Path("data/tokenizer"))
+    metrics = make_tokenizer(
+        Path(params.documents),
+        params.corpus,
+        params.tokenizer,
+        Path("data/tokenizer"),
+        name_filter=dvc_name_filter(),
+    )
     write_json(Path("metrics/tokenizer.json"), metrics)
 
 

@@ -14,9 +14,17 @@ Every message is one line that says what failed, where, what was expected, what 
 a stage prints it instead of a traceback. Programming errors are `assert`s.
 """
 
+from retro_model.core.printable import one_line
+
 
 class RetroError(ValueError):
-    """Base of all errors that users, their data or their disks can cause."""
+    """Base of all errors that users, their data or their disks can cause.
+
+    The message is made printable, because it may quote file names and documents.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(RetroError):

@@ -1,12 +1,16 @@
-"""Process setup: the limit of open files, exiting with the parent."""
+"""What a process may use, and when it ends: open files, memory, exiting with the parent."""
 
 import multiprocessing
 import os
 import resource
 import threading
+from pathlib import Path
 
 # Each shard being read is an open file, and knn reads several arrays of up to artifacts.MOST_PARTS shards.
 OPEN_FILES = 1 << 16
+
+# The limit that a container or a batch system sets: of version 2 and of version 1 of control groups.
+GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def allow_open_files() -> None:
@@ -15,6 +19,14 @@ def allow_open_files() -> None:
     most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def available_memory() -> int:
+    """Return how many bytes of memory a process can take without swapping, or less if a control group limits it."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    (available,) = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    limits = [Path(path).read_text(encoding="ascii").strip() for path in GROUP_LIMITS if Path(path).is_file()]
+    return min([available, *(int(limit) for limit in limits if limit != "max")])
 
 
 def end_with_parent() -> None:

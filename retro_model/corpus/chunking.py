@@ -28,8 +28,10 @@ from retro_model.core.arrays import BoolArray
 from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, whole_folder
 from retro_model.core.errors import DocumentError
 from retro_model.core.prefetch import prefetch
+from retro_model.core.printable import say
 from retro_model.corpus.chunks import DOCUMENTS, DocumentTable, SourceText, read_documents
 from retro_model.corpus.documents import Corpus, CorpusConfig, Document
+from retro_model.corpus.files import NameFilter
 from retro_model.corpus.tokenizer import Encoded, Tokenizer, utf8_size
 from retro_model.jobs.engine import Engine
 from retro_model.jobs.job import Part, work_or_temporary
@@ -252,16 +254,18 @@ def make_chunks(
     *,
     engine: Engine | None = None,
     work_folder: Path | None = None,
+    name_filter: NameFilter | None = None,
 ) -> dict[str, float]:
     """Write the chunk artifacts of all splits below `folder` and return the stage's metrics.
 
     Memory holds a few parts of the text and what `Corpus` stores for each document and file. `engine` changes
-    speed only. Parts in `work_folder` that an earlier run finished are reused.
+    speed only. Parts in `work_folder` that an earlier run finished are reused. Files and folders that `name_filter`
+    leaves out are not read. Prints what was read, what was dropped, and every file that is lost.
 
     Raises DocumentError if a split has no document with a token.
     """
     name = Tokenizer.open(tokenizer_folder).name
-    corpus = Corpus(documents, corpus_config)
+    corpus = Corpus(documents, corpus_config, name_filter)
     job = ChunkJob(tokenizer_folder.absolute(), chunk_size, corpus.num_readable)
     with (
         work_or_temporary(work_folder, folder) as work,
@@ -272,7 +276,7 @@ def make_chunks(
             running.make(prefetch(_parts(corpus)), work), whole, running.facts, f"{corpus.path}", name
         )
     for line in corpus.report.lines():
-        print(line, flush=True)
+        say(line)
     return _metrics(corpus, totals, chunk_size)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from retro_model.core.arrays import IntArray
 from retro_model.core.artifacts import Artifact
 from retro_model.core.errors import DamagedArtifactError
+from retro_model.core.printable import one_line
 from retro_model.corpus.tokenizer import Tokenizer
 
 DOCUMENTS = "documents.jsonl"
@@ -117,24 +118,25 @@ def chunk_text(tokenizer: Tokenizer, rows: IntArray) -> list[str]:
 
 
 def describe_rows(chunks: Artifact, rows: Iterable[int] | IntArray) -> dict[int, str]:
-    """Return a description of each chunk row's place: source, record if there is one, and chunk number."""
+    """Return a printable description of each chunk row's place: document and chunk number."""
     wanted = sorted({int(row) for row in rows})
     documents = dict(zip(wanted, chunks["documents"][np.array(wanted, dtype=np.int64)].tolist(), strict=True))
     entries = _document_entries(chunks, set(documents.values()))
     names = {}
     for row, document in documents.items():
         entry = entries[document]
-        record = "" if entry["record"] is None else f", record {entry['record']}"
-        names[row] = f"{entry['source']}{record}, chunk {row - entry['first_chunk'] + 1} of {entry['chunks']}"
+        names[row] = f"{_name(entry)}, chunk {row - entry['first_chunk'] + 1} of {entry['chunks']}"
     return names
 
 
 def document_names(chunks: Artifact, documents: IntArray) -> dict[int, str]:
-    """Return a name for each of the documents: its source, and its record if there is one."""
-    return {
-        number: entry["source"] + ("" if entry["record"] is None else f", record {entry['record']}")
-        for number, entry in _document_entries(chunks, set(documents.tolist())).items()
-    }
+    """Return a printable name for each of the documents: its source, and its record if there is one."""
+    return {number: _name(entry) for number, entry in _document_entries(chunks, set(documents.tolist())).items()}
+
+
+def _name(entry: dict[str, Any]) -> str:
+    record = "" if entry["record"] is None else f", record {entry['record']}"
+    return one_line(f"{entry['source']}{record}")
 
 
 def _document_entries(chunks: Artifact, wanted: set[int]) -> dict[int, dict[str, Any]]:

@@ -37,10 +37,10 @@ from retro_model.core.artifacts import SPLITS
 from retro_model.core.config import Config, setting
 from retro_model.core.errors import ConfigError, DocumentError
 from retro_model.core.progress import Progress
+from retro_model.corpus.files import NameFilter, find_files
 from retro_model.corpus.near_duplicates import NearDuplicates
-from retro_model.corpus.readers import FLAWS, TEXT_SUFFIXES, Entry, find_files, read_entries
-
-MAX_EXAMPLES = 3  # of each flaw, in the report
+from retro_model.corpus.readers import FLAWS, TEXT_SUFFIXES, Entry, read_entries
+from retro_model.corpus.reading import ReadingOptions, ReadingReport
 
 # The status of a document that is kept is the position of its split in SPLITS. These are the other two.
 _DUPLICATE, _NEAR_DUPLICATE = len(SPLITS), len(SPLITS) + 1
@@ -71,6 +71,10 @@ class CorpusConfig(Config, section="corpus"):
         if self.valid + self.test >= 1:
             raise ConfigError(f"corpus.valid, corpus.test: found {self.valid} and {self.test}, expected a sum below 1")
 
+    def reading_options(self, where: str) -> ReadingOptions:
+        """Return how documents are read; `where` begins the message about an unusable one."""
+        return ReadingOptions(where, self.text_field, self.documents_separator, self.bad_documents == "refuse")
+
 
 class Document(NamedTuple):
     """A usable document. `number` is its position among all readable documents of the corpus.
@@ -87,44 +91,35 @@ class Document(NamedTuple):
 
 
 @dataclass
-class DocumentReport:
+class DocumentReport(ReadingReport):
     """Counts of documents read, kept and dropped, with reasons.
 
     `near_duplicates` is complete after `Corpus.documents` was read to the end for the train split.
     """
 
-    read: int = 0
     kept: Counter[str] = field(default_factory=Counter)
-    flawed: Counter[str] = field(default_factory=Counter)
     exact_duplicates: int = 0
     near_duplicates: int = 0
-    other_files: int = 0
-    examples: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def metrics(self) -> dict[str, int]:
         """Return the counts under flat names, for a metrics file."""
         return {
-            "documents_read": self.read,
+            **super().metrics(),
             "documents_kept": sum(self.kept.values()),
-            **{f"dropped_{name}": self.flawed[name] for name in FLAWS},
             "dropped_exact_duplicates": self.exact_duplicates,
             "dropped_near_duplicates": self.near_duplicates,
-            "other_files": self.other_files,
         }
 
     def lines(self) -> list[str]:
-        """Return the counts, examples and notes as lines of text."""
+        """Return the counts, the names of files that are lost, examples and notes as lines of text."""
         kept = ", ".join(f"{self.kept[split]:,} {split}" for split in SPLITS)
         lines = [f"documents: {self.read:,} read, {sum(self.kept.values()):,} kept ({kept})"]
-        lines += [f"dropped: {count:,} {FLAWS[name]}" for name, count in sorted(self.flawed.items())]
         if self.exact_duplicates:
             lines.append(f"dropped: {self.exact_duplicates:,} exact copies of another document")
         if self.near_duplicates:
             lines.append(f"dropped: {self.near_duplicates:,} train documents that nearly repeat held-out ones")
-        if self.other_files:
-            lines.append(f"left aside: {self.other_files:,} files of other types")
-        return [*lines, *(f"  {example}" for example in self.examples), *self.notes]
+        return [*lines, *super().lines(), *self.notes]
 
 
 class Corpus:
@@ -132,19 +127,20 @@ class Corpus:
 
     The constructor reads all files once. Of exact copies one is kept: the first held-out one if there is any, else
     the first. If the hash leaves a split empty, it gets one document of the largest split, and the report says so.
+    Files and folders that `name_filter` leaves out are not read.
 
-    Raises DocumentError if there is no document, if fewer than three are usable, or, with `bad_documents: refuse`,
-    at the first unusable one.
+    Raises DocumentError if there is no document, if fewer than three are usable, if a file takes more memory or
+    another library than there is here, or, with `bad_documents: refuse`, at the first unusable document.
     """
 
-    def __init__(self, path: Path | str, config: CorpusConfig) -> None:
+    def __init__(self, path: Path | str, config: CorpusConfig, name_filter: NameFilter | None = None) -> None:
         self.path = Path(path)
         self.config = config
         self.report = DocumentReport()
-        files, self.report.other_files = find_files(self.path)
-        whole = self.path.is_dir()
-        self._files = [(file, file.relative_to(self.path).as_posix() if whole else file.name) for file in files]
-        self._num_in_file = np.zeros(len(files), np.int64)  # readable documents
+        found = find_files(self.path, name_filter)
+        self.report.add_files(found)
+        self._files = found.files
+        self._num_in_file = np.zeros(len(self._files), np.int64)  # readable documents
         digests, identities = self._scan()
         self._statuses = self._assign(digests, identities)
         self._near_duplicates_known = not config.near_duplicates
@@ -202,30 +198,17 @@ class Corpus:
     def _scan(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
         """Return a digest of each readable document's text (n, 2) and a hash of its identity (n,), 64-bit words."""
         digests, identities = bytearray(), bytearray()
+        options = self.config.reading_options(str(self.path))
         with Progress("scan", None, "document") as bar:
             for position, (file, source) in enumerate(self._files):
-                for entry in self._entries(file, source):
-                    self.report.read += entry.times
-                    bar.update(entry.times)
-                    if entry.flaw:
-                        self._add_flaw(entry)
-                        continue
+                for entry in self.report.usable_entries(file, source, options):
+                    bar.update()
                     self._num_in_file[position] += 1
                     digest = hashlib.blake2b(entry.text.encode(), digest_size=16).digest()
                     digests += digest
                     path = hashlib.blake2b(entry.source.encode(), digest_size=8).digest()
                     identities += path if entry.record is None else digest[:8]
         return np.frombuffer(digests, "<u8").reshape(-1, 2), np.frombuffer(identities, "<u8")
-
-    def _add_flaw(self, entry: Entry) -> None:
-        what = f"{entry.place}: {FLAWS[entry.flaw]}{f' ({entry.detail})' if entry.detail else ''}"
-        if self.config.bad_documents == "refuse":
-            raise DocumentError(
-                f"{self.path}: {what}; mend it, or leave such documents out with corpus.bad_documents: skip"
-            )
-        if self.report.flawed[entry.flaw] < MAX_EXAMPLES:
-            self.report.examples.append(what)
-        self.report.flawed[entry.flaw] += entry.times
 
     def _assign(self, digests: npt.NDArray[np.uint64], identities: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
         """Return each document's status (n,): the position of its split in SPLITS, or _DUPLICATE."""
@@ -260,7 +243,8 @@ class Corpus:
     def _too_few_message(self, usable: int, copies: int) -> str:
         flawed = ", ".join(f"{count} {FLAWS[name]}" for name, count in sorted(self.report.flawed.items()))
         dropped = "; ".join(part for part in (flawed, f"{copies} exact copies" if copies else "") if part)
-        example = f"; first: {self.report.examples[0]}" if self.report.examples else ""
+        first = next(iter((*self.report.examples, *self.report.lost)), "")
+        example = f"; first: {first}" if first else ""
         message = (
             f"{self.path}: {usable} usable documents of {self.report.read} read"
             f"{f' (dropped: {dropped}{example})' if dropped else ''}, expected at least 3: "

@@ -1,18 +1,23 @@
 """Read documents from text, JSON Lines and Parquet files; report unusable ones with file, line and reason.
 
 Files are read as streams: memory holds one document, or a few rows of a table, however large the file, archive or
-row group is.
+row group is. A .zst file also takes the window that it was compressed with, up to 2 GiB.
+
+A file that is damaged gives the documents before the damage and an entry that says what is wrong. A file that is
+not read for a reason that lies in this machine, its disk, memory or libraries, is a DocumentError.
 """
 
 import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple
 
 from retro_model.core.errors import DocumentError
+from retro_model.core.printable import one_line
+from retro_model.core.processes import available_memory
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -28,6 +33,11 @@ FLAWS = {
 }
 BLOCK_BYTES = 1 << 20
 ROWS_PER_BATCH = 64  # of a .parquet file; small, because a row may be a book
+LARGEST_WINDOW = 1 << 31  # of a .zst file; zstandard reads no larger one
+
+# zstandard's messages about files that are sound, but cannot be read here.
+WINDOW_TOO_LARGE = "requires too much memory"
+NOT_READ_BY_ZSTANDARD = ("not enough memory", "Dictionary mismatch", "Unsupported frame parameter", "Version not supp")
 
 
 class Entry(NamedTuple):
@@ -49,71 +59,8 @@ class Entry(NamedTuple):
         return self.source if self.record is None else f"{self.source}:{self.record}"
 
 
-def find_files(path: Path) -> tuple[list[Path], int]:
-    """Return the files that can hold documents, sorted by their path below `path`, and the number of others.
-
-    Ignores hidden files and folders and DVC's `*.dvc` files. Raises DocumentError if there is no such file.
-    """
-    if path.is_file():
-        if _suffix(path) not in SUFFIXES:
-            raise DocumentError(f"{path}: not a file of documents, expected one of {', '.join(SUFFIXES)}")
-        return [path], 0
-    if not path.is_dir():
-        raise DocumentError(
-            f"{path}: no such folder or file; set `documents` in params.yaml to yours, or make it "
-            "(`dvc repro` writes the sample, `dvc pull` fetches what a remote has)"
-        )
-    files, others = [], 0
-    for file in _walk(path):
-        if _suffix(file) in SUFFIXES:
-            files.append(file)
-        elif file.suffix != ".dvc":
-            others += 1
-    if not files:
-        found = f"found {others} files of other types" if others else "found none"
-        raise DocumentError(f"{path}: no documents, {found}; expected {', '.join(SUFFIXES)} files")
-    return sorted(files, key=lambda file: file.relative_to(path).as_posix()), others
-
-
-def matching_files(folder: Path, glob: str) -> list[Path]:
-    """Return the files in `folder` that match, sorted by path.
-
-    Raises DocumentError if none matches, or if a folder cannot be listed, which `Path.glob` would skip silently.
-    """
-    if not folder.is_dir():
-        raise DocumentError(f"{folder}: no such folder; name the one with the text files")
-    for _ in os.walk(folder, onerror=_unlistable_folder(folder)):
-        if "**" not in glob:
-            break
-    files = sorted((file for file in folder.glob(glob) if file.is_file()), key=Path.as_posix)
-    if not files:
-        raise DocumentError(f"{folder}: no file matches {glob!r}; give another glob, such as '**/*.md'")
-    return files
-
-
-def _unlistable_folder(path: Path) -> Callable[[OSError], NoReturn]:
-    def refuse(error: OSError) -> NoReturn:
-        raise DocumentError(
-            f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it out of {path}"
-        ) from error
-
-    return refuse
-
-
-def _walk(path: Path) -> Iterator[Path]:
-    """Yield all files that are not hidden; follow links to folders, but visit each folder once."""
-    seen = set()
-    for folder, names, file_names in os.walk(path, onerror=_unlistable_folder(path), followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            names.clear()
-            continue
-        seen.add(real)
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        yield from (Path(folder, name) for name in file_names if not name.startswith("."))
-
-
-def _suffix(file: Path) -> str:
+def suffix_of(file: Path) -> str:
+    """Return which of SUFFIXES the file's name ends with; "" if none."""
     name = file.name.lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
@@ -126,12 +73,13 @@ def read_entries(file: Path, source: str, text_field: str, separator: str | None
     """Yield the entries of `file`, in order; if it is damaged, also those before the damage.
 
     `text_field` is the field of a record that holds its text. `separator` is the line between documents of a text
-    file; None if a file is one document. `source` is the file's name in the entries; bytes of it that are not UTF-8
-    are written as backslash escapes, so that it can be printed and stored. Raises DocumentError if the system
-    cannot read the file.
+    file; None if a file is one document. `source` is the file's name in the entries, where it is printable: bytes
+    that are not UTF-8 are backslash escapes, and control characters are pictures of them.
+
+    Raises DocumentError if the file cannot be read here: by the system, in this memory or by these libraries.
     """
-    source = source.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    suffix, record = _suffix(file), 0
+    source = one_line(source)
+    suffix, record = suffix_of(file), 0
     if suffix == ".parquet":
         entries = _parquet_rows(file, source, text_field)
     elif suffix in RECORD_SUFFIXES:
@@ -146,6 +94,11 @@ def read_entries(file: Path, source: str, text_field: str, separator: str | None
             yield entry
     except _UnreadableError as error:
         yield Entry(source, record + 1, "", "bad_file", str(error))
+    except MemoryError as error:
+        raise DocumentError(
+            f"{file}: takes more memory than there is, after record {record}; split the file or its longest document, "
+            "or use a machine with more memory"
+        ) from error
 
 
 def _blocks(file: Path, suffix: str) -> Iterator[bytes]:
@@ -155,7 +108,7 @@ def _blocks(file: Path, suffix: str) -> Iterator[bytes]:
             if suffix == ".jsonl.gz":
                 blocks = _read_blocks(gzip.GzipFile(fileobj=stream))
             else:
-                blocks = _zstandard_blocks(stream) if suffix == ".jsonl.zst" else _read_blocks(stream)
+                blocks = _zstandard_blocks(file, stream) if suffix == ".jsonl.zst" else _read_blocks(stream)
             yield next(blocks, b"").removeprefix(b"\xef\xbb\xbf")
             yield from blocks
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -184,23 +137,38 @@ def _read_blocks(stream: Any) -> Iterator[bytes]:
         yield block
 
 
-def _zstandard_blocks(stream: Any) -> Iterator[bytes]:
+def _zstandard_blocks(file: Path, stream: Any) -> Iterator[bytes]:
     """Decompress frame by frame, because zstandard's own reader treats a truncated frame as the end of the file."""
     import zstandard
 
-    frame = None
+    frame, largest_window = None, min(LARGEST_WINDOW, available_memory())
     for block in _read_blocks(stream):
         rest = block
         while rest:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=largest_window).decompressobj()
             try:
                 yield frame.decompress(rest)
             except zstandard.ZstdError as error:
-                raise _UnreadableError(str(error)) from error
+                raise _zstandard_error(file, str(error), largest_window) from error
             rest = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
     if frame is not None:
         raise _UnreadableError("the compressed stream ends early")
+
+
+def _zstandard_error(file: Path, message: str, largest_window: int) -> DocumentError | _UnreadableError:
+    if WINDOW_TOO_LARGE in message:
+        limit = "zstandard reads" if largest_window == LARGEST_WINDOW else "fits the free memory of this machine"
+        return DocumentError(
+            f"{file}: was compressed with a larger window than {limit}, {largest_window / 2**20:,.0f} MiB; compress "
+            "it again (zstd --long=27), or leave it out of the folder"
+        )
+    if any(part in message for part in NOT_READ_BY_ZSTANDARD):
+        return DocumentError(
+            f"{file}: zstandard cannot read it ({message}); compress it again (zstd --long=27), or leave it out of the "
+            "folder"
+        )
+    return _UnreadableError(message)
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -285,29 +253,58 @@ def _parquet_rows(file: Path, source: str, text_field: str) -> Iterator[Entry]:
 
     number = 0
     try:
-        # Without a buffer size, or with pre_buffer, pyarrow reads a row group's whole column at once.
-        with (
-            _open(file) as stream,  # pyarrow cannot open a name that is not UTF-8
-            pyarrow.parquet.ParquetFile(stream, buffer_size=BLOCK_BYTES, pre_buffer=False) as table,
-        ):
-            yield from _check_columns(table, source, text_field)
-            if text_field not in table.schema_arrow.names:
-                return
-            for batch in table.iter_batches(batch_size=ROWS_PER_BATCH, columns=[text_field]):
-                for content in _as_bytes(batch.column(0)):
-                    number += 1
-                    if content is None:
-                        yield Entry(source, number, "", "missing_field", "null")
-                    else:
-                        yield _decode(source, number, content)
-    except (pyarrow.ArrowException, OSError) as error:
+        with _open(file) as stream:  # pyarrow cannot open a name that is not UTF-8
+            # What describes a table is shorter than the file; pyarrow's own limits are lower than that of wide tables.
+            limit = min(max(os.fstat(stream.fileno()).st_size, 1), (1 << 31) - 1)
+            limits = {"thrift_string_size_limit": limit, "thrift_container_size_limit": limit}
+            # Without a buffer size, or with pre_buffer, pyarrow reads a row group's whole column at once.
+            with pyarrow.parquet.ParquetFile(stream, buffer_size=BLOCK_BYTES, pre_buffer=False, **limits) as table:
+                if unusable := _column_without_text(table, source, text_field):
+                    yield unusable
+                if unusable or not table.metadata.num_rows:
+                    return
+                for batch in table.iter_batches(batch_size=ROWS_PER_BATCH, columns=[text_field]):
+                    for content in _as_bytes(batch.column(0)):
+                        number += 1
+                        if content is None:
+                            yield Entry(source, number, "", "missing_field", "null")
+                        else:
+                            yield _decode(source, number, content)
+    except (pyarrow.ArrowNotImplementedError, pyarrow.ArrowCapacityError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DocumentError(
+            f"{file}: pyarrow cannot read it ({reason}); write it again in another way, or leave it out of the folder"
+        ) from error
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno is not None:
+            raise _unreadable_file(file, error) from error
+        raise _UnreadableError(" ".join(str(error).split())[:200]) from error
+    except pyarrow.ArrowException as error:
         raise _UnreadableError(" ".join(str(error).split())[:200]) from error
 
 
-def _check_columns(table: Any, source: str, text_field: str) -> Iterator[Entry]:
-    names = table.schema_arrow.names
-    if text_field not in names and table.metadata.num_rows:
-        yield Entry(source, 1, "", "missing_field", _missing_field_detail(text_field, names), table.metadata.num_rows)
+def _column_without_text(table: Any, source: str, text_field: str) -> Entry | None:
+    """Return the entry that stands for all rows of a table without a column of text; None if it has one."""
+    names, rows = table.schema_arrow.names, table.metadata.num_rows
+    if not rows:
+        return None
+    if text_field not in names:
+        return Entry(source, 1, "", "missing_field", _missing_field_detail(text_field, names), rows)
+    kind = table.schema_arrow.field(text_field).type
+    if not _holds_text(kind):
+        return Entry(source, 1, "", "bad_record", f"{text_field!r} holds {kind}, expected text", rows)
+    return None
+
+
+def _holds_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _holds_text(kind.value_type)
+    kinds = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+    return any(is_kind(kind) for is_kind in (*kinds, types.is_binary_view, types.is_fixed_size_binary, types.is_null))
 
 
 def _as_bytes(column: Any) -> list[bytes | None]:

@@ -37,6 +37,7 @@ from retro_model.core.config import Config, setting
 from retro_model.core.errors import ConfigError, SourceError
 from retro_model.core.prefetch import prefetch
 from retro_model.corpus.documents import Corpus, CorpusConfig
+from retro_model.corpus.files import NameFilter
 
 FILE = "tokenizer.json"
 TRAINED = "bpe"
@@ -127,6 +128,18 @@ def utf8_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
+def check_unicode(texts: Sequence[str]) -> None:
+    """Raise ConfigError, with the place, if a text has a lone surrogate: it has no UTF-8 and no tokenizer takes it."""
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"text {number}: found the lone surrogate {text[error.start]!a} at character {error.start}, expected "
+                "valid Unicode; decode bytes with errors='replace', for example"
+            ) from error
+
+
 class Tokenizer:
     """Converts text to ids and back; loaded from a tokenizer artifact alone."""
 
@@ -159,7 +172,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Encode each text without special ids, in parallel on all cores.
 
-        Raises SourceError if the tokenizer turns a part of a text into a special token, which could end a document.
+        Raises ConfigError for a text with a lone surrogate, which is not valid Unicode, and SourceError if the
+        tokenizer turns a part of a text into a special token, which could end a document.
         """
         return self._build_encoded(texts, self._encodings(texts))
 
@@ -170,7 +184,11 @@ class Tokenizer:
     def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
         """Encode with the tokenizers library; compute the costly offsets only if `bytes_covered` needs them."""
         encode = self._backend.encode_batch if self._token_bytes is None else self._backend.encode_batch_fast
-        encodings: list[Encoding] = encode(list(texts), add_special_tokens=False)
+        try:
+            encodings: list[Encoding] = encode(list(texts), add_special_tokens=False)
+        except TypeError:
+            check_unicode(texts)
+            raise
         return encodings
 
     def _build_encoded(self, texts: Sequence[str], encodings: list[Encoding]) -> Encoded:
@@ -186,7 +204,7 @@ class Tokenizer:
         return encoded
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
-        """Return the ids of one text (tokens,), without special ids."""
+        """Return the ids of one text (tokens,), without special ids; raises the errors of `encode_batch`."""
         return self.encode_batch([text]).ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -245,7 +263,12 @@ def bytes_of_tokens(backend: Backend) -> npt.NDArray[np.int64] | None:
 
 
 def make_tokenizer(
-    documents: Path | str, corpus_config: CorpusConfig, config: TokenizerConfig, folder: Path
+    documents: Path | str,
+    corpus_config: CorpusConfig,
+    config: TokenizerConfig,
+    folder: Path,
+    *,
+    name_filter: NameFilter | None = None,
 ) -> dict[str, float]:
     """Write the configured tokenizer into `folder` and return metrics.
 
@@ -254,7 +277,7 @@ def make_tokenizer(
     """
     metrics: dict[str, float] = {}
     if config.name == TRAINED:
-        corpus = Corpus(documents, corpus_config)
+        corpus = Corpus(documents, corpus_config, name_filter)
         backend, special = train(_count_texts(corpus, metrics), config.vocab_size)
     else:
         backend, special = load(config.name)

@@ -16,6 +16,7 @@ from retro_model.core.arrays import Float32Array
 from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, rows_per_part, whole_folder
 from retro_model.core.errors import SourceError
 from retro_model.core.prefetch import prefetch
+from retro_model.core.printable import say
 from retro_model.core.progress import Progress
 from retro_model.corpus.chunks import chunk_text
 from retro_model.corpus.tokenizer import Tokenizer
@@ -136,10 +137,9 @@ def make_embeddings(
     ):
         facts = running.facts
         rows_per_batch = batch_size or ROWS_PER_BATCH[facts["device"]]
-        print(
+        say(
             f"embed: {facts['encoder_name']}, {facts['dim']} dimensions, on {facts['device']} in "
-            f"{facts['number_type']}, {facts['max_tokens']} tokens a chunk, {rows_per_batch} chunks a batch",
-            flush=True,
+            f"{facts['number_type']}, {facts['max_tokens']} tokens a chunk, {rows_per_batch} chunks a batch"
         )
         started = time.perf_counter()
         for split, chunks in splits.items():

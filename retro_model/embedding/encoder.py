@@ -32,6 +32,7 @@ from retro_model.core.arrays import Float32Array
 from retro_model.core.config import Config, setting
 from retro_model.core.devices import resolve_device, resolve_number_type
 from retro_model.core.errors import ConfigError, SourceError
+from retro_model.corpus.tokenizer import check_unicode
 
 NUMBER_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -191,8 +192,15 @@ class Encoder:
         }
 
     def tokenize(self, texts: Sequence[str]) -> Tokenized:
-        """Tokenize texts as [CLS] pieces [SEP] and padding; text that spells a special token stays text."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts))
+        """Tokenize texts as [CLS] pieces [SEP] and padding; text that spells a special token stays text.
+
+        Raises ConfigError for a text with a lone surrogate, which is not valid Unicode.
+        """
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts))
+        except TypeError:
+            check_unicode(texts)
+            raise
         ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
         lengths = np.array([sum(encoding.attention_mask) for encoding in encodings], dtype=np.int64)
         ids = ids.reshape(len(encodings), self.config.max_tokens)  # (0, max_tokens) for no texts

@@ -18,12 +18,14 @@ from pathlib import Path
 
 from retro_model.core.artifacts import SPLITS, Artifact
 from retro_model.core.errors import DocumentError, MismatchError
+from retro_model.core.printable import say
 from retro_model.core.progress import Progress
 from retro_model.corpus.chunking import write_chunks
 from retro_model.corpus.chunks import SourceText, document_texts
 from retro_model.corpus.documents import CorpusConfig
+from retro_model.corpus.files import NameFilter, find_files
 from retro_model.corpus.near_duplicates import NearDuplicates
-from retro_model.corpus.readers import FLAWS, find_files, read_entries
+from retro_model.corpus.reading import ReadingReport
 from retro_model.corpus.tokenizer import Tokenizer
 from retro_model.embedding.embed import make_embeddings
 from retro_model.embedding.encoder import EmbedConfig
@@ -46,6 +48,7 @@ class Searching:
     device: str = "auto"
     embed_batch_size: int | None = None
     engine: Engine | None = None
+    name_filter: NameFilter | None = None  # leaves out files and folders of another database
 
 
 @dataclass(frozen=True)
@@ -101,58 +104,61 @@ def search_other_database(documents: Path, data: Path, searching: Searching, wor
     held_out = {split: Artifact.open(data / "chunks" / split, "chunks") for split in HELD_OUT}
     counts: Counter[str] = Counter()
     folder = _make_empty_folder(work / "chunks")
-    texts = _usable_documents(documents, searching.corpus, list(held_out.values()), tokenizer, counts)
+    report = ReadingReport()
+    texts = _usable_documents(documents, searching, list(held_out.values()), tokenizer, counts, report)
     # Number them above all documents of the pipeline: an equal number would pass for the query's own document.
     first = 1 + max(int(Artifact.open(data / "chunks" / split, "chunks")["documents"][:].max()) for split in SPLITS)
     numbered = (item._replace(number=first + place) for place, item in enumerate(texts))
-    try:
-        write_chunks(folder / "train", "train", numbered, tokenizer, held_out["test"].facts["chunk_size"])
-    except DocumentError as error:
-        raise DocumentError(
-            f"evaluate.database: {documents}: nothing to retrieve from: {_describe_counts(counts)}"
-        ) from error
+    write_chunks(folder / "train", "train", numbered, tokenizer, held_out["test"].facts["chunk_size"])
     for split in HELD_OUT:
         os.symlink((data / "chunks" / split).resolve(), folder / split)
     _search(folder, data / "tokenizer", searching, work)
-    print(f"evaluate: database {documents}: {_describe_counts(counts)}", flush=True)
+    say(f"evaluate: database {documents}: {_describe_counts(counts)}")
+    for line in report.lines():
+        say(line)
     return Inputs.open(data, folder, work / "neighbors"), counts
 
 
 def _usable_documents(
-    documents: Path, corpus: CorpusConfig, held_out: list[Artifact], tokenizer: Tokenizer, counts: Counter[str]
+    documents: Path,
+    searching: Searching,
+    held_out: list[Artifact],
+    tokenizer: Tokenizer,
+    counts: Counter[str],
+    report: ReadingReport,
 ) -> Iterator[SourceText]:
     """Yield the documents that may be retrieved from; count the others by reason.
 
-    Texts are compared as the tokenizer spells them, which for most tokenizers is exact.
+    Texts are compared as the tokenizer spells them, which for most tokenizers is exact. Raises DocumentError if no
+    document is left, or for what `corpus.bad_documents` refuses.
     """
+    corpus = searching.corpus
     near = NearDuplicates(corpus.near_duplicates) if corpus.near_duplicates else None
     held_out_digests, kept_digests = set[bytes](), set[bytes]()
     for item in (item for chunks in held_out for item in document_texts(chunks, tokenizer)):
         held_out_digests.add(_digest(item.text))
         if near is not None:
             near.add(item.text)
-    files, _ = find_files(documents)
+    found = find_files(documents, searching.name_filter)
+    report.add_files(found)
+    options = corpus.reading_options(f"evaluate.database: {documents}")
     with Progress("database", None, "document") as progress:
-        for file in files:
-            source = file.relative_to(documents).as_posix() if documents.is_dir() else file.name
-            for entry in read_entries(file, source, corpus.text_field, corpus.documents_separator):
-                progress.update(entry.times)
-                counts["read"] += entry.times
-                if entry.flaw:
-                    if corpus.bad_documents == "refuse":
-                        raise DocumentError(f"evaluate.database: {documents}: {entry.place}: {FLAWS[entry.flaw]}")
-                    counts["flawed"] += entry.times
-                    continue
-                text = tokenizer.decode(tokenizer.encode(entry.text).tolist())
-                digest = _digest(text)
-                if digest in held_out_digests or (near is not None and near.repeated_by(text)):
-                    counts["held_out"] += 1
-                elif digest in kept_digests:
-                    counts["copies"] += 1
-                else:
-                    kept_digests.add(digest)
-                    counts["kept"] += 1
-                    yield SourceText(0, entry.source, entry.record, entry.text)
+        for entry in (each for file, name in found.files for each in report.usable_entries(file, name, options)):
+            progress.update()
+            text = tokenizer.decode(tokenizer.encode(entry.text).tolist())
+            digest = _digest(text)
+            if digest in held_out_digests or (near is not None and near.repeated_by(text)):
+                counts["held_out"] += 1
+            elif digest in kept_digests:
+                counts["copies"] += 1
+            else:
+                kept_digests.add(digest)
+                counts["kept"] += 1
+                yield SourceText(0, entry.source, entry.record, entry.text)
+    counts.update(read=report.read, flawed=report.flawed.total())
+    if not counts["kept"]:
+        first = f"; first: {report.lost[0]}" if report.lost else ""
+        raise DocumentError(f"{options.where}: nothing to retrieve from: {_describe_counts(counts)}{first}")
 
 
 def _digest(text: str) -> bytes:

@@ -24,6 +24,7 @@ from typing import Any, Generic
 from retro_model.core.artifacts import DESCRIPTION, Artifact
 from retro_model.core.config import Config, setting
 from retro_model.core.errors import ConfigError, DamagedArtifactError, MismatchError
+from retro_model.core.printable import say
 from retro_model.core.progress import Progress
 from retro_model.jobs.job import Job, Opened, Part, Pending, Workers
 from retro_model.jobs.local import ThisProcess, count_gpus, process_pool
@@ -114,7 +115,7 @@ class Running(Generic[Opened]):
         try:
             return Artifact.open(folder, self.job.kind).require(**facts)
         except (DamagedArtifactError, MismatchError) as error:
-            print(f"{folder.name}: made again, what was there is of no use ({error})", flush=True)
+            say(f"{folder.name}: made again, what was there is of no use ({error})")
             shutil.rmtree(folder)
             return None
 

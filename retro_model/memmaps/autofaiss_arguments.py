@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from retro_model.core.errors import ConfigError
+from retro_model.core.printable import say
 from retro_model.memmaps.files import check_counts
 from retro_model.search.distances import import_faiss
 from retro_model.search.keys import IndexConfig
@@ -61,7 +62,7 @@ def index_settings(arguments: Mapping[str, Any]) -> IndexSettings:
     """
     for name in arguments:
         if name in _WITHOUT_EFFECT:
-            print(f"index: {name} changes nothing: {_WITHOUT_EFFECT[name]}", flush=True)
+            say(f"index: {name} changes nothing: {_WITHOUT_EFFECT[name]}")
         elif name not in _KNOWN:
             raise ConfigError(f"{name}: unknown argument; the index has {', '.join((*_KNOWN, *_WITHOUT_EFFECT))}")
     settings = {

@@ -11,23 +11,25 @@ import numpy.typing as npt
 from retro_model.core.arrays import IntArray
 from retro_model.core.artifacts import one_at_a_time, whole_files
 from retro_model.core.errors import ConfigError, DocumentError
+from retro_model.core.printable import say
 from retro_model.corpus.chunking import batches, cut
 from retro_model.corpus.documents import CorpusConfig
-from retro_model.corpus.readers import FLAWS, Entry, matching_files, read_entries
+from retro_model.corpus.files import matching_files
+from retro_model.corpus.readers import Entry
+from retro_model.corpus.reading import ReadingReport
 from retro_model.memmaps.encoder import AnyPath, open_tokenizer
 from retro_model.memmaps.files import check_counts, check_seq_len
 
-TEXT_FIELD = "text"  # of a .jsonl or .parquet record
-
 
 class _Reader:
-    """Reads the documents of a folder in the order of their paths, and counts the entries that it skips."""
+    """Reads the documents of a folder in the order of their paths; `report` has what it leaves out."""
 
     def __init__(self, folder: Path, glob: str, separator: str | None) -> None:
-        self.folder, self._separator = folder, separator
-        self.files = matching_files(folder, glob)
-        self.left_out: Counter[str] = Counter()
-        self.example = ""
+        found = matching_files(folder, glob)
+        self.folder, self.files = folder, found.files
+        self._options = CorpusConfig(documents_separator=separator).reading_options(str(folder))
+        self.report = ReadingReport()
+        self.report.add_files(found)
 
     def batches(self) -> Iterator[list[str]]:
         """Yields batches of document texts."""
@@ -35,19 +37,8 @@ class _Reader:
             yield [entry.text for entry in batch]
 
     def _entries(self) -> Iterator[Entry]:
-        for file in self.files:
-            source = file.relative_to(self.folder).as_posix()
-            for entry in read_entries(file, source, TEXT_FIELD, self._separator):
-                if not entry.flaw:
-                    yield entry
-                    continue
-                self.left_out[entry.flaw] += entry.times
-                self.example = self.example or f"{entry.place}{f' ({entry.detail})' if entry.detail else ''}"
-
-    def report(self) -> str:
-        """How many entries were left out, by flaw, and where the first one is."""
-        counts = ", ".join(f"{count:,} {FLAWS[flaw]}" for flaw, count in sorted(self.left_out.items()))
-        return f"{counts}; first: {self.example}" if self.example else counts
+        for file, name in self.files:
+            yield from self.report.usable_entries(file, name, self._options)
 
 
 def text_folder_to_chunks_(
@@ -66,12 +57,13 @@ def text_folder_to_chunks_(
 ) -> dict[str, int]:
     """Tokenizes a folder of text into the three files; returns their counts of `chunks`, `docs` and `seqs`.
 
-    Each file that matches `glob` is a document, in the order of the paths. With `documents_separator`, lines
+    Each file that matches `glob` is a document, in the order of the paths; links to folders are followed, and hidden
+    files are not read. With `documents_separator`, lines
     equal to it split a file into documents; in .jsonl and .parquet files each record (field `text`) is one.
     A document is [CLS] text [SEP], cut into rows of `chunk_size` tokens; its last row is padded. The last
     column holds the first token of the document's next row, padding for its last row. [SEP] is left out where
     it would need a row of its own. A sequence starts at every `seq_len // chunk_size`-th row of a document.
-    Empty and unreadable documents are left out and counted.
+    Empty and unreadable documents are left out and counted, and files that are lost are named.
 
     The files are exactly as long as their content, and appear together once all are written.
 
@@ -83,7 +75,7 @@ def text_folder_to_chunks_(
     paths = [Path(path).absolute() for path in (chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path)]
     if len(set(paths)) < len(paths):
         raise ConfigError(f"memmap paths: found {', '.join(map(str, paths))}, expected three different files")
-    reader = _Reader(Path(folder), glob, CorpusConfig(documents_separator=documents_separator).documents_separator)
+    reader = _Reader(Path(folder), glob, documents_separator)
     tokenizer = open_tokenizer(encoder)
     totals: Counter[str] = Counter(chunks=0, docs=0, seqs=0)
     lossy = without_tokens = 0
@@ -105,7 +97,7 @@ def text_folder_to_chunks_(
                     seqs_file.write(starts.astype(np.int32).tobytes())
                     ids_file.write(ids.astype(np.int32).tobytes())
         if without_tokens:
-            reader.left_out["empty"] += without_tokens
+            reader.report.flawed["empty"] += without_tokens
         _check_totals(totals, reader, max_chunks, max_seqs)
     _print_summary(totals, reader, lossy, documents_separator)
     return dict(totals)
@@ -123,7 +115,8 @@ def _sequence_starts(counts: IntArray, rows_per_sequence: int) -> npt.NDArray[np
 def _check_totals(totals: Mapping[str, int], reader: _Reader, max_chunks: int, max_seqs: int) -> None:
     if not totals["docs"]:
         raise DocumentError(
-            f"{reader.folder}: no document with text in {len(reader.files)} files ({reader.report()}); add text"
+            f"{reader.folder}: no document with text in {len(reader.files)} files "
+            f"({'; '.join(line.strip() for line in reader.report.lines())}); add text"
         )
     for name, found, needed in (
         ("max_chunks", max_chunks, totals["chunks"]),
@@ -137,15 +130,14 @@ def _check_totals(totals: Mapping[str, int], reader: _Reader, max_chunks: int, m
 
 
 def _print_summary(totals: Mapping[str, int], reader: _Reader, lossy: int, separator: str | None) -> None:
-    print(
+    say(
         f"chunks: {totals['chunks']:,} of {totals['docs']:,} documents, {totals['seqs']:,} sequences, from "
-        f"{reader.folder}",
-        flush=True,
+        f"{reader.folder}"
     )
-    if reader.left_out:
-        print(f"left out: {reader.report()}", flush=True)
+    for line in reader.report.lines():
+        say(line)
     if lossy:
-        print(f"{lossy:,} documents have case or characters that the tokenizer does not give back", flush=True)
+        say(f"{lossy:,} documents have case or characters that the tokenizer does not give back")
     if totals["docs"] == 1:
         hint = "" if separator else "; if the file holds several, give documents_separator, the line between them"
-        print(f"one document only: no chunk will have a neighbor, which comes from another document{hint}", flush=True)
+        say(f"one document only: no chunk will have a neighbor, which comes from another document{hint}")

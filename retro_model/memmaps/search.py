@@ -19,6 +19,7 @@ from retro_model.core.arrays import Float32Array, IntArray
 from retro_model.core.artifacts import one_at_a_time, open_raw, read_record, whole_files, write_record
 from retro_model.core.errors import ConfigError, SourceError
 from retro_model.core.prefetch import prefetch
+from retro_model.core.printable import say
 from retro_model.core.progress import Progress
 from retro_model.core.rows import NO_ROW
 from retro_model.embedding.encoder import Tokenized
@@ -244,7 +245,7 @@ def _make_or_reuse(
 def _reusable(path: Path, made_from: Mapping[str, Any], title: str, force: bool) -> dict[str, Any] | None:
     record = None if force else read_record(path, made_from)
     if record is not None:
-        print(f"{title}: {path} is made from the same, and is used again", flush=True)
+        say(f"{title}: {path} is made from the same, and is used again")
     return record
 
 
@@ -294,7 +295,7 @@ def _write_vectors(rows: IntArray, embedder: ChunkEmbedder, path: Path) -> None:
             bar.update(len(tokenized))
     if num_truncated:
         longest = embedder.encoder.config.max_tokens
-        print(f"embed: {num_truncated:,} chunks are longer than {longest} tokens and were cut short", flush=True)
+        say(f"embed: {num_truncated:,} chunks are longer than {longest} tokens and were cut short")
 
 
 def _write_neighbors(database: Database, num_neighbors: int, surplus: int, path: Path) -> None:
@@ -309,9 +310,7 @@ def _write_neighbors(database: Database, num_neighbors: int, surplus: int, path:
             bar.update(len(ids))
     if num_short:
         hint = ": all are of one document" if len(np.unique(documents)) == 1 else ""
-        print(
-            f"knn: {num_short:,} of {len(vectors):,} chunks have fewer than {num_neighbors} neighbors{hint}", flush=True
-        )
+        say(f"knn: {num_short:,} of {len(vectors):,} chunks have fewer than {num_neighbors} neighbors{hint}")
 
 
 # ---- the index -----------------------------------------------------------------------------------------
@@ -336,5 +335,5 @@ def _build_index(vectors: Float32Array, settings: IndexSettings) -> BuiltIndex:
     except ConfigError as error:
         raise ConfigError(f"{error} (given: {settings.given or 'nothing'})") from error
     visited = f", {built.facts['nprobe']} lists a search" if built.facts["nprobe"] else ""
-    print(f"index: {built.facts['key']} over {len(vectors):,} chunks{visited}", flush=True)
+    say(f"index: {built.facts['key']} over {len(vectors):,} chunks{visited}")
     return built

@@ -28,8 +28,9 @@ from torch.utils.data import DataLoader
 
 from retro_model.core.artifacts import file_digest, one_at_a_time, open_raw, write_json
 from retro_model.core.errors import ConfigError
+from retro_model.core.printable import say
 from retro_model.core.rows import NO_ROW
-from retro_model.corpus.readers import matching_files
+from retro_model.corpus.files import matching_files
 from retro_model.corpus.tokenizer import Tokenizer
 from retro_model.inference.generation import generate
 from retro_model.inference.sampling import Filter, top_k
@@ -305,8 +306,7 @@ class _ChunkedText:
 
 def _text_digest(folder: Path, glob: str) -> str:
     """A digest of the paths and bytes of all files that match `glob`."""
-    files = matching_files(folder, glob)
-    listed = [(file.relative_to(folder).as_posix(), file_digest(file)) for file in files]
+    listed = [(name, file_digest(file)) for file, name in matching_files(folder, glob).files]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
@@ -320,5 +320,5 @@ def _reusable_stats(stats_path: Path, made_from: Mapping[str, Any], files: Mappi
         return None
     if any(not path.is_file() or stats["sha256"].get(name) != file_digest(path) for name, path in files.items()):
         return None
-    print(f"chunks: {files['chunks_memmap_path']} is made from the same, and is used again", flush=True)
+    say(f"chunks: {files['chunks_memmap_path']} is made from the same, and is used again")
     return stats

@@ -22,6 +22,7 @@ import numpy as np
 from retro_model.core.arrays import Float32Array
 from retro_model.core.artifacts import Artifact, ArtifactWriter, save_array, whole_folder
 from retro_model.core.errors import ArtifactError, ConfigError
+from retro_model.core.printable import say
 from retro_model.core.progress import Progress
 from retro_model.jobs.engine import Engine
 from retro_model.jobs.job import Outcome, Part, row_parts, work_or_temporary
@@ -145,7 +146,7 @@ def make_index(
         index, largest_norm = _fill_index(train, key, config, engine or Engine(), work, device)
         queries = sample_rows(valid["vectors"], RECALL_QUERIES, config.seed)
         settings = choose_search_settings(key, index, vectors, queries, largest_norm, config.target_recall, gpu)
-        print(f"index: {key} over {len(vectors):,} chunks{settings}", flush=True)
+        say(f"index: {key} over {len(vectors):,} chunks{settings}")
         with ArtifactWriter(folder, "index") as writer:
             write_index(index, folder / INDEX_FILE)
             writer.add_file(INDEX_FILE)

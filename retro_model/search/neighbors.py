@@ -21,6 +21,7 @@ import numpy as np
 from retro_model.core.arrays import BoolArray, Float32Array, IntArray
 from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, ShardedArray, rows_per_part, whole_folder
 from retro_model.core.config import Config, setting
+from retro_model.core.printable import say
 from retro_model.core.progress import Progress
 from retro_model.core.rows import NO_ROW
 from retro_model.jobs.engine import Engine
@@ -318,7 +319,7 @@ def make_neighbors(
     if not bar.num_new:
         return Outcome(metrics, {})
     milliseconds = 1000 * seconds / bar.num_new
-    print(f"knn: {milliseconds:.3g} ms a query for its {config.stored} nearest of {chunks['train'].rows:,}", flush=True)
+    say(f"knn: {milliseconds:.3g} ms a query for its {config.stored} nearest of {chunks['train'].rows:,}")
     return Outcome(metrics, {"milliseconds_per_query": milliseconds})
 
 

@@ -25,6 +25,7 @@ import yaml
 
 from retro_model.core.artifacts import DESCRIPTION, file_digest
 from retro_model.core.errors import RetroError
+from retro_model.core.printable import one_line
 from retro_model.core.processes import allow_open_files
 
 CODE_FOLDERS = ("retro_model", "stages")
@@ -214,5 +215,5 @@ def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _stop(message: str, status: int) -> NoReturn:
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    print(one_line(" ".join(message.split())), file=sys.stderr, flush=True)
     sys.exit(status)

@@ -8,6 +8,7 @@ opens without arguments; runs in temporary checkouts use it too.
 import fcntl
 import logging
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retro_model.core.errors import RetroError
+from retro_model.core.printable import one_line
 from stages.common.harness import full_disk_message, project_root
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ MODEL_TAG = "retro.model"
 WORK_TAG = "retro.work"
 STAGE_TAG = "retro.stage"
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit
+NOT_IN_TAGS = re.compile(r"[^/\w.\- :]")
 
 
 class TrackedRun:
@@ -55,7 +58,9 @@ class TrackedRun:
         from mlflow.entities import Param
 
         known = self.client.get_run(self.run_id).data.params
-        new = [Param(name, str(value)[:MAX_PARAM_LENGTH]) for name, value in params.items() if name not in known]
+        new = [
+            Param(name, one_line(str(value))[:MAX_PARAM_LENGTH]) for name, value in params.items() if name not in known
+        ]
         self.client.log_batch(self.run_id, params=new)
 
     def log_folder(self, folder: Path, name: str) -> None:
@@ -194,7 +199,7 @@ def _connect() -> tuple["MlflowClient", str]:
 
 def _create(client: "MlflowClient", experiment_id: str, name: str, tags: Mapping[str, str]) -> TrackedRun:
     experiment_name = os.environ.get("DVC_EXP_NAME")
-    run_name = f"{name} {experiment_name}" if experiment_name else name
+    run_name = f"{name} {one_line(experiment_name)}" if experiment_name else name
     run = client.create_run(experiment_id, run_name=run_name, tags=dict(tags))
     return TrackedRun(client, run.info.run_id, experiment_id)
 
@@ -224,9 +229,10 @@ def _origin_tags() -> dict[str, str]:
         tags["git.commit"] = tags["mlflow.source.git.commit"] = commit.stdout.strip()
         tags["git.dirty"] = "unknown" if changed.returncode else str(bool(changed.stdout.strip())).lower()
     if "DVC_EXP_NAME" in os.environ:
-        tags["dvc.experiment"] = os.environ["DVC_EXP_NAME"]
+        tags["dvc.experiment"] = one_line(os.environ["DVC_EXP_NAME"])
     return tags
 
 
 def _input_tags(inputs: Mapping[str, str]) -> dict[str, str]:
-    return {f"input.{name}": digest for name, digest in inputs.items()}
+    """Tags that name each input's fingerprint; characters that MLflow takes in no tag's name become underscores."""
+    return {f"input.{NOT_IN_TAGS.sub('_', name)}": digest for name, digest in inputs.items()}

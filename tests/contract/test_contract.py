@@ -124,7 +124,8 @@ import einops, torch
 
 class NothingElse:
     loaded = {name.split(".")[0] for name in sys.modules} | sys.stdlib_module_names
-    ours = {"retro_model", "retro_model.core", "retro_model.core.errors", "retro_model.core.config"}
+    ours = {"retro_model", "retro_model.core"}
+    ours |= {f"retro_model.core.{name}" for name in ("errors", "printable", "config")}
 
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]

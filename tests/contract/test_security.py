@@ -29,7 +29,8 @@ import stages
 from retro_model import RETRO
 from retro_model.core.artifacts import Artifact, file_digest, write_description
 from retro_model.core.errors import DamagedArtifactError, RetroError, SourceError
-from retro_model.corpus.readers import find_files, read_entries
+from retro_model.corpus.files import find_files
+from retro_model.corpus.readers import read_entries
 from retro_model.corpus.tokenizer import load
 from retro_model.embedding.encoder import EmbedConfig, Encoder
 
@@ -229,9 +230,9 @@ def test_archives_are_read_and_never_unpacked(tmp_path: Path) -> None:
         gzip.GzipFile("../../escaped.jsonl", "wb", fileobj=file) as stream,
     ):
         stream.write(b'{"text": "words"}\n')
-    files, others = find_files(tmp_path)
-    assert (files, others) == ([tmp_path / "a.jsonl.gz"], 1)
-    assert [entry.text for entry in read_entries(files[0], "a", "text", None)] == ["words"]
+    found = find_files(tmp_path)
+    assert (found.files, found.other_files) == ([(tmp_path / "a.jsonl.gz", "a.jsonl.gz")], 1)
+    assert [entry.text for entry in read_entries(found.files[0][0], "a", "text", None)] == ["words"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl.gz", "texts.zip"]
 
 

@@ -5,9 +5,10 @@ import gzip
 import json
 import os
 import random
+import signal
 import tempfile
 import tracemalloc
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_model.core.errors import ConfigError, DocumentError
+from retro_model.core.processes import available_memory
 from retro_model.corpus import near_duplicates
 from retro_model.corpus import readers as reading
 from retro_model.corpus.documents import SPLITS, Corpus, CorpusConfig
+from retro_model.corpus.files import find_files, matching_files
 from retro_model.corpus.near_duplicates import NearDuplicates, word_grams
-from retro_model.corpus.readers import find_files
 
 WORDS = [f"word{number}" for number in range(400)]
 
@@ -107,8 +109,83 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     write_files(tmp_path / "elsewhere", {"linked.txt": text_of(50)})
     (inside / "link").symlink_to(tmp_path / "elsewhere")
     (inside / "loop").symlink_to(inside)
-    files, _ = find_files(inside)
-    assert [file.relative_to(inside).as_posix() for file in files] == [*many(3), "link/linked.txt"]
+    assert names_below(inside) == [*many(3), "link/linked.txt"]
+
+
+def names_below(folder: Path) -> list[str]:
+    """The names of the documents in a folder, which must be the same for the pipeline and for raw memmaps."""
+    names = [name for _, name in find_files(folder).files]
+    assert [name for _, name in matching_files(folder, "**/*.txt").files] == names
+    return names
+
+
+def test_a_folder_is_found_by_its_own_name_and_not_by_that_of_a_link_to_it(tmp_path: Path) -> None:
+    """Else a link that sorts first would rename its documents, and their splits with them."""
+    write_files(tmp_path / "outside", {"c.txt": "c"})
+    inside = write_files(tmp_path / "documents", {"z/a.txt": "a", "z/deep/b.txt": "b"})
+    (inside / "a-link").symlink_to(inside / "z")
+    (inside / "b-link").symlink_to(inside / "z" / "deep")
+    (inside / "z" / "outside").symlink_to(tmp_path / "outside")
+    (tmp_path / "outside" / "back").symlink_to(tmp_path)  # and round again
+    assert names_below(inside) == ["z/a.txt", "z/deep/b.txt", "z/outside/c.txt"]
+
+
+@pytest.mark.parametrize("glob", ["*.txt", "**/*.txt", "**/b*/*.t?t", "a/**/*.md", "**/**/c.txt", "a/[bc]/*", "./*.md"])
+def test_a_glob_finds_what_pathlib_finds(tmp_path: Path, glob: str) -> None:
+    folders = ("", "a/", "a/b/", "a/c/", "a/b/b/", "bb/")
+    write_files(tmp_path, {f"{folder}{name}": "x" for folder in folders for name in ("c.txt", "d.md", "e.TXT")})
+    expected = sorted(file.relative_to(tmp_path).as_posix() for file in tmp_path.glob(glob) if file.is_file())
+    assert [name for _, name in matching_files(tmp_path, glob).files] == expected and expected
+
+
+@pytest.fixture
+def deadline() -> Iterator[None]:
+    """Fails the test if it waits for a pipe, which without this it would do forever."""
+
+    def fail(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("deadline")
+def test_pipes_and_devices_among_the_documents_are_not_read_but_named(tmp_path: Path) -> None:
+    write_files(tmp_path, many(4))
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "other")  # no document by its name either
+    corpus = Corpus(tmp_path, CorpusConfig())
+    assert (corpus.report.read, corpus.report.other_files) == (4, 1)
+    assert "not read: 2 pipes, sockets or devices: pipe.txt, zero.jsonl" in corpus.report.lines()
+    assert corpus.report.metrics()["special_files"] == 2
+    found = matching_files(tmp_path, "**/*.txt")
+    assert ([name for _, name in found.files], found.special) == ([*many(4)], ["pipe.txt"])
+    assert find_files(tmp_path).special == ["pipe.txt", "zero.jsonl"]
+
+
+def test_a_broken_link_is_an_error_and_not_left_out(tmp_path: Path) -> None:
+    write_files(tmp_path, many(4))
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    assert "gone.txt: cannot be read (No such file" in refusal(tmp_path)
+
+
+def test_what_a_name_filter_leaves_out_is_not_read_but_named(tmp_path: Path) -> None:
+    write_files(tmp_path, {**many(4), "drafts/a.txt": "a", "b.draft.txt": "b", "c.draft": "c"})
+
+    def no_drafts(folder: str, folders: list[str], files: list[str]) -> tuple[list[str], list[str]]:
+        assert Path(folder) in (tmp_path, tmp_path / "drafts")
+        return [name for name in folders if "draft" not in name], [name for name in files if "draft" not in name]
+
+    corpus = Corpus(tmp_path, CorpusConfig(), no_drafts)
+    assert {document.source for document in corpus.documents()} == {*many(4)}
+    assert "not read: 2 that .dvcignore hides: b.draft.txt, drafts/" in corpus.report.lines()
+    assert (corpus.report.metrics()["ignored_files"], corpus.report.other_files) == (2, 0)
+    with pytest.raises(DocumentError, match="no documents, found 1 that .dvcignore hides"):
+        Corpus(tmp_path / "drafts", CorpusConfig(), lambda folder, folders, files: (folders, []))
 
 
 def test_text_is_given_back_as_it_is_but_for_a_byte_order_mark(tmp_path: Path) -> None:
@@ -221,7 +298,7 @@ def test_what_is_not_usable_is_counted_named_and_left_out(tmp_path: Path, fault:
     write_files(tmp_path, {**many(5), name: content})
     corpus = Corpus(tmp_path, CorpusConfig())
     assert dict(corpus.report.flawed) == {reason: 1}
-    assert example in corpus.report.examples[0]
+    assert example in "\n".join(corpus.report.lines())
     assert corpus.report.metrics()[f"dropped_{reason}"] == 1
     kept = [document.text for document in corpus.documents()]
     assert kept == [*many(5).values(), *(["fine text"] if "column" in fault and "such" not in fault else [])]
@@ -249,15 +326,126 @@ def test_records_before_a_truncation_are_kept(tmp_path: Path, suffix: str) -> No
     assert 3 <= len(kept) < 100
     assert kept == texts[: len(kept)]
     assert corpus.report.flawed["bad_file"] == 1
+    (line,) = corpus.report.lost
+    assert line.startswith(f"a.jsonl.{suffix}:{len(kept) + 1}: unreadable file or truncated archive (")
+    assert line.endswith(f"; the {len(kept):,} documents before that are used")
 
 
-def test_many_faults_are_counted_and_the_first_few_named(tmp_path: Path) -> None:
-    bad = {f"bad-{number:02d}.txt": b"\xff" for number in range(20)}
-    write_files(tmp_path, {**many(5), **bad})
+# ---- what this machine cannot read ---------------------------------------------------------------------
+
+
+def long_window(texts: Iterable[str], window_log: int) -> bytes:
+    """A .zst file such as `zstd --long=28` writes to a pipe, whose header asks for a window of 2 ** window_log."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=28, write_content_size=False)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    whole = bytearray(stream.compress(lines_of(texts)) + stream.flush())
+    assert whole[5] == (28 - 10) << 3, "the exponent of the window"
+    whole[5] = (window_log - 10) << 3
+    return bytes(whole)
+
+
+@pytest.mark.parametrize("window_log", [27, 28, 31])
+def test_a_long_window_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_log: int) -> None:
+    monkeypatch.setattr(reading, "available_memory", lambda: 1 << 40)
+    texts = [text_of(number) for number in range(6)]
+    (tmp_path / "dump.jsonl.zst").write_bytes(long_window(texts, window_log) + zstandard.compress(lines_of(["last"])))
+    assert list(read(tmp_path).values()) == [*texts, "last"]
+
+
+@pytest.mark.parametrize(
+    ("window_log", "memory", "message"),
+    [
+        (32, 1 << 40, "a larger window than zstandard reads, 2,048 MiB"),
+        (28, 100 << 20, "a larger window than fits the free memory of this machine, 100 MiB"),
+    ],
+)
+def test_a_window_that_cannot_be_held_stops_by_name_though_bad_documents_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_log: int, memory: int, message: str
+) -> None:
+    """To skip it would be to train on less text on one machine than on another."""
+    monkeypatch.setattr(reading, "available_memory", lambda: memory)
+    write_files(tmp_path, {**many(5), "dump.jsonl.zst": long_window(["a"], window_log)})
+    line = refusal(tmp_path)
+    assert line.startswith(f"{tmp_path / 'dump.jsonl.zst'}: ") and message in line and "zstd --long=27" in line
+
+
+def test_the_memory_that_is_free_is_known() -> None:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 1 << 20 < available_memory() <= pages
+
+
+def test_a_document_that_memory_cannot_hold_stops_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path, {**many(2), "long.jsonl": lines_of(["a", "b", "long"])})
+    decode = reading._decode
+
+    def full(source: str, record: int | None, content: bytes, **options: bool) -> reading.Entry:
+        if content == b"long":
+            raise MemoryError
+        return decode(source, record, content, **options)
+
+    monkeypatch.setattr(reading, "_decode", full)
+    assert f"{tmp_path / 'long.jsonl'}: takes more memory than there is, after record 2; split" in refusal(tmp_path)
+
+
+def test_a_table_that_pyarrow_does_not_read_stops_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(column: object) -> None:
+        raise pyarrow.ArrowNotImplementedError("Codec type LZO not supported")
+
+    monkeypatch.setattr(reading, "_as_bytes", unknown)
+    write_files(tmp_path, {**many(5), "x.parquet": parquet_bytes(text=["a"])})
+    assert f"{tmp_path / 'x.parquet'}: pyarrow cannot read it (Codec type LZO not supported)" in refusal(tmp_path)
+
+
+def test_a_disk_that_fails_under_a_table_is_an_error_and_no_flaw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path, {**many(5), "x.parquet": parquet_bytes(text=["a"])})
+
+    def broken(column: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(reading, "_as_bytes", broken)
+    assert f"{tmp_path / 'x.parquet'}: cannot be read (Input/output error)" in refusal(tmp_path)
+
+
+def test_many_faulty_records_are_counted_and_the_first_few_named(tmp_path: Path) -> None:
+    write_files(tmp_path, {**many(5), **{f"{name}.jsonl": lines_of([name]) + b"{\n" * 10 for name in "ab"}})
     report = Corpus(tmp_path, CorpusConfig()).report
-    assert report.flawed["not_utf8"] == 20
-    assert [example.split(":")[0] for example in report.examples] == [f"bad-{n:02d}.txt" for n in range(3)]
-    assert "dropped: 20 not UTF-8" in report.lines()
+    assert report.flawed["bad_record"] == 20
+    assert [example.split(": ")[0] for example in report.examples] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4"]
+    assert "dropped: 20 no valid record" in report.lines() and not report.lost
+
+
+def test_every_file_that_is_lost_is_named_with_its_reason_however_many(tmp_path: Path) -> None:
+    lost: dict[str, str | bytes] = {
+        "gzip": b"no archive",
+        "zstandard": b"no archive",
+        "table": b"PAR1",
+        "column": parquet_bytes(body=["a"] * 7),
+        "type": parquet_bytes(text=[1, 2]),
+        "nested": parquet_bytes(text=[["a"]]),
+        "records": b'{"body": 1}\n' * 7,
+        "latin": b"caf\xe9",
+    }
+    suffixes = (".jsonl.gz", ".jsonl.zst", ".parquet", ".parquet", ".parquet", ".parquet", ".jsonl", ".txt")
+    files = dict(zip(lost, suffixes, strict=True))
+    write_files(tmp_path, {**many(5), "empty.txt": "", "z.jsonl": lines_of(["fine"]) + b"{"})
+    write_files(tmp_path, {f"{name}-{n}{files[name]}": lost[name] for name in lost for n in range(5)})
+    report = Corpus(tmp_path, CorpusConfig()).report
+    assert [line.split(":")[0] for line in report.lost] == sorted(
+        f"{name}-{n}{files[name]}" for name in lost for n in range(5)
+    )
+    text = "\n".join(report.lines())
+    assert "lost, in whole or from some place on: 40 files" in text and report.metrics()["lost_files"] == 40
+    for line in (
+        "  gzip-4.jsonl.gz:1: unreadable file or truncated archive (Not a gzipped file (b'no'))",
+        "  column-4.parquet:1: without the text field (no 'text' in body; see corpus.text_field)",
+        "  type-4.parquet:1: no valid record ('text' holds int64, expected text)",
+        "  records-4.jsonl:1: without the text field (no 'text' in body; see corpus.text_field), and 6 more that are",
+        "  latin-4.txt:1: not UTF-8 (byte 0xe9)",
+    ):
+        assert line in text
+    assert report.flawed["missing_field"] == 5 * 7 + 5 * 7 and "z.jsonl:2" in report.examples[-1]
 
 
 def test_the_rows_of_a_table_without_the_column_all_count(tmp_path: Path) -> None:
@@ -281,6 +469,25 @@ def test_a_name_that_is_not_utf8_is_spelled_with_backslashes(tmp_path: Path, suf
     file.write_bytes(b"\xff")
     (entry,) = reading.read_entries(file, file.name, "text", None)
     assert entry.flaw and f"{entry.place} {entry.detail}".isascii()
+
+
+HOSTILE_NAME = "a\x1b[31m\x07\nforged: line\t\x9b\u202e.txt"
+SHOWN_NAME = "a\u241b[31m\u2407\u240aforged: line\u2409\ufffd\ufffd.txt"
+
+
+def test_names_are_printable_wherever_they_appear(tmp_path: Path) -> None:
+    write_files(tmp_path, {**many(5), HOSTILE_NAME: "fine text", f"{HOSTILE_NAME}.jsonl": "{", f"b{HOSTILE_NAME}": "b"})
+    corpus = Corpus(tmp_path, CorpusConfig(), lambda _, folders, files: (folders, [n for n in files if n[0] != "b"]))
+    assert SHOWN_NAME in {document.source for document in corpus.documents()}
+    assert f"  {SHOWN_NAME}.jsonl:1: no valid record" in "\n".join(corpus.report.lines())
+    assert all(line.isprintable() for line in corpus.report.lines())
+    assert f"not read: 1 that .dvcignore hides: b{SHOWN_NAME}" in corpus.report.lines()
+    with pytest.raises(DocumentError) as caught:
+        Corpus(tmp_path, CorpusConfig(bad_documents="refuse"))
+    assert SHOWN_NAME in str(caught.value) and str(caught.value).isprintable()
+    with pytest.raises(DocumentError) as caught:
+        Corpus(tmp_path / "no\x1bwhere", CorpusConfig())
+    assert str(caught.value).isprintable()
 
 
 # ---- refusals ------------------------------------------------------------------------------------------

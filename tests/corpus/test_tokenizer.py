@@ -357,3 +357,25 @@ def test_settings_that_cannot_work_name_their_key() -> None:
         TokenizerConfig(vocab_size=258)
     with pytest.raises(ConfigError, match=r"tokenizer\.name: found ''"):
         TokenizerConfig(name="")
+
+
+@pytest.mark.parametrize("form", ["encode", "encode_batch", "encode_batches"])
+@pytest.mark.parametrize("kind", ["trained", "loaded"])
+def test_a_lone_surrogate_is_an_error_that_says_where(
+    form: str, kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """It has no UTF-8; the tokenizers library refuses it as if it were no text at all."""
+    tokenizer: Tokenizer = request.getfixturevalue("trained")
+    if kind == "loaded":
+        make_tokenizer(
+            tmp_path, CorpusConfig(), TokenizerConfig(str(tiny_encoder(tmp_path / "bert"))), tmp_path / "out"
+        )
+        tokenizer = Tokenizer.open(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"text 0: found the lone surrogate '\\ud800' at character 1, expected valid"):
+        if form == "encode":
+            tokenizer.encode("a\ud800b")
+        elif form == "encode_batch":
+            tokenizer.encode_batch(["a\ud800b", "fine"])
+        else:
+            list(tokenizer.encode_batches([["a\ud800b"]]))
+    assert len(tokenizer.encode("a\U0001f600b"))

@@ -368,3 +368,8 @@ def test_the_default_encoder_too(number_type: str) -> None:
     assert near > 0.5 > 0.3 > far
     crowd = [*(f"Sentence {number} of a crowd. " * (number % 20) for number in range(37)), *texts]
     assert encoder.embed(crowd)[-3:].tobytes() == vectors.tobytes()
+
+
+def test_a_lone_surrogate_is_an_error_that_says_where(encoder_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"text 1: found the lone surrogate '\\udc80' at character 0"):
+        Encoder.open(config_for(encoder_folder)).embed(["fine", "\udc80"])

@@ -1,7 +1,11 @@
 """The command `retro`, as a user types it: what it prints, what it says when it cannot, and how it ends."""
 
+import errno
+import io
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +80,23 @@ def test_a_text_finds_live_what_the_retriever_finds(run: Path, capsys: pytest.Ca
 
 def test_control_characters_of_a_text_do_not_reach_the_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = said(capsys, "neighbors", "--text", "a\x1b[31mb\rc", "-k", "1")
-    assert "\x1b" not in out and "\r" not in out and "a\N{REPLACEMENT CHARACTER}[31mb" in out
+    assert "\x1b" not in out and "\r" not in out and "a\N{SYMBOL FOR ESCAPE}[31mb" in out
+
+
+def test_names_of_documents_reach_the_terminal_as_one_printable_line(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those of chunks that were made elsewhere, whatever wrote them."""
+    monkeypatch.chdir(shutil.copytree(finished, tmp_path / "copy"))
+    for split in ("train", "valid"):
+        table = Path(f"data/chunks/{split}/documents.jsonl")
+        entries = [json.loads(line) for line in table.read_text().splitlines()]
+        hostile = [json.dumps({**entry, "source": "a\x1b[31m\x07\nforged: b.txt"}) for entry in entries]
+        table.write_text("\n".join(hostile) + "\n")
+    out = said(capsys, "neighbors", "--split", "valid", "--chunk", "3", "--knn", "2")
+    assert out.startswith("valid chunk 3: a\u241b[31m\u2407\u240aforged: b.txt, chunk ")
+    assert re.search(r"^1\. distance [\d.]+, a\u241b\[31m\u2407\u240aforged: b.txt, chunk", out, flags=re.MULTILINE)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]", out)
 
 
 # ---- generate --------------------------------------------------------------------------------------
@@ -123,6 +143,37 @@ def test_whole_characters_come_out(run: Path, capsys: pytest.CaptureFixture[str]
         out.encode()
 
 
+def test_control_characters_of_a_prompt_do_not_reach_the_terminal(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = said(capsys, "generate", "--prompt", "a\x1b[31mb\tc\nd", "--max-new-tokens", "1")
+    assert out.startswith("a\N{SYMBOL FOR ESCAPE}[31mb\tc\nd")
+
+
+def standard_input(content: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(content), encoding="ascii")
+
+
+@pytest.mark.usefixtures("run")
+def test_a_prompt_comes_from_standard_input_whatever_its_encoding_is_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", standard_input("Gab\xe4\r\nfuco".encode()))
+    assert said(capsys, "generate", "--prompt", "-", "--max-new-tokens", "1").startswith("Gab\xe4\nfuco")
+
+
+@pytest.mark.usefixtures("run")
+def test_a_terminal_that_cannot_show_a_character_shows_a_question_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments, shown in (
+        (("neighbors", "--text", "Gab\xe4 \u4e2d"), b"text\n   Gab? ?\n"),
+        (("generate", "--prompt", "Gab\xe4 \u4e2d", "--max-new-tokens", "1"), b"Gab? ?"),
+    ):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+        assert main(arguments) == 0
+        assert written.getvalue().startswith(shown)
+
+
 # ---- what cannot be --------------------------------------------------------------------------------
 
 
@@ -143,6 +194,40 @@ def test_what_cannot_be_is_one_line(
     run: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
     assert message in refused(capsys, *arguments)
+
+
+NOT_UTF8 = "found byte 0xe9 at position 3, expected text in UTF-8"
+
+
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize("arguments", [("neighbors", "--text"), ("generate", "--prompt")])
+def test_an_argument_that_is_not_utf8_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    assert refused(capsys, *arguments, os.fsdecode(b"caf\xe9")) == f"retro: {arguments[1]}: {NOT_UTF8}\n"
+
+
+@pytest.mark.usefixtures("run")
+def test_a_standard_input_that_is_not_utf8_or_closed_or_fails_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "stdin", standard_input(b"caf\xe9"))
+    assert f"--prompt, standard input: {NOT_UTF8}" in refused(capsys, "generate", "--prompt", "-")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "--prompt: standard input is closed" in refused(capsys, "generate", "--prompt", "-")
+    with io.TextIOWrapper(io.BufferedReader(_Broken())) as broken:
+        monkeypatch.setattr(sys, "stdin", broken)
+        assert "standard input cannot be read (Is a directory)" in refused(capsys, "generate", "--prompt", "-")
+
+
+class _Broken(io.RawIOBase):
+    """A directory as standard input, as the shell gives it."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        raise IsADirectoryError(errno.EISDIR, "Is a directory")
 
 
 @pytest.mark.usefixtures("run")
@@ -233,6 +318,38 @@ def test_a_reader_that_went_away_ends_it_without_a_word(finished: Path) -> None:
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def closing(arguments: str, where: Path) -> subprocess.CompletedProcess[str]:
+    """The command in a shell, which closes what `arguments` says."""
+    return subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m retro_model {arguments}"],
+        cwd=where,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_into_a_closed_pipe_ends_without_a_word() -> None:
+    """The parser prints it and ends the program, so it is written when the program has ended."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "retro_model", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    found = subprocess.run(command, env=environment, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (found.returncode, found.stderr) == (141, b"")
+
+
+def test_closed_streams_are_one_line_or_none(finished: Path) -> None:
+    done = closing("generate --prompt - <&-", finished)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "standard input is closed" in done.stderr
+    done = closing("neighbors --chunk 1 >&-", finished)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "retro: standard output is closed\n")
+    done = closing("neighbors --chunk 99999 2>&-", finished)
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_an_interrupt_ends_it_with_130(

@@ -164,6 +164,32 @@ def test_held_out_documents_are_dropped_from_a_database(
     assert ids.max() == inputs.database.rows - 1 and (ids[:, 0] >= 0).all()
 
 
+def test_a_database_leaves_out_what_dvc_does_not_see_and_names_what_is_lost(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "own.txt").write_text("Something else, and nothing but that. " * 5)
+    (documents / "hidden.txt").write_text("Another thing that nobody may read. " * 5)
+    (documents / "broken.jsonl.gz").write_bytes(b"no archive")
+    searching = dataclasses.replace(
+        searching_of(run), name_filter=lambda _, folders, files: (folders, [n for n in files if n != "hidden.txt"])
+    )
+    _, counts = search_other_database(documents, run / "data", searching, tmp_path / "work")
+    assert (counts["read"], counts["kept"], counts["flawed"]) == (2, 1, 1)
+    out = capsys.readouterr().out
+    assert "not read: 1 that .dvcignore hides: hidden.txt\n" in out
+    assert "  broken.jsonl.gz:1: unreadable file or truncated archive (Not a gzipped file" in out
+
+
+def test_a_refused_document_of_a_database_is_named(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl.gz").write_bytes(b"no archive")
+    searching = searching_of(run)
+    searching = dataclasses.replace(searching, corpus=dataclasses.replace(searching.corpus, bad_documents="refuse"))
+    with pytest.raises(DocumentError, match=r"evaluate\.database: \S+: broken\.jsonl\.gz:1: unreadable .*; mend it"):
+        search_other_database(tmp_path, run / "data", searching, tmp_path / "work")
+
+
 def test_a_database_of_held_out_documents_alone_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "copy.txt").write_text(held_out_text(run))
     with pytest.raises(DocumentError, match=r"nothing to retrieve from: 1 documents read, 0 kept; dropped: 1 that are"):

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import ROOT
 
+from retro_model.core.printable import printable
 from retro_model.evaluation.report import charts
 from retro_model.evaluation.report.charts import PALETTE, Chart, Drawing, Series, draw, plot
 from retro_model.evaluation.report.html import Look, Neighbor, Passage, Report, Table, Token, render, shade
-from retro_model.evaluation.report.printable import printable
 from stages.common.harness import _code_files
 
 REPORT = "retro_model/evaluation/report"

@@ -28,10 +28,12 @@ from retro_model.core.artifacts import open_raw, read_record, whole_files, write
 from retro_model.core.errors import ConfigError, DocumentError, MismatchError, MissingArtifactError, SourceError
 from retro_model.corpus.chunking import batches
 from retro_model.corpus.chunks import chunk_text
+from retro_model.corpus.files import find_files
 from retro_model.memmaps import chunks as chunks_module
 from retro_model.memmaps import search
 from retro_model.memmaps.autofaiss_arguments import bytes_of, index_settings
 from retro_model.memmaps.encoder import ChunkEmbedder
+from retro_model.memmaps.wrapper import _text_digest
 from retro_model.retrieval import (
     SearchableChunks,
     bert_embed,
@@ -373,7 +375,27 @@ def test_what_is_no_text_is_left_out_and_told(tmp_path: Path, capsys: pytest.Cap
     texts = write_texts(tmp_path / "texts", ["lem", "tu", " \n"])
     (texts / "bytes.txt").write_bytes(b"lem\n\xff")
     assert make_chunks(texts, tmp_path)["docs"] == 2
-    assert "left out: 1 empty, 1 not UTF-8; first: 002.txt" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == [
+        "dropped: 1 empty",
+        "dropped: 1 not UTF-8",
+        "  002.txt: empty",
+        "lost, in whole or from some place on: 1 files",
+        "  bytes.txt:2: not UTF-8 (byte 0xff)",
+    ]
+
+
+def test_linked_folders_are_read_once_as_in_the_pipeline(tmp_path: Path) -> None:
+    """And a change behind a link changes the digest by which TrainingWrapper finds its files again."""
+    texts = write_texts(tmp_path / "texts", ["Bacodi fuga", "Verpa di"])
+    linked = write_texts(tmp_path / "elsewhere", ["wazen nor"])
+    (texts / "link").symlink_to(linked)
+    (linked / "back").symlink_to(texts)
+    counts = make_chunks(texts, tmp_path)
+    assert counts["docs"] == 3 == len(find_files(texts).files)
+    before = _text_digest(texts, "**/*.txt")
+    write_texts(tmp_path / "elsewhere", ["wazen tu"])
+    assert _text_digest(texts, "**/*.txt") != before
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,19 @@ def test_a_git_that_fails_costs_a_tag_and_nothing_else(tmp_path: Path, monkeypat
     assert "--no-optional-locks status --porcelain" in (tmp_path / "git.log").read_text()
 
 
+@pytest.mark.usefixtures("root")
+def test_names_that_mlflow_does_not_take_are_written_so_that_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of a model may have any name, and an experiment's name comes from whoever queued it."""
+    monkeypatch.setenv("DVC_EXP_NAME", "hazy\x1b[31m")
+    params = {"documents": "my\x1b[31m/texts\n", "retrofit.init_from": "caf\udce9"}
+    with training_run("train", "work-names", params, {"models/mine (1)\x07#\xe9": "abc"}):
+        pass
+    client, experiment_id = _connect()
+    (run,) = client.search_runs([experiment_id], "tags.`dvc.experiment` = 'hazy\u241b[31m'")
+    assert run.data.tags["input.models/mine _1___\xe9"] == "abc"
+    assert run.data.params == {"documents": "my\u241b[31m/texts\u240a", "retrofit.init_from": "caf\\xe9"}
+
+
 def test_a_run_holds_params_metrics_files_the_model_and_where_it_came_from(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

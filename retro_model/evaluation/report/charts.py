@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from retro_model.evaluation.report.printable import printable
+from retro_model.core.printable import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from retro_model.core.printable import printable
 from retro_model.evaluation.report.charts import Chart, Drawing
-from retro_model.evaluation.report.printable import printable
 
 # Change of a token's loss in bits from which each shade is used.
 SHADES = (0.1, 0.5, 1.5, 3.0)
