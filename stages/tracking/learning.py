@@ -24,7 +24,7 @@ def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int,
         inputs |= {neighbors / "train": "neighbors", neighbors / "valid": "neighbors"}
         start = params.retrofit.model()
         inputs |= {start.folder: "model"} if start else {}
-    decisive = SimpleNamespace(**{**vars(params), "train": params.train.identity()})  # not in how many processes
+    decisive = SimpleNamespace(**{**vars(params), "train": params.train.identity()})  # without the number of processes
     run = TrainingRun(
         chunks,
         neighbors,

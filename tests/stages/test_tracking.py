@@ -223,7 +223,7 @@ def test_artifacts_are_where_the_project_is_now(
     models = [model for model in client.search_logged_models([experiment_id]) if model.source_run_id in runs.values()]
     for model in models:
         if model.source_run_id in (runs["first"], second):
-            # This client still has the old place in memory, as no client has that opens the store after a move.
+            # MLflow keeps places in memory, and this process has used the old one: look at the files themselves.
             place = Path(model.artifact_location.removeprefix("file://"))
             assert (place / "model.safetensors").is_file() and place.is_relative_to(new / "mlartifacts")
     assert artifact_files(old) == before, "nothing is written there"
