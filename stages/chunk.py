@@ -13,8 +13,7 @@ def main() -> None:
     """Reads documents and tokenizer, writes the chunks and their counts."""
     params = read_params("documents", "corpus", "chunk_size", "runtime")
     tokenizer = Path("data/tokenizer")
-    tracked = {"documents": params.documents, "corpus": params.corpus, "chunk_size": params.chunk_size}
-    with work_folder("chunk", [tokenizer], tracked) as work:
+    with work_folder("chunk", params) as work:
         metrics = make_chunks(
             Path(params.documents),
             params.corpus,

@@ -12,7 +12,7 @@ def main() -> None:
     """Reads chunks and tokenizer, writes the vectors and their metrics."""
     params = read_params("embed", "runtime")
     chunks, tokenizer = Path("data/chunks"), Path("data/tokenizer")
-    with work_folder("embed", [chunks, tokenizer], {"embed": params.embed}) as work:
+    with work_folder("embed", params) as work:
         outcome = make_embeddings(
             chunks,
             tokenizer,

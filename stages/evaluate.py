@@ -31,14 +31,8 @@ def main() -> None:
         engine=params.runtime.make_engine(),
         name_filter=dvc_name_filter(),
     )
-    settings = {
-        "evaluate": params.evaluate,
-        "embed": params.embed,
-        "index": params.index,
-        "neighbors": params.neighbors,
-    }
     with (
-        work_folder("evaluate", [data / "chunks", data / "tokenizer"], settings) as work,
+        work_folder("evaluate", params) as work,
         evaluation_run(models[0].fingerprint, flat_params(), digests) as (model_run, tracked),
     ):
         run = EvaluationRun(

@@ -12,7 +12,7 @@ def main() -> None:
     """Reads the vectors, writes the index and its metrics."""
     params = read_params("index", "runtime")
     embeddings = Path("data/embeddings")
-    with work_folder("index", [embeddings], {"index": params.index}) as work:
+    with work_folder("index", params) as work:
         outcome = make_index(
             embeddings,
             params.index,

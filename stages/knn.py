@@ -12,7 +12,7 @@ def main() -> None:
     """Reads index, vectors and chunks, writes the neighbors and their metrics."""
     params = read_params("neighbors", "runtime")
     embeddings, index, chunks = Path("data/embeddings"), Path("data/index"), Path("data/chunks")
-    with work_folder("knn", [embeddings, index, chunks], {"neighbors": params.neighbors}) as work:
+    with work_folder("knn", params) as work:
         outcome = make_neighbors(
             embeddings,
             index,

@@ -395,10 +395,10 @@ class RETRO(nn.Module):
         Raises MissingArtifactError, DamagedArtifactError or MismatchError unless the folder holds exactly the
         tensors of the network, each with the right shape.
         """
-        from retro_model.network.pretrained import load_config, load_weights
+        from retro_model.network.pretrained import load_config, load_weights, without_weights
 
         config = load_config(folder)
-        with torch.device("meta"):  # allocates no memory for the weights
+        with without_weights():
             model = cls.from_config(config)
         model.load_state_dict(load_weights(folder, model.state_dict()), assign=True)  # keeps the saved dtype
         for parameter in model.parameters():

@@ -8,18 +8,39 @@ Loading refuses unknown tensors and config keys.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from retro_model.core.errors import ConfigError, DamagedArtifactError, MismatchError, MissingArtifactError
 from retro_model.network.config import RETROConfig
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+
+
+class _SkipInitialization(TorchFunctionMode):
+    """While it is entered, the functions of torch.nn.init leave their tensor as it is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Networks that are built in this block have names and shapes, but no memory for weights."""
+    # To draw random weights on the device meta, torch would import its compiler: as slow as `import torch`.
+    with torch.device("meta"), _SkipInitialization():
+        yield
 
 
 def save_model(folder: str | os.PathLike[str], config: RETROConfig, weights: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,10 @@
 """Autocast, random numbers, learning rate schedule, and the optimizer and its state."""
 
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +46,23 @@ def learning_rate(step: int, *, peak: float, steps: int, warmup: int, schedule: 
     return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2)
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without what its methods do for torch.compile; no step of the optimizer is compiled here.
+
+    Those guards import torch's compiler, even if nothing is compiled. That takes as long as `import torch` itself.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Update the weights."""
+        return inspect.unwrap(torch.optim.Adam.step)(self, closure)
+
+
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with weight decay only on parameters of two or more dimensions.
 
@@ -54,7 +73,7 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
     vectors = [parameter for parameter in parameters if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     not_empty = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(not_empty, lr=lr, betas=(0.9, 0.95), fused=True)
+    return AdamW(not_empty, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

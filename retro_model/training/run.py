@@ -29,6 +29,7 @@ from retro_model.core.artifacts import Artifact, ArtifactWriter, whole_folder
 from retro_model.core.devices import resolve_number_type
 from retro_model.network.config import ModelConfig, RETROConfig
 from retro_model.network.model import RETRO
+from retro_model.network.pretrained import save_model
 from retro_model.training.checkpoints import Checkpoints
 from retro_model.training.copying import copying_potential
 from retro_model.training.distributed import World, launch, resolve_processes
@@ -236,11 +237,8 @@ def _write_model(
     path: Path, config: RETROConfig, weights: dict[str, Tensor], tokenizer: Artifact, facts: Mapping[str, Any]
 ) -> None:
     """Write a model artifact: weights, config, a copy of the tokenizer, and `facts`."""
-    with torch.device("meta"):
-        model = RETRO.from_config(config)
-    model.load_state_dict(weights, assign=True)
     with whole_folder(path) as folder, ArtifactWriter(folder, "model") as writer:
-        model.save_pretrained(folder)
+        save_model(folder, config, weights)
         shutil.copytree(tokenizer.folder, folder / "tokenizer")
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             writer.add_file(file.relative_to(folder).as_posix())

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from retro_model.core.artifacts import Artifact
 from retro_model.core.config import Config, optional_path, setting
 from retro_model.core.errors import ConfigError, MismatchError
 from retro_model.network.config import RETROConfig
 from retro_model.network.model import RETRO
+from retro_model.network.pretrained import without_weights
 from retro_model.training.trainer import TrainConfig
 
 # Network settings that do not affect the plain decoder.
@@ -113,5 +112,5 @@ def _key(name: str) -> str:
 
 def _decoder_names(config: RETROConfig) -> set[str]:
     """The weight names of the plain decoder."""
-    with torch.device("meta"):
+    with without_weights():
         return set(RETRO.from_config(replace(config, retrieval=False)).state_dict())

@@ -6,29 +6,38 @@ continues.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any, NoReturn
 
 import yaml
+from filelock import FileLock, Timeout
 
-from retro_model.core.artifacts import DESCRIPTION, file_digest
+from retro_model.core.artifacts import DESCRIPTION, file_digest, write_json
 from retro_model.core.errors import RetroError
 from retro_model.core.printable import one_line
 from retro_model.core.processes import allow_open_files
+from stages.common.params import flat_params
 
 CODE_FOLDERS = ("retro_model", "stages")
+
+# A lock that is held for longer than this is waited for with a message. Its holder has then said whose it is.
+SILENT_WAIT_SECONDS = 0.5
+
+# The file of a work folder that says which process uses it, or used it last.
+OWNER = "owner.json"
 
 # How many folders of unfinished work with other settings to keep, newest first: the user may go back to them.
 KEPT_UNFINISHED = 3
@@ -62,7 +71,7 @@ def run_stage(name: str, main: Callable[[], None]) -> None:
         seconds = time.monotonic() - started
         record_timing(name, seconds=seconds)
     except RetroError as error:
-        _stop(f"{name}: {error}", 1)
+        _stop(f"{name}: {error}{_removed_outputs(name)}", 1)
     except _Terminated:
         _stop(f"{name}: terminated; the next `dvc repro` goes on", 143)
     except KeyboardInterrupt:
@@ -72,6 +81,18 @@ def run_stage(name: str, main: Callable[[], None]) -> None:
             raise
         _stop(f"{name}: {reason}; mend that and run `dvc repro` again", 1)
     print(f"{name}: done in {seconds:.1f} s", file=sys.stderr, flush=True)
+
+
+def _removed_outputs(stage: str) -> str:
+    """How to get back the outputs that DVC removed before it ran the stage; empty if it removed none."""
+    lock = Path("dvc.lock")
+    # A temporary checkout of an experiment is deleted with its outputs; the user's own are untouched.
+    if os.environ.get("DVC_STAGE") is None or project_root() != Path.cwd() or not lock.is_file():
+        return ""
+    if stage not in yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]:
+        return ""
+    checkout = f"`dvc checkout {stage}` brings them back, and so does `dvc repro` with the old params"
+    return f"; DVC removed the old outputs of this stage before it started: {checkout}"
 
 
 def _disk_error_reason(error: Exception) -> str | None:
@@ -129,40 +150,53 @@ def recorded_timings(made: str) -> dict[str, float]:
 
 
 @contextmanager
-def work_folder(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> Iterator[Path]:
-    """Yields the folder for a stage's work in progress with these inputs, these params and the current code.
+def work_folder(stage: str, params: SimpleNamespace) -> Iterator[Path]:
+    """Yields the folder for a stage's work in progress with the current code, inputs and params.
 
-    A change of an input, a param or a line of declared code gives another folder, so a run never continues from
-    outdated work. If the block succeeds, the folder is marked as finished; it is deleted when the stage next runs
-    with another folder. Until then, a kill before DVC records the stage costs nothing.
+    `params` are all params that the stage reads. A change of one of them (except `runtime`), of an input or of a line
+    of declared code gives another folder, so a run never continues from outdated work. If the block succeeds, the
+    folder is marked as finished; it is deleted when the stage next runs with another folder. Until then, a kill
+    before DVC records the stage costs nothing.
 
-    Raises RetroError if another process uses the folder.
+    While another process runs this very stage, waits for its end and then continues from what it made.
     """
-    folder = work_path(stage, inputs, params)
+    folder = work_path(stage, params)
     home, key = folder.parent, folder.name
     home.mkdir(parents=True, exist_ok=True)
-    with _lock(home / f"{key}.lock") as locked:
-        if not locked:
-            raise RetroError(f"{folder}: another process is running this very stage; wait for it or stop it")
+    with _wait_for_lock(stage, home / f"{key}.lock", folder / OWNER):
         folder.mkdir(exist_ok=True)
-        with _lock(home / "prune.lock") as may_prune:
+        _write_owner(folder / OWNER)
+        with _try_lock(home / "prune.lock") as may_prune:
             if may_prune:
                 _prune(home, keep=key)
         yield folder
         (folder / "finished").touch()
 
 
-def work_path(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> Path:
+def work_path(stage: str, params: SimpleNamespace) -> Path:
     """The path of `work_folder`'s folder, without creating or locking it."""
-    key = hashlib.sha256(json.dumps(_identity(stage, inputs, params), sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps(_identity(stage, params), sort_keys=True).encode()).hexdigest()[:16]
     return project_root() / ".retro" / "work" / stage / key
 
 
-def _identity(stage: str, inputs: list[Path], params: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(stage: str, params: SimpleNamespace) -> dict[str, Any]:
+    """All that decides a stage's output: what dvc.yaml declares as its dependencies, and the params that it reads."""
     declared = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
-    code = {file.as_posix(): file_digest(file) for name in declared for file in _code_files(Path(name))}
-    data = {path.as_posix(): file_digest(path) for folder in inputs for path in sorted(folder.rglob(DESCRIPTION))}
-    return {"code": code, "inputs": data, "params": {name: repr(value) for name, value in params.items()}}
+    paths = [Path(re.sub(r"\$\{([\w.]+)\}", lambda key: str(flat_params()[key[1]]), name)) for name in declared]
+    code = {file.as_posix(): file_digest(file) for path in paths for file in _code_files(path)}
+    data = {path.as_posix(): _data_files(path) for path in paths if path.parts[0] not in CODE_FOLDERS}
+    read = {name: repr(value) for name, value in vars(params).items() if name != "runtime"}
+    return {"code": code, "data": data, "params": read}
+
+
+def _data_files(dependency: Path) -> list[tuple[str, str | int]]:
+    """Each file of a data dependency: its path, and the digest of an artifact's description or the file's size.
+
+    A description has the digests of its artifact. Documents are not read, because a corpus can be large: their stages
+    compare the text itself before they reuse work.
+    """
+    files = [dependency] if dependency.is_file() else sorted(path for path in dependency.rglob("*") if path.is_file())
+    return [(file.as_posix(), file_digest(file) if file.name == DESCRIPTION else file.stat().st_size) for file in files]
 
 
 def _code_files(dependency: Path) -> list[Path]:
@@ -174,15 +208,55 @@ def _code_files(dependency: Path) -> list[Path]:
     return sorted(file for file in dependency.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
 
 
+def file_lock(path: Path) -> FileLock:
+    """A lock that ends with its process, also with `kill -9`."""
+    # Without a file system that has such locks, fail: filelock would use a file that outlives its process.
+    return FileLock(path, fallback_to_soft=False)
+
+
 @contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    with path.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+def _try_lock(path: Path) -> Iterator[bool]:
+    """Holds the lock in the block; yields False, without it, if another process holds it."""
+    lock = file_lock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
         yield True
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _wait_for_lock(stage: str, path: Path, owner: Path) -> Iterator[None]:
+    """Holds the lock in the block. If another process holds it, says once which one (as `owner` tells) and waits."""
+    lock = file_lock(path)
+    try:
+        lock.acquire(timeout=SILENT_WAIT_SECONDS)
+    except Timeout:
+        print(f"{stage}: waiting for {_owner_in_words(owner)}; Ctrl-C stops waiting", file=sys.stderr, flush=True)
+        lock.acquire(poll_interval=0.2)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _write_owner(file: Path) -> None:
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    write_json(file, {"pid": os.getpid(), "host": socket.gethostname(), "since": now, "folder": str(Path.cwd())})
+
+
+def _owner_in_words(file: Path) -> str:
+    if not file.is_file():  # its process has only just begun
+        return "another process, which is running this very stage"
+    owner = json.loads(file.read_text(encoding="utf-8"))
+    return (
+        f"process {owner['pid']} on {owner['host']}, which has been running this very stage in {owner['folder']} since "
+        f"{owner['since']}"
+    )
 
 
 def _prune(home: Path, keep: str) -> None:
@@ -200,7 +274,7 @@ def _prune(home: Path, keep: str) -> None:
     unfinished = [path for path in others if not (path / "finished").exists()]
     for path in others:
         if path not in unfinished[:KEPT_UNFINISHED]:
-            with _lock(home / f"{path.name}.lock") as locked:
+            with _try_lock(home / f"{path.name}.lock") as locked:
                 if locked:
                     doomed = path.rename(path.with_name(f"{path.name}.deleted"))
                     shutil.rmtree(doomed)

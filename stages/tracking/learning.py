@@ -24,8 +24,7 @@ def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int,
         inputs |= {neighbors / "train": "neighbors", neighbors / "valid": "neighbors"}
         start = params.retrofit.model()
         inputs |= {start.folder: "model"} if start else {}
-    tracked = {name: value for name, value in vars(params).items() if name != "runtime"}
-    tracked["train"] = params.train.identity()
+    decisive = SimpleNamespace(**{**vars(params), "train": params.train.identity()})  # without the number of processes
     run = TrainingRun(
         chunks,
         neighbors,
@@ -37,13 +36,13 @@ def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int,
         seq_len=params.seq_len,
         seed=params.seed,
         out_folder=out,
-        work_folder=work_path(stage, list(inputs), tracked),
+        work_folder=work_path(stage, decisive),
         device=resolve_device(params.runtime.device).type,
     )
     if not is_main_process():
         train_model(run)
         return
-    with work_folder(stage, list(inputs), tracked) as work:
+    with work_folder(stage, decisive) as work:
         digests = {
             path.as_posix(): Artifact.open(path, kind, verify=False).fingerprint for path, kind in inputs.items()
         }

@@ -1,29 +1,26 @@
 """Records runs for `mlflow ui`: one MLflow run for each trained model, with its evaluations as child runs.
 
 DVC decides what runs; this module only records it. It changes no output, and outputs contain no MLflow id: evaluate
-finds a model's run by the model's fingerprint. The store is `mlflow.db` at the repository's root, which `mlflow ui`
-opens without arguments; runs in temporary checkouts use it too.
+finds a model's run by the model's fingerprint. `store.py` says where the runs are.
 """
 
-import fcntl
-import logging
 import os
 import re
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retro_model.core.errors import RetroError
 from retro_model.core.printable import one_line
-from stages.common.harness import full_disk_message, project_root
+from stages.tracking.store import explain_store_errors, open_experiment, open_store
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-EXPERIMENT = "retro"
 MODEL_TAG = "retro.model"
 WORK_TAG = "retro.work"
 STAGE_TAG = "retro.stage"
@@ -32,10 +29,11 @@ NOT_IN_TAGS = re.compile(r"[^/\w.\- :]")
 
 
 class TrackedRun:
-    """An open MLflow run."""
+    """An open MLflow run. If it is deleted in MLflow's pages, recording goes on in a new run."""
 
-    def __init__(self, client: "MlflowClient", run_id: str, experiment_id: str, last_step: int = -1) -> None:
-        self.client, self.run_id, self.experiment_id = client, run_id, experiment_id
+    def __init__(self, client: "MlflowClient", run: "Run", last_step: int = -1) -> None:
+        self.client, self.run_id, self.experiment_id = client, run.info.run_id, run.info.experiment_id
+        self._name, self._tags, self._params = run.info.run_name, dict(run.data.tags), dict(run.data.params)
         self._last_step = last_step
 
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
@@ -45,46 +43,83 @@ class TrackedRun:
 
     def log_metrics(self, values: Mapping[str, object], step: int = 0) -> None:
         """Logs the numbers among `values`."""
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # imported with the store, which takes seconds
 
         now = int(time.time() * 1000)
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-        self.client.log_batch(
-            self.run_id, metrics=[Metric(name, float(value), now, step) for name, value in numbers.items()]
-        )
+        metrics = [Metric(name, float(value), now, step) for name, value in numbers.items()]
+        self._write(lambda run_id: self.client.log_batch(run_id, metrics=metrics))
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """Logs the params that the run does not have yet; a continued run has them already."""
-        from mlflow.entities import Param
+        from mlflow.entities import Param  # imported with the store, which takes seconds
 
-        known = self.client.get_run(self.run_id).data.params
-        new = [
-            Param(name, one_line(str(value))[:MAX_PARAM_LENGTH]) for name, value in params.items() if name not in known
-        ]
-        self.client.log_batch(self.run_id, params=new)
+        new = {
+            name: one_line(str(value))[:MAX_PARAM_LENGTH] for name, value in params.items() if name not in self._params
+        }
+        self._write(
+            lambda run_id: self.client.log_batch(run_id, params=[Param(name, value) for name, value in new.items()])
+        )
+        self._params.update(new)
 
     def log_folder(self, folder: Path, name: str) -> None:
         """Copies a folder's files to the run's artifact folder `name`."""
-        self.client.log_artifacts(self.run_id, str(folder), name)
+        self._write(lambda run_id: self.client.log_artifacts(run_id, str(folder), name))
 
     def log_file(self, file: Path, name: str) -> None:
         """Copies a file to the run's artifact folder `name`."""
-        self.client.log_artifact(self.run_id, str(file), name)
+        self._write(lambda run_id: self.client.log_artifact(run_id, str(file), name))
 
     def log_model(self, folder: Path, fingerprint: str, metrics: Mapping[str, object]) -> None:
         """Registers a model folder (safetensors and JSON, no pickle) as this run's logged model."""
-        import mlflow
-
-        _connect()
-        model = mlflow.initialize_logged_model(
-            name=folder.name, source_run_id=self.run_id, model_type="retro", experiment_id=self.experiment_id
+        self._write(lambda run_id: self.client.set_tag(run_id, MODEL_TAG, fingerprint))
+        self._tags[MODEL_TAG] = fingerprint
+        model = self.client.create_logged_model(
+            self.experiment_id, name=folder.name, source_run_id=self.run_id, model_type="retro"
         )
         self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, "READY")
         for name, value in metrics.items():
             if isinstance(value, (int, float)):
                 self.client.log_metric(self.run_id, name, float(value), model_id=model.model_id)
-        self.client.set_tag(self.run_id, MODEL_TAG, fingerprint)
+
+    def end(self, status: str) -> None:
+        """Gives the run its final status: FINISHED, KILLED or FAILED."""
+        if not self._is_deleted():
+            self.client.set_terminated(self.run_id, status)
+
+    def _write(self, write: Callable[[str], object]) -> None:
+        """Calls `write` with the run's id, and again with that of a new run if the run was deleted."""
+        from mlflow.exceptions import MlflowException  # imported with the store, which takes seconds
+
+        try:
+            write(self.run_id)
+        except MlflowException:
+            if not self._is_deleted():
+                raise
+            self._continue_after_deletion()
+            write(self.run_id)
+
+    def _is_deleted(self) -> bool:
+        from mlflow.exceptions import MlflowException  # imported with the store, which takes seconds
+
+        try:
+            return bool(self.client.get_run(self.run_id).info.lifecycle_stage == "deleted")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return True  # for good, by `mlflow gc`
+
+    def _continue_after_deletion(self) -> None:
+        """Creates a new run with the same name, tags and params, if the old one is not restored with its experiment."""
+        self.experiment_id = open_experiment(self.client)
+        if not self._is_deleted():
+            return
+        run = self.client.create_run(self.experiment_id, run_name=self._name, tags=self._tags)
+        print(f"mlflow: the run {self._name} was deleted; a new one goes on from here", file=sys.stderr)
+        self.run_id = run.info.run_id
+        params, self._params = self._params, {}
+        self.log_params(params)
 
 
 @contextmanager
@@ -95,14 +130,14 @@ def training_run(
 
     Ends it as FINISHED, KILLED (by an interrupt) or FAILED.
     """
-    with _explain_store_errors():
+    with explain_store_errors():
         yield from _training_run(stage, work_key, params, inputs)
 
 
 def _training_run(
     stage: str, work_key: str, params: Mapping[str, object], inputs: Mapping[str, str]
 ) -> Iterator[TrackedRun]:
-    client, experiment_id = _connect()
+    client, experiment_id = open_store()
     interrupted = client.search_runs(
         [experiment_id], f"tags.`{WORK_TAG}` = '{work_key}' and attributes.status != 'FINISHED'", max_results=1
     )
@@ -110,7 +145,7 @@ def _training_run(
         run_id = interrupted[0].info.run_id
         history = client.get_metric_history(run_id, "loss")
         client.update_run(run_id, status="RUNNING")
-        run = TrackedRun(client, run_id, experiment_id, max((metric.step for metric in history), default=-1))
+        run = TrackedRun(client, interrupted[0], max((metric.step for metric in history), default=-1))
     else:
         tags = {WORK_TAG: work_key, STAGE_TAG: stage, **_origin_tags(), **_input_tags(inputs)}
         run = _create(client, experiment_id, stage, tags)
@@ -127,14 +162,14 @@ def evaluation_run(
 
     A model restored from DVC's cache or a remote has no run here yet; one is created for it.
     """
-    with _explain_store_errors():
+    with explain_store_errors():
         yield from _evaluation_run(model_fingerprint, params, inputs)
 
 
 def _evaluation_run(
     model_fingerprint: str, params: Mapping[str, object], inputs: Mapping[str, str]
 ) -> Iterator[tuple[TrackedRun, TrackedRun]]:
-    client, experiment_id = _connect()
+    client, experiment_id = open_store()
     found = client.search_runs(
         [experiment_id],
         f"tags.`{MODEL_TAG}` = '{model_fingerprint}'",
@@ -142,12 +177,12 @@ def _evaluation_run(
         max_results=1,
     )
     if found:
-        parent = TrackedRun(client, found[0].info.run_id, experiment_id)
+        parent = TrackedRun(client, found[0])
     else:
         tags = {STAGE_TAG: "restored", MODEL_TAG: model_fingerprint, **_origin_tags()}
         parent = _create(client, experiment_id, "restored", tags)
         parent.log_params(params)
-        client.set_terminated(parent.run_id, "FINISHED")
+        parent.end("FINISHED")
     tags = {"mlflow.parentRunId": parent.run_id, STAGE_TAG: "evaluate", **_origin_tags(), **_input_tags(inputs)}
     child = _create(client, experiment_id, "evaluate", tags)
     child.log_params(params)
@@ -155,53 +190,10 @@ def _evaluation_run(
         yield parent, child
 
 
-@contextmanager
-def _explain_store_errors() -> Iterator[None]:
-    """Turns an error of MLflow's store into a RetroError that says how to go on; no output needs the store."""
-    from alembic.util.exc import CommandError
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, CommandError) as error:
-        if full_disk_message(error) is not None:
-            raise
-        store = project_root() / "mlflow.db"
-        raise RetroError(
-            f"{store}: MLflow cannot use its record of the runs ({str(error).splitlines()[0]}); "
-            f"move {store} away and run `dvc repro` again: nothing else needs it"
-        ) from error
-
-
-def _connect() -> tuple["MlflowClient", str]:
-    """The client and the experiment's id. One process creates the store on first use."""
-    import mlflow
-    from mlflow.tracking import MlflowClient
-
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # silences a line for each table of the store
-    # MLflow raises write errors too, and those are reported in one line. Do not also log a traceback.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    root = project_root()
-    uri = f"sqlite:///{root / 'mlflow.db'}"
-    (root / ".retro").mkdir(parents=True, exist_ok=True)
-    with (root / ".retro" / "mlflow.lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)  # the first use migrates the database; two processes at once break it
-        mlflow.set_tracking_uri(uri)
-        client = MlflowClient(uri)
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is not None:
-            return client, str(experiment.experiment_id)
-        # By default MLflow would store the working directory of the first process.
-        location = (root / "mlartifacts").as_uri()
-        return client, str(client.create_experiment(EXPERIMENT, artifact_location=location))
-
-
 def _create(client: "MlflowClient", experiment_id: str, name: str, tags: Mapping[str, str]) -> TrackedRun:
     experiment_name = os.environ.get("DVC_EXP_NAME")
     run_name = f"{name} {one_line(experiment_name)}" if experiment_name else name
-    run = client.create_run(experiment_id, run_name=run_name, tags=dict(tags))
-    return TrackedRun(client, run.info.run_id, experiment_id)
+    return TrackedRun(client, client.create_run(experiment_id, run_name=run_name, tags=dict(tags)))
 
 
 @contextmanager
@@ -209,12 +201,12 @@ def _set_final_status(run: TrackedRun) -> Iterator[None]:
     try:
         yield
     except Exception:
-        run.client.set_terminated(run.run_id, "FAILED")
+        run.end("FAILED")
         raise
     except BaseException:
-        run.client.set_terminated(run.run_id, "KILLED")
+        run.end("KILLED")
         raise
-    run.client.set_terminated(run.run_id, "FINISHED")
+    run.end("FINISHED")
 
 
 def _origin_tags() -> dict[str, str]:

@@ -282,6 +282,21 @@ def test_experiments_here_in_temporary_checkouts_and_in_the_queue(project: Proje
     assert {"here", "temporary"} <= names and len(names - {None}) >= 4  # those of the queue too, in this store
 
 
+def test_experiments_at_the_same_time_share_what_is_the_same(project: Project, tmp_path: Path) -> None:
+    """Two with each seed: their baselines are the same stage, and no evaluation is the same as another."""
+    fresh = as_after_the_first_run(project, tmp_path / "fresh")
+    fresh.run("dvc", "exp", "run", "-S", "knn=1,4", "-S", "seed=21,22", "--queue")
+    fresh.run("dvc", "queue", "start", "-j", "2")
+    deadline = time.monotonic() + 1500  # it waits for an end, not for speed
+    while "Queued" in (status := fresh.run("dvc", "queue", "status").stdout) or "Running" in status:
+        assert time.monotonic() < deadline, status
+        time.sleep(5)
+    assert status.count("Success") == 4, status
+    rows = [row for row in experiment_rows(fresh) if row["Experiment"]]
+    assert {(row["knn"], row["seed"]) for row in rows} == {("1", "21"), ("1", "22"), ("4", "21"), ("4", "22")}
+    assert len({row["test_bpb_on"] for row in rows}) == 4
+
+
 def test_the_readme_shows_the_pipeline_as_it_is(project: Project) -> None:
     readme = (project.root / "README.md").read_text()
     params = (project.root / "params.yaml").read_bytes()
