@@ -10,8 +10,8 @@ linear) and how much the peak memory of the process grew at 4n. `one` is one doc
 
 import argparse
 import contextlib
+import io
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,7 +26,7 @@ import numpy as np  # noqa: E402
 from measured import record_result  # noqa: E402
 from unbroken import KINDS, unbroken_text  # noqa: E402
 
-from retro_model.core.artifacts import Artifact, whole_folder  # noqa: E402
+from retro_model.core.artifacts import SPLITS, Artifact, whole_folder  # noqa: E402
 from retro_model.corpus.chunking import make_chunks  # noqa: E402
 from retro_model.corpus.chunks import document_texts  # noqa: E402
 from retro_model.corpus.documents import Corpus, CorpusConfig  # noqa: E402
@@ -42,6 +42,7 @@ ONE, MANY = "one", "many"  # one ordinary document, and many documents of one li
 STEPS = ("train", "encode", "near-duplicates", "chunk")
 TRAINED_ON = 50_000  # bytes for the tokenizer of the other steps
 WORDS_PER_LINE = 10
+SMALL = 2000  # bytes of a first call that is not measured
 
 
 def make_text(kind: str, num_bytes: int) -> str:
@@ -96,15 +97,20 @@ def read_and_chunk(folder: Path) -> None:
     for _ in Corpus(folder / "text", config).documents():
         pass
     make_chunks(folder / "text", config, folder / "tokenizer", 64, folder / "chunks")
-    for _ in document_texts(Artifact.open(folder / "chunks" / "train", "chunks"), Tokenizer.open(folder / "tokenizer")):
-        pass
+    tokenizer = Tokenizer.open(folder / "tokenizer")
+    for split in SPLITS:
+        for _ in document_texts(Artifact.open(folder / "chunks" / split, "chunks"), tokenizer):
+            pass
 
 
 def measure_here(kind: str, step: str, num_bytes: int) -> None:
     """Run one step in this process and print seconds of processor time and bytes of memory."""
     text = make_text(kind, num_bytes)
-    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
+        (Path(name) / "small").mkdir()
+        prepare(Path(name) / "small", kind, step, make_text(kind, SMALL))()  # imports, and memory for them
         call = prepare(Path(name), kind, step, text)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
         before = peak_memory()
         started = time.process_time()
         call()
@@ -114,7 +120,8 @@ def measure_here(kind: str, step: str, num_bytes: int) -> None:
 
 def peak_memory() -> int:
     """Peak resident memory of this process, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
 def measure(kind: str, step: str, num_bytes: int) -> tuple[float, float]:

@@ -18,10 +18,10 @@ def unbroken_text(kind: str, num_bytes: int, seed: int = 0) -> str:
     """About `num_bytes` bytes of one kind of text, without white space."""
     random = np.random.default_rng(seed)
     if kind == "DNA":
-        return "".join(random.choice(list("ACGT"), num_bytes))
+        return "".join(random.choice(list("ACGT"), num_bytes).tolist())
     if kind == "protein":
         letters = list("LAGVESIKRDTPNQFYMHCW")
-        return "".join(random.choice(letters, num_bytes, p=_zipf(len(letters))))
+        return "".join(random.choice(letters, num_bytes, p=_zipf(len(letters))).tolist())
     if kind == "base64":
         return base64.b64encode(random.bytes(num_bytes * 3 // 4)).decode()
     if kind == "minified code":
