@@ -26,7 +26,7 @@ from measured import record_result
 import stages  # noqa: F401  applies the process settings of every stage
 from retro_model.core.artifacts import Artifact
 from retro_model.corpus.chunking import make_chunks
-from retro_model.corpus.tokenizer import make_tokenizer
+from retro_model.corpus.tokenizer_training import make_tokenizer
 from retro_model.embedding.embed import make_embeddings
 from retro_model.sample import write_sample
 from retro_model.search.build import make_index

@@ -34,7 +34,8 @@ import stages  # noqa: F401, E402  applies the process settings of every stage
 from retro_model.core.artifacts import Artifact, ArtifactWriter, rows_per_part  # noqa: E402
 from retro_model.corpus.chunking import batches, make_chunks  # noqa: E402
 from retro_model.corpus.documents import Corpus, CorpusConfig  # noqa: E402
-from retro_model.corpus.tokenizer import Tokenizer, TokenizerConfig, make_tokenizer  # noqa: E402
+from retro_model.corpus.tokenizer import Tokenizer  # noqa: E402
+from retro_model.corpus.tokenizer_training import TokenizerConfig, make_tokenizer  # noqa: E402
 
 MAKE_BENCH = {
     "full": ["chunk", "embed"],

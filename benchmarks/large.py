@@ -19,7 +19,7 @@ from retro_model.core.artifacts import DESCRIPTION, Artifact
 from retro_model.core.errors import ConfigError
 from retro_model.corpus.chunking import make_chunks
 from retro_model.corpus.documents import CorpusConfig
-from retro_model.corpus.tokenizer import TokenizerConfig, make_tokenizer
+from retro_model.corpus.tokenizer_training import TokenizerConfig, make_tokenizer
 from retro_model.embedding.embed import make_embeddings
 from retro_model.embedding.encoder import EmbedConfig
 from retro_model.network.config import ModelConfig

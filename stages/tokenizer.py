@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from retro_model.core.artifacts import write_json
-from retro_model.corpus.tokenizer import make_tokenizer
+from retro_model.corpus.tokenizer_training import make_tokenizer
 from stages.common.dvcignore import dvc_name_filter
 from stages.common.harness import run_stage
 from stages.common.params import read_params

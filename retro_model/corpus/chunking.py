@@ -29,6 +29,7 @@ from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, whole_f
 from retro_model.core.errors import DocumentError
 from retro_model.core.prefetch import prefetch
 from retro_model.core.printable import say
+from retro_model.core.progress import report_elapsed
 from retro_model.corpus.chunks import DOCUMENTS, DocumentTable, SourceText, read_documents
 from retro_model.corpus.documents import Corpus, CorpusConfig, Document
 from retro_model.corpus.files import NameFilter
@@ -271,6 +272,7 @@ def make_chunks(
         work_or_temporary(work_folder, folder) as work,
         whole_folder(folder) as whole,
         (engine or Engine()).open(job) as running,
+        report_elapsed("chunk"),  # a part reports nothing while it encodes a long document
     ):
         totals = _write_splits(
             running.make(prefetch(_parts(corpus)), work), whole, running.facts, f"{corpus.path}", name

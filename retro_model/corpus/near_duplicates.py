@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 MISSED = 0.001  # accepted share of near duplicates at the threshold that do not become candidates
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, with irregular bits, so that products spread over all 64 bits
 GRAMS_PER_BATCH = 2048  # times 128 permutations of 4 bytes fits into a processor's cache
+CANDIDATES_AT_ONCE = 1024
 
 
 class NearDuplicates:
@@ -50,8 +52,9 @@ class NearDuplicates:
         if not len(grams) or _count_common(sample, self._index.samples) < self._fewest_shared(len(sample)):
             return False  # true of most texts, and far cheaper than a signature
         signature = self._signature(np.unique(grams))
-        similarities = (self._index.candidates(signature) == signature).mean(axis=1)
-        return bool((similarities >= self.threshold).any())
+        # One candidate is enough. All of them can be most of the added texts, if these follow one template.
+        similarities = ((some == signature).mean(axis=1) for some in self._index.candidates(signature))
+        return any((some >= self.threshold).any() for some in similarities)
 
     def _fewest_shared(self, num: int) -> float:
         """Return a lower bound of how many of `num` sampled grams a near duplicate shares with the added texts.
@@ -93,13 +96,15 @@ class _Index(NamedTuple):
         sampled = np.frombuffer(samples, np.uint64)
         return cls(matrix, sampled, np.take_along_axis(keys, texts, axis=1), texts, rows)
 
-    def candidates(self, signature: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-        """Return the signatures (n, permutations) of the texts that equal `signature` in at least one band."""
-        found = [np.empty(0, np.int64)]
+    def candidates(self, signature: npt.NDArray[np.uint32]) -> Iterator[npt.NDArray[np.uint32]]:
+        """Yield the signatures (n, permutations) of the texts that equal `signature` in at least one band.
+
+        A text that equals it in several bands is yielded several times.
+        """
         for key, keys, texts in zip(_band_keys(signature[None], self.rows)[0], self.keys, self.texts, strict=True):
             start, stop = np.searchsorted(keys, key), np.searchsorted(keys, key, side="right")
-            found.append(texts[start:stop])
-        return self.signatures[np.unique(np.concatenate(found))]
+            for first in range(start, stop, CANDIDATES_AT_ONCE):
+                yield self.signatures[texts[first : min(first + CANDIDATES_AT_ONCE, stop)]]
 
 
 def _band_keys(signatures: npt.NDArray[np.uint32], rows: int) -> npt.NDArray[np.uint64]:

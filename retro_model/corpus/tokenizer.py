@@ -1,13 +1,8 @@
-"""Tokenizers: a BPE trained on the documents, or any fast tokenizer of transformers, saved in one file.
+"""Encode and decode with a tokenizer saved in one file; load any fast tokenizer of transformers.
 
-    metrics = make_tokenizer(documents, corpus_config, TokenizerConfig(), Path("data/tokenizer"))
-    tokenizer = Tokenizer.open(Path("data/tokenizer"))
+    tokenizer = Tokenizer.open(Path("data/tokenizer"))       # written by tokenizer_training.make_tokenizer
     encoded = tokenizer.encode_batch(["two", "texts"])       # ids of both, concatenated
     tokenizer.decode(encoded.ids[: encoded.starts[1]])       # "two"
-
-The default is a byte-level BPE: rare text falls back to a token per byte, so nothing is unknown in any language. Its
-vocabulary is small because the vocabulary takes much of a small model's weights and of each step: at width 256, 4,096
-tokens take a fifth of the weights of six layers, 32,768 tokens more than all of them.
 
 Encoding never returns a special id: text that spells a special token is encoded like any other. Only the chunking
 inserts special tokens.
@@ -25,36 +20,16 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.decoders import WordPiece as WordPieceDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 
 from retro_model.core.arrays import BoolArray
-from retro_model.core.artifacts import Artifact, ArtifactWriter, whole_folder
-from retro_model.core.config import Config, setting
+from retro_model.core.artifacts import Artifact, ArtifactWriter
 from retro_model.core.errors import ConfigError, SourceError
 from retro_model.core.prefetch import prefetch
-from retro_model.corpus.documents import Corpus, CorpusConfig
-from retro_model.corpus.files import NameFilter
 
 FILE = "tokenizer.json"
 TRAINED = "bpe"
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
-
-
-@dataclass(frozen=True)
-class TokenizerConfig(Config, section="tokenizer"):
-    """`name` is `bpe` to train a tokenizer of `vocab_size` tokens, or a folder or hub name to load one."""
-
-    name: str = TRAINED
-    vocab_size: int = setting(4096, minimum=256 + 3, below=2**31)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.name:
-            raise ConfigError(f"tokenizer.name: found '', expected {TRAINED}, a folder or a hub name")
 
 
 @dataclass(frozen=True)
@@ -262,53 +237,6 @@ def bytes_of_tokens(backend: Backend) -> npt.NDArray[np.int64] | None:
     return lengths
 
 
-def make_tokenizer(
-    documents: Path | str,
-    corpus_config: CorpusConfig,
-    config: TokenizerConfig,
-    folder: Path,
-    *,
-    name_filter: NameFilter | None = None,
-) -> dict[str, float]:
-    """Write the configured tokenizer into `folder` and return metrics.
-
-    It is trained on the train split alone, or loaded by name without reading the documents. Equal documents give
-    equal bytes. Raises DocumentError, or SourceError if the named tokenizer cannot be loaded.
-    """
-    metrics: dict[str, float] = {}
-    if config.name == TRAINED:
-        corpus = Corpus(documents, corpus_config, name_filter)
-        backend, special = train(_count_texts(corpus, metrics), config.vocab_size)
-    else:
-        backend, special = load(config.name)
-    with whole_folder(folder) as whole:
-        save(whole, backend, special, _short_name(config.name))
-    return {"vocabulary": num_rows(backend), **metrics}
-
-
-def _count_texts(corpus: Corpus, metrics: dict[str, float]) -> Iterator[str]:
-    metrics.update(train_documents=0, train_bytes=0)
-    for document in corpus.documents("train"):
-        metrics["train_documents"] += 1
-        metrics["train_bytes"] += utf8_size(document.text)
-        yield document.text
-
-
-def train(texts: Iterable[str], vocab_size: int) -> tuple[Backend, SpecialIds]:
-    """Train a byte-level BPE of at most `vocab_size` tokens, with ids 0, 1, 2 for pad, begin and end."""
-    backend = Backend(BPE())
-    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    backend.decoder = ByteLevelDecoder()
-    trainer = BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, BEGIN, END],
-        initial_alphabet=sorted(ByteLevel.alphabet()),  # all bytes, so that no text is unknown
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return backend, SpecialIds(0, 1, 2)
-
-
 def load(name: str) -> tuple[Backend, SpecialIds]:
     """Load the fast tokenizer of a folder or hub name and its special ids; add missing special tokens.
 
@@ -360,10 +288,6 @@ def _load_error_message(name: str, local: bool, error: BaseException) -> str:
         f"tokenizer.name: {name} cannot be loaded, tried {tried}: {reason}; give {TRAINED}, a folder with a "
         "tokenizer.json, or a hub name that is cached (fetch it once with a network: `hf download NAME`)"
     )
-
-
-def _short_name(name: str) -> str:
-    return Path(name).resolve().name if Path(name).is_dir() else name.rsplit("/", 1)[-1]
 
 
 def save(folder: Path, backend: Backend, special: SpecialIds, name: str) -> None:

@@ -31,7 +31,7 @@ PARAMS_FILE = Path("params.yaml")
 SECTIONS = {
     "sample": "retro_model.sample:SampleConfig",
     "corpus": "retro_model.corpus.documents:CorpusConfig",
-    "tokenizer": "retro_model.corpus.tokenizer:TokenizerConfig",
+    "tokenizer": "retro_model.corpus.tokenizer_training:TokenizerConfig",
     "embed": "retro_model.embedding.encoder:EmbedConfig",
     "index": "retro_model.search.keys:IndexConfig",
     "neighbors": "retro_model.search.neighbors:NeighborsConfig",

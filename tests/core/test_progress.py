@@ -2,11 +2,12 @@
 
 import io
 import sys
+import time
 
 import pytest
 
 import retro_model.core.progress
-from retro_model.core.progress import Progress, progress
+from retro_model.core.progress import Progress, progress, report_elapsed
 
 
 class Terminal(io.StringIO):
@@ -36,3 +37,35 @@ def test_elsewhere_there_are_lines_now_and_then(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("embed: 6 of 10 chunks, ") and lines[0].endswith(" chunks/s, 8 a batch")
     assert [line.partition(", ")[0] for line in lines[1:]] == ["read: 1 documents", "read: 2 documents"]
+
+
+def wait_for_error_output(capsys: pytest.CaptureFixture[str]) -> str:
+    text = ""
+    for _ in range(1000):
+        text += capsys.readouterr().err
+        if text.endswith("\n"):
+            break
+        time.sleep(0.01)
+    return text
+
+
+def test_one_long_unit_of_work_is_not_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(retro_model.core.progress, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(retro_model.core.progress, "SECONDS_BETWEEN_LINES", 0.02)
+    with Progress("read", None, "document"):
+        assert wait_for_error_output(capsys).startswith("read: 0 documents, ")
+    with report_elapsed("train the tokenizer"):
+        assert wait_for_error_output(capsys).startswith("train the tokenizer: 0 s so far\n")
+
+
+def test_nothing_is_reported_after_the_block(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(retro_model.core.progress, "SECONDS_BETWEEN_LINES", 0.01)
+    with pytest.raises(ZeroDivisionError), report_elapsed("divide"):
+        _ = 1 / 0
+    capsys.readouterr()
+    time.sleep(0.05)
+    assert capsys.readouterr().err == ""

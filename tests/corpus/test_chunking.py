@@ -17,7 +17,8 @@ from retro_model.corpus import chunking as module
 from retro_model.corpus.chunking import cut, make_chunks
 from retro_model.corpus.chunks import chunk_text, locate
 from retro_model.corpus.documents import SPLITS, Corpus, CorpusConfig, Document
-from retro_model.corpus.tokenizer import Tokenizer, TokenizerConfig, make_tokenizer
+from retro_model.corpus.tokenizer import Tokenizer
+from retro_model.corpus.tokenizer_training import TokenizerConfig, make_tokenizer
 
 CONFIG = CorpusConfig(valid=0.15, test=0.15)
 

@@ -731,6 +731,27 @@ def jaccard(one: str, other: str) -> float:
     return len(grams[0] & grams[1]) / len(grams[0] | grams[1])
 
 
+def test_the_first_candidate_that_is_similar_enough_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents of one template are all candidates of each other: comparing all pairs takes the square of them."""
+    monkeypatch.setattr(near_duplicates, "CANDIDATES_AT_ONCE", 1)
+    compared = []
+    candidates = near_duplicates._Index.candidates
+
+    def counted(index: near_duplicates._Index, signature: np.ndarray) -> Iterator[np.ndarray]:  # type: ignore[type-arg]
+        for found in candidates(index, signature):
+            compared.append(len(found))
+            yield found
+
+    monkeypatch.setattr(near_duplicates._Index, "candidates", counted)
+    words = [f"word{number}" for number in range(400)]
+    held_out = NearDuplicates(0.8)
+    for number in range(60):
+        held_out.add(" ".join([*words, f"user{number}"]))
+    assert held_out.repeated_by(" ".join([*words, "another"]))
+    assert sum(compared) == 1
+    assert not held_out.repeated_by(" ".join(words[::-1]))
+
+
 @pytest.mark.parametrize("threshold", [0.3, 0.8, 1.0])
 def test_near_duplicates_agree_with_the_definition(threshold: float) -> None:
     found = NearDuplicates(threshold)

@@ -17,11 +17,19 @@ from hypothesis import strategies as st
 from paths import ROOT
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from unbroken import KINDS, unbroken_text
 
 from retro_model.core.artifacts import Artifact
 from retro_model.core.errors import ConfigError, DamagedArtifactError, MissingArtifactError, SourceError
 from retro_model.corpus.documents import Corpus, CorpusConfig
-from retro_model.corpus.tokenizer import Encoded, SpecialIds, Tokenizer, TokenizerConfig, make_tokenizer, save, train
+from retro_model.corpus.tokenizer import Encoded, SpecialIds, Tokenizer, save
+from retro_model.corpus.tokenizer_training import (
+    MAX_WORD_BYTES,
+    TokenizerConfig,
+    make_tokenizer,
+    train,
+    training_words,
+)
 
 TEXTS = [
     "Plain text, twice: plain text.",
@@ -155,7 +163,7 @@ def backend_text(backend: Backend, folder: Path) -> str:
 def test_equal_documents_give_equal_bytes_in_every_process(corpus: Path, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
-        "from retro_model.corpus.tokenizer import *; from retro_model.corpus.documents import CorpusConfig\n"
+        "from retro_model.corpus.tokenizer_training import *; from retro_model.corpus.documents import CorpusConfig\n"
         "make_tokenizer(sys.argv[1], CorpusConfig(), TokenizerConfig(vocab_size=900), Path(sys.argv[2]))"
     )
     folders = [tmp_path / "one", tmp_path / "two"]
@@ -164,6 +172,67 @@ def test_equal_documents_give_equal_bytes_in_every_process(corpus: Path, tmp_pat
     one, two = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
     assert one == two
     assert str(tmp_path).encode() not in b"".join(one.values())
+
+
+# ---- long words in training ------------------------------------------------------------------------------
+
+
+def train_uncut(texts: list[str], vocab_size: int) -> Backend:
+    """The trainer on whole words, whose time grows with the square of a word's length."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|pad|>", "<|begin|>", "<|end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def words_of(splitter: Any, text: str) -> list[str]:
+    return [word for word, _ in splitter.pre_tokenize_str(text)]
+
+
+def test_a_text_with_breaks_gives_the_bytes_of_the_trainer_on_whole_words(corpus: Path) -> None:
+    texts = [document.text for document in Corpus(corpus, CorpusConfig()).documents("train")]
+    texts += [file.read_text() for file in sorted((ROOT / "retro_model" / "corpus").glob("*.py"))]
+    texts.append("a " + "b" * (MAX_WORD_BYTES - 1) + " " + "\u4e2d" * (MAX_WORD_BYTES // 3) + "\n" * 300 + "=" * 2000)
+    assert train(texts, 2000)[0].to_str() == train_uncut(texts, 2000).to_str()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_longest_word_that_is_trained_on_does_not_grow_with_the_text(kind: str) -> None:
+    one, four = (words_of(training_words(), unbroken_text(kind, size)) for size in (20_000, 80_000))
+    assert max(map(len, one)) <= MAX_WORD_BYTES and max(map(len, four)) <= MAX_WORD_BYTES
+    assert len(four) <= 4.1 * len(one)
+
+
+@given(st.lists(st.text("\u0e01\u4e2d\U0001f600\u00e9a1 =\n", max_size=3), max_size=3), st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_words_are_cut_between_characters_and_nothing_is_lost(parts: list[str], stride: int) -> None:
+    text = "".join(part * (MAX_WORD_BYTES // stride) for part in parts)
+    whole, cut = words_of(pre_tokenizers.ByteLevel(add_prefix_space=False), text), words_of(training_words(), text)
+    assert "".join(cut) == "".join(whole)
+    assert [word for word in cut if len(word) > MAX_WORD_BYTES] == []
+    back = decoders.ByteLevel()
+    assert "".join(back.decode([word]) for word in cut) == text
+    pieces = iter(cut)
+    for word in whole:  # no cut in a short word, and no piece across two words
+        piece = next(pieces)
+        assert len(word) > MAX_WORD_BYTES or piece == word
+        while len(piece) < len(word):
+            piece += next(pieces)
+        assert piece == word
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cutting_long_words_costs_less_than_a_percent(kind: str) -> None:
+    text = unbroken_text(kind, 16_000)
+    cut, uncut = (len(backend.encode(text)) for backend in (train([text], 500)[0], train_uncut([text], 500)))
+    assert cut <= 1.01 * uncut
 
 
 # ---- loaded --------------------------------------------------------------------------------------------

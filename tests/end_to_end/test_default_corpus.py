@@ -18,7 +18,7 @@ from retro_model.core.artifacts import SPLITS, Artifact
 from retro_model.corpus.chunking import make_chunks
 from retro_model.corpus.chunks import locate
 from retro_model.corpus.documents import Corpus
-from retro_model.corpus.tokenizer import make_tokenizer
+from retro_model.corpus.tokenizer_training import make_tokenizer
 from retro_model.embedding.embed import make_embeddings
 from retro_model.sample import write_sample
 from retro_model.search.build import make_index

@@ -23,7 +23,8 @@ from retro_model.core.artifacts import Artifact, ArtifactWriter, write_descripti
 from retro_model.core.errors import ConfigError, DocumentError, MismatchError, TrainingError
 from retro_model.core.rows import NO_ROW, retrieved_tokens
 from retro_model.corpus.documents import CorpusConfig
-from retro_model.corpus.tokenizer import Tokenizer, save, train
+from retro_model.corpus.tokenizer import Tokenizer, save
+from retro_model.corpus.tokenizer_training import train
 from retro_model.embedding.encoder import EmbedConfig
 from retro_model.evaluation.by_overlap import (
     SharedRuns,

@@ -11,7 +11,7 @@ from retro_model.core.artifacts import VERSION, Artifact, write_description
 from retro_model.core.rows import retrieved_tokens
 from retro_model.corpus.chunking import ChunkJob
 from retro_model.corpus.documents import CorpusConfig, Document
-from retro_model.corpus.tokenizer import TokenizerConfig, make_tokenizer
+from retro_model.corpus.tokenizer_training import TokenizerConfig, make_tokenizer
 from retro_model.search.distances import import_faiss, pair_distances, smallest, stored_distances
 from retro_model.search.index import Centroids, Searcher
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter
 from retro_model.corpus.chunking import make_chunks
 from retro_model.corpus.documents import CorpusConfig
-from retro_model.corpus.tokenizer import TokenizerConfig, make_tokenizer
+from retro_model.corpus.tokenizer_training import TokenizerConfig, make_tokenizer
 
 ENCODER_DIM = 32
 SYLLABLES = (
