@@ -9,8 +9,13 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3 python;
 # pipefail: a failing pip must fail the recipe, although the grep after it succeeds.
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
-VENV := .venv
+# LOCK=next: newer numpy and faiss without autofaiss, in an environment of its own (.venv-next).
+LOCKED := requirements$(addprefix -,$(LOCK)).lock
+VENV := .venv$(addprefix -,$(LOCK))
 INSTALLED := $(VENV)/installed
+$(if $(wildcard $(LOCKED)),,$(error LOCK: found $(LOCK), expected next or nothing))
+# 1.12.0 is the last faiss for CUDA 12 that allows numpy below 2.
+FAISS_GPU := faiss-gpu-cu12==$(if $(LOCK),1.14.1.post1,1.12.0)
 # Tests of a file share fixtures, so one process runs a whole file. More than four processes need too much memory.
 PYTEST := -m pytest -n logical --maxprocesses 4 --dist loadfile
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -25,14 +30,14 @@ repro: install  ## run the changed stages of the pipeline, from documents to the
 	dvc repro
 	@python -m stages.summary
 
-install: $(INSTALLED) $(if $(GPU),$(INSTALLED)-gpu)  ## make .venv, install the locked dependencies (GPU=1: faiss for CUDA 12)
+install: $(INSTALLED) $(if $(GPU),$(INSTALLED)-gpu)  ## make .venv, install the locked dependencies (GPU=1: faiss for CUDA 12; LOCK=next: without autofaiss)
 
 # The lock covers several Python versions; hide pip's lines about packages for the other ones.
-$(INSTALLED): requirements.lock pyproject.toml
+$(INSTALLED): $(LOCKED) pyproject.toml
 	@test -n "$(PYTHON)" || { echo "retro needs Python 3.10, 3.11 or 3.12; name one: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	@echo "installing the locked dependencies (2 to 3 minutes, a little over 2 GB; several more with torch for CUDA)"
-	python -m pip install --disable-pip-version-check --progress-bar off -r requirements.lock \
+	python -m pip install --disable-pip-version-check --progress-bar off -r $(LOCKED) \
 		| grep -v --line-buffered '^Ignoring .*: markers'
 	python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 	@touch $@
@@ -40,7 +45,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 # faiss-cpu and faiss-gpu install into the same folder, so uninstall one before installing the other.
 $(INSTALLED)-gpu: $(INSTALLED)
 	python -m pip uninstall --disable-pip-version-check -q -y faiss-cpu
-	python -m pip install --disable-pip-version-check --progress-bar off faiss-gpu-cu12==1.12.0 numpy==$$(sed -n 's/^numpy==//p' requirements.lock)
+	python -m pip install --disable-pip-version-check --progress-bar off $(FAISS_GPU) -c $(LOCKED)
 	@touch $@
 
 test: install  ## run the tests (none needs a GPU), the fast ones first
@@ -71,14 +76,22 @@ check: install  ## check format, lint, types and import rules
 	mypy retro_model stages
 	lint-imports
 
-lock: install  ## resolve pyproject.toml again into requirements.lock
+# The second lock begins with the first one's versions, so that they differ only by what autofaiss holds back.
+lock: install  ## resolve pyproject.toml again into requirements.lock and requirements-next.lock
 	python -m pip install -q uv
-	@echo "# The versions that the tests ran with, for Python 3.10 - 3.12. Written by 'make lock'; do not edit." > requirements.lock.partial
-	# torch requires the CUDA packages that its build needs, so the lock leaves them out.
-	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --fork-strategy requires-python \
-		--no-header --no-annotate --quiet \
-		| grep -v -E '^(nvidia-|cuda-|triton=)' | sed 's/+cpu//' >> requirements.lock.partial
-	mv requirements.lock.partial requirements.lock
+	$(call resolve,requirements.lock,--extra autofaiss --upgrade)
+	grep -v -E '^(autofaiss|faiss-cpu|numpy|pandas|pyarrow)==' requirements.lock > requirements-next.lock.partial
+	$(call resolve,requirements-next.lock)
+
+# $(call resolve,LOCK,OPTIONS): without --upgrade, uv keeps the versions in LOCK.partial where it can.
+# torch requires the CUDA packages that its build needs, so the locks leave them out.
+define resolve
+	uv pip compile pyproject.toml --extra dev $(2) --universal --python-version 3.10 --fork-strategy requires-python \
+		--no-header --no-annotate --quiet --output-file $(1).partial
+	sed -i -E -e '/^(nvidia-|cuda-|triton=)/d; s/\+cpu//' \
+		-e "1i # The versions that the tests ran with, for Python 3.10 - 3.12. Written by 'make lock'; do not edit." $(1).partial
+	mv $(1).partial $(1)
+endef
 
 clean:  ## remove work in progress and tool caches (keeps data, models, the DVC cache and MLflow's runs)
 	rm -rf .retro dvc_plots .coverage .coverage.* .pytest_cache .hypothesis .ruff_cache .mypy_cache

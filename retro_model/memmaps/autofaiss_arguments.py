@@ -35,6 +35,7 @@ _KNOWN = (
     "metric_type",
     "use_gpu",
     "nb_cores",
+    "builder",
     "target_recall",
     "train_points_per_list",
     "seed",
@@ -52,7 +53,9 @@ class IndexSettings:
 
     def facts(self) -> dict[str, Any]:
         """The settings that determine the index's bytes."""
-        return {**vars(self.config), "probes": self.probes}
+        settings = {**vars(self.config), "probes": self.probes}
+        del settings["builder"]  # all builders write the same bytes
+        return settings
 
 
 def index_settings(arguments: Mapping[str, Any]) -> IndexSettings:
@@ -65,9 +68,8 @@ def index_settings(arguments: Mapping[str, Any]) -> IndexSettings:
             say(f"index: {name} changes nothing: {_WITHOUT_EFFECT[name]}")
         elif name not in _KNOWN:
             raise ConfigError(f"{name}: unknown argument; the index has {', '.join((*_KNOWN, *_WITHOUT_EFFECT))}")
-    settings = {
-        name: arguments[name] for name in ("target_recall", "train_points_per_list", "seed") if name in arguments
-    }
+    same_names = ("builder", "target_recall", "train_points_per_list", "seed")
+    settings = {name: arguments[name] for name in same_names if name in arguments}
     limits = [bytes_of(name, arguments[name]) for name in _KNOWN[:2] if name in arguments]
     if limits:
         settings["max_memory_gb"] = min(limits) / 1e9

@@ -127,7 +127,7 @@ def chunks_to_index_and_embed(
     embed_dim: must be the encoder's width, unless it is the default 768.
     number_type: float32, as in `bert_embed`; auto is bfloat16 if the processor supports it, which is about twice
         as fast on CPUs.
-    index_kwargs: target_recall, train_points_per_list and seed of IndexConfig; and autofaiss's
+    index_kwargs: builder, target_recall, train_points_per_list and seed of IndexConfig; and autofaiss's
         max_index_memory_usage and current_memory_available (the smaller one applies), index_key, index_param
         (nprobe=<lists visited>), metric_type (l2), use_gpu and nb_cores.
 

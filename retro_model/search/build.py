@@ -1,17 +1,12 @@
-"""Build the faiss index over the train chunks' vectors, with autofaiss.
+"""Build the faiss index over the train chunks' vectors.
 
-Equal input gives equal bytes: the index is trained on a seeded random sample, vectors are then added in order,
-part by part (retro_model.jobs.engine), and the search settings depend on measured recall, not on time
-(retro_model.search.tuning).
+Equal input gives equal bytes: the index is trained on a seeded random sample (retro_model.search.builders), vectors
+are then added in order, part by part (retro_model.jobs.engine), and the search settings depend on measured recall,
+not on time (retro_model.search.tuning).
 
 With a GPU build of faiss, k-means and the assignment of rows to lists run on the GPU.
 """
 
-import contextlib
-import io
-import logging
-import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +15,13 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from retro_model.core.arrays import Float32Array
-from retro_model.core.artifacts import Artifact, ArtifactWriter, save_array, whole_folder
-from retro_model.core.errors import ArtifactError, ConfigError
+from retro_model.core.artifacts import Artifact, ArtifactWriter, whole_folder
+from retro_model.core.errors import ConfigError
 from retro_model.core.printable import say
 from retro_model.core.progress import Progress
 from retro_model.jobs.engine import Engine
 from retro_model.jobs.job import Outcome, Part, row_parts, work_or_temporary
+from retro_model.search.builders import pack_for_fast_scan, train_index, trains_on_gpu
 from retro_model.search.distances import (
     RECALL_AT,
     RECALL_QUERIES,
@@ -62,16 +58,19 @@ class TrainJob:
         return Artifact.open(self.embeddings, "embeddings", verify=False)
 
     def facts(self, train: Artifact) -> dict[str, Any]:
-        """Fingerprint of the embeddings, the training settings, and whether k-means runs on a GPU."""
+        """Fingerprint of the embeddings, the training settings, and whether k-means runs on a GPU.
+
+        Without config.builder: all builders write the same bytes.
+        """
         config = self.config
         trained = {"key": self.key, "seed": config.seed, "train_points_per_list": config.train_points_per_list}
-        return {"embeddings": train.fingerprint, **trained, "gpu": _trains_on_gpu(self.key, self.device)}
+        return {"embeddings": train.fingerprint, **trained, "gpu": trains_on_gpu(self.key, self.device)}
 
     def make(self, train: Artifact, folder: Path) -> Iterator[int]:
         """Writes the trained index, without vectors."""
         with ArtifactWriter(folder, self.kind) as writer:
-            gpu = _trains_on_gpu(self.key, self.device)
-            index = _train_index(train["vectors"], self.key, self.config, gpu, folder)
+            gpu = trains_on_gpu(self.key, self.device)
+            index = train_index(train["vectors"], self.key, self.config, gpu, folder)
             write_index(index, folder / INDEX_FILE)
             writer.add_file(INDEX_FILE)
             writer.facts.update(self.facts(train))
@@ -187,7 +186,7 @@ def build_index(vectors: Float32Array, config: IndexConfig, probes: int | None =
     key = _checked_key(config, vectors)
     if probes is not None and probes > max(num_lists(key), 1):
         raise ConfigError(f"nprobe: found {probes}, expected <= {max(num_lists(key), 1)}, the lists of {key}")
-    index, largest_norm = _train_index(vectors, key, config), 0.0
+    index, largest_norm = train_index(vectors, key, config), 0.0
     for block in float_blocks(vectors):
         index.add(block)
         largest_norm = max(largest_norm, largest_square(block))
@@ -249,87 +248,3 @@ def _fill_index(
                 index.merge_from(faiss.read_index(str(part.folder / INDEX_FILE)), 0)
                 largest = max(largest, part.facts["largest_norm"])
     return pack_for_fast_scan(key, index), largest
-
-
-def _training_key(key: str) -> str:
-    """The key to train with autofaiss: codes in the plain layout, without polysemous training (np)."""
-    code = code_of(key)
-    return key if code is None else f"{key.partition(',')[0]},PQ{code.numbers}x{code.bits}np"
-
-
-def pack_for_fast_scan(key: str, index: Any) -> Any:
-    """Converts a filled index with 4-bit codes to fast scan's layout; returns any other index as it is.
-
-    The index is trained and filled in the plain layout because merging fast-scan lists gives different bytes
-    from run to run. The conversion empties `index`.
-    """
-    if not key.endswith("fs"):
-        return index
-    faiss = import_faiss()
-    fast_scan = faiss.IndexIVFPQFastScan(index)
-    # The new index keeps a reference to `index` for its centroids. Drop the codes in `index`, or they would stay
-    # in memory twice.
-    empty = faiss.ArrayInvertedLists(index.nlist, index.code_size)
-    empty.this.disown()
-    index.replace_invlists(empty, True)
-    return fast_scan
-
-
-def _trains_on_gpu(key: str, device: str) -> bool:
-    """Whether k-means runs on the GPU: only for IVF<lists>,Flat; faiss trains 4-bit codes on the CPU only."""
-    return on_gpu(device) and num_lists(key) > 0 and code_of(key) is None
-
-
-def _train_index(vectors: Vectors, key: str, config: IndexConfig, gpu: bool = False, work: Path | None = None) -> Any:
-    """An empty index, trained by autofaiss on a seeded random sample; see `pack_for_fast_scan` for 4-bit codes.
-
-    By default autofaiss trains on the first rows, which cover few topics. The sample is written below `work`,
-    or to the system's temporary folder, which may be in memory.
-    """
-    sample = sample_rows(vectors, max(num_lists(key) * config.train_points_per_list, RECALL_AT), config.seed)
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        save_array(Path(folder) / "sample.npy", sample)
-        del sample  # free the memory: autofaiss reads the sample from the file
-        index = _build_with_autofaiss(folder, _training_key(key), gpu)
-    index.reset()
-    return index
-
-
-def _build_with_autofaiss(folder: str, key: str, gpu: bool) -> Any:
-    """autofaiss's index over the `.npy` files in `folder`; its log is shown only in the error message."""
-    faiss = import_faiss()
-    with _captured_logging("autofaiss") as log:
-        from autofaiss import build_index
-
-        # A given key and parameters keep autofaiss from tuning by time. Memory was checked before; with a smaller
-        # limit here, autofaiss would train on less than the sample.
-        index, _ = build_index(
-            folder,
-            save_on_disk=False,
-            index_key=key,
-            index_param="nprobe=1" if key != "Flat" else "",
-            metric_type="l2",
-            max_index_memory_usage="1T",
-            current_memory_available="2T",
-            nb_cores=faiss.omp_get_max_threads(),
-            use_gpu=gpu,
-            verbose=logging.ERROR,
-        )
-    if index is None:
-        raise ArtifactError(f"index: autofaiss could not build {key}: {' '.join(log.getvalue().split())}")
-    return faiss.index_gpu_to_cpu(index) if gpu else index
-
-
-@contextlib.contextmanager
-def _captured_logging(name: str) -> Iterator[io.StringIO]:
-    """Collects the named logger's messages and standard error in a buffer; restores logging afterwards."""
-    root, logger, text = logging.getLogger(), logging.getLogger(name), io.StringIO()
-    before = (root.handlers[:], root.level, logger.handlers[:], logger.propagate)
-    root.handlers = [logging.NullHandler()]
-    logger.handlers, logger.propagate = [logging.StreamHandler(text)], False
-    try:
-        with contextlib.redirect_stderr(text), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # from autofaiss's imports on newer Pythons
-            yield text
-    finally:
-        root.handlers, root.level, logger.handlers, logger.propagate = before

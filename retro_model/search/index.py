@@ -68,7 +68,7 @@ def _gpu_resources() -> Any:
     return import_faiss().StandardGpuResources()
 
 
-def _to_gpu(index: Any) -> Any:
+def to_gpu(index: Any) -> Any:
     """A copy on the GPU in single precision, so that its distances differ by rounding only."""
     return import_faiss().index_cpu_to_gpu(_gpu_resources(), 0, index)
 
@@ -87,7 +87,7 @@ class Centroids:
         self._index = index  # owns the quantizer
         self._vectors = _flat_rows(self._quantizer)
         self._largest_norm = largest_square(self._vectors)
-        self._searched = _to_gpu(self._quantizer) if gpu else self._quantizer
+        self._searched = to_gpu(self._quantizer) if gpu else self._quantizer
         self._gpu_lock = threading.Lock()  # the GPU allows one search at a time
 
     def nearest(self, queries: Float32Array, count: int) -> tuple[Float32Array, IdArray]:
@@ -134,7 +134,7 @@ class Searcher:
         lists, rows = isinstance(index, faiss.IndexIVF), isinstance(index, (faiss.IndexFlat, faiss.IndexIVFFlat))
         self._index = index
         self._centroids = Centroids(index, gpu) if lists else None
-        self._on_gpu = _to_gpu(index) if gpu and rows else None
+        self._on_gpu = to_gpu(index) if gpu and rows else None
         self._threaded = lists and self._on_gpu is None
         # On the CPU, faiss compares the rows of lists one by one. Otherwise it uses matrix products, which round.
         self.reports_pair_distances = lists and rows and not gpu

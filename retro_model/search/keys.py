@@ -5,6 +5,7 @@ with the nearest centroids. IVF<lists>,PQ<m> compares it with product-quantized 
 these distances only select candidates, which are then scored again from the stored vectors.
 """
 
+import importlib.util
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,7 +31,9 @@ class IndexConfig(Config, section="index"):
     """The kind of index, its recall and its memory limit.
 
     key: a faiss factory string: Flat, IVF<lists>,Flat, or with codes IVF<lists>,PQ<m>x4fs (m numbers of 4 bits
-        per row) or IVF<lists>,PQ<m>x8 (m bytes per row); auto chooses one (see `choose_key`).
+        per row) or IVF<lists>,PQ<m>x8 (m bytes per row); auto chooses one (see `choose_key`), the same one for
+        every builder.
+    builder: what trains the index: faiss alone, or autofaiss, which must be installed. Both give the same bytes.
     target_recall: recall of the 10 nearest rows for held-out queries.
     train_points_per_list: the training sample has this many rows per list.
     max_memory_gb: limit for the finished index, in 10^9 bytes. Peak memory while building is twice that, because
@@ -40,6 +43,7 @@ class IndexConfig(Config, section="index"):
     """
 
     key: str = setting("auto")
+    builder: str = setting("faiss", choices=("autofaiss", "faiss"))
     target_recall: float = setting(0.95, above=0.0, maximum=1.0)
     train_points_per_list: int = setting(64, minimum=MIN_POINTS_PER_LIST, maximum=MAX_POINTS_PER_LIST)
     max_memory_gb: float = setting(4.0, above=0.0)
@@ -49,6 +53,11 @@ class IndexConfig(Config, section="index"):
         super().__post_init__()
         if self.key != "auto" and not _KEY.fullmatch(self.key):
             raise ConfigError(f"index.key: found {self.key!r}, expected auto, {_KEYS} (IVF4096,Flat)")
+        if self.builder == "autofaiss" and importlib.util.find_spec("autofaiss") is None:
+            raise ConfigError(
+                "index.builder: found autofaiss, which is not installed; set faiss, which builds the same index, or "
+                "install autofaiss: `make install` without LOCK=next, or `pip install -e '.[autofaiss]'`"
+            )
 
 
 def choose_key(config: IndexConfig, num_rows: int, dim: int) -> str:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fixtures import tiny_encoder
-from paths import ROOT
+from index_builders import committed_params
 
 from retro_model.core.artifacts import SPLITS, Artifact
 from retro_model.corpus.chunking import make_chunks
@@ -23,7 +23,7 @@ from retro_model.embedding.embed import make_embeddings
 from retro_model.sample import write_sample
 from retro_model.search.build import make_index
 from retro_model.search.neighbors import make_neighbors
-from stages.common.params import parse_params, read_yaml
+from stages.common.params import parse_params
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("default")
-    params = SimpleNamespace(**parse_params(read_yaml(ROOT / "params.yaml")))
+    params = SimpleNamespace(**parse_params(committed_params()))
     write_sample(folder / "sample", params.sample)
     make_tokenizer(folder / "sample", params.corpus, params.tokenizer, folder / "tokenizer")
     make_chunks(folder / "sample", params.corpus, folder / "tokenizer", params.chunk_size, folder / "chunks")
@@ -82,7 +82,7 @@ def test_they_are_those_of_brute_force(split: str, data: Path) -> None:
 
 
 def test_from_any_chunk_one_gets_to_its_place_in_its_document(data: Path) -> None:
-    params = SimpleNamespace(**parse_params(read_yaml(ROOT / "params.yaml")))
+    params = SimpleNamespace(**parse_params(committed_params()))
     texts = {document.number: document.text for document in Corpus(data / "sample", params.corpus).documents()}
     for split in SPLITS:
         chunks = opened(data, "chunks", "chunks", split)

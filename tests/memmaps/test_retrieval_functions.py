@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import os
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from fixtures import SYLLABLES, tiny_corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from index_builders import needs_autofaiss
 
 from retro_model import RETRODataset
 from retro_model.core.artifacts import open_raw, read_record, whole_files, write_record
@@ -619,6 +621,28 @@ def test_trap_12_distance_is_squared_l2_and_the_same_input_gives_the_same_index(
         np.testing.assert_allclose(distances, expected, atol=1e-3)
 
 
+@needs_autofaiss
+def test_autofaiss_and_faiss_write_the_same_files(made: tuple[Path, dict[str, int]]) -> None:
+    folder, counts = made
+    arguments = index_arguments(folder, counts, index_key=f"IVF{counts['chunks'] // 40},Flat", force_reprocess=True)
+    written = []
+    for builder in ("faiss", "autofaiss"):
+        chunks_to_index_and_embed(**arguments, builder=builder)
+        written.append(digests(folder))
+    assert written[0] == written[1]
+
+
+def test_without_autofaiss_nothing_else_is_needed(
+    made: tuple[Path, dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "autofaiss", None)  # type: ignore[arg-type]
+    folder, counts = made
+    path, index = chunks_to_precalculated_knn_(**knn_arguments(folder, counts, index_key="Flat", nb_cores=1))
+    assert path.stat().st_size and index.ntotal == counts["chunks"]
+    with pytest.raises(ConfigError, match=r"^index\.builder: found autofaiss, which is not installed; set faiss, "):
+        chunks_to_precalculated_knn_(**knn_arguments(folder, counts, builder="autofaiss"))
+
+
 def test_trap_12_too_little_memory_is_an_error_with_both_numbers(made: tuple[Path, dict[str, int]]) -> None:
     folder, counts = made
     arguments = index_arguments(folder, counts)
@@ -732,6 +756,7 @@ def change_tokens(folder: Path) -> None:
         ({"num_chunks": 40}, lambda folder: None, ALL),
         ({"index_key": "IVF1,Flat"}, lambda folder: None, {"index", "knn"}),
         ({"max_index_memory_usage": "200m"}, lambda folder: None, {"index"}),  # the same index comes out
+        pytest.param({"builder": "autofaiss"}, lambda folder: None, set(), marks=needs_autofaiss),
         ({}, lambda folder: flip(folder / "train.chunks.knn.dat"), {"knn"}),
         ({}, lambda folder: os.truncate(folder / "train.chunks.knn.dat", 24), {"knn"}),
         ({}, lambda folder: (folder / "train.chunks.knn.dat.json").unlink(), {"knn"}),

@@ -1,5 +1,6 @@
 """An index of equal bytes for equal input, of the recall that was asked for, and of L2 distances."""
 
+import hashlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,10 +13,12 @@ import pytest
 from fixtures import write_vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from index_builders import BUILDERS, needs_autofaiss
 
 from retro_model.core.artifacts import Artifact, ArtifactWriter
 from retro_model.core.errors import ArtifactError, ConfigError, DamagedArtifactError, MismatchError
 from retro_model.search import build as index_building
+from retro_model.search import builders, keys
 from retro_model.search import distances as distances_module
 from retro_model.search import index as index_module
 from retro_model.search import tuning as index_effort
@@ -161,7 +164,9 @@ def test_pair_distances_are_exact_and_alone() -> None:
     assert pair_distances(queries[:0], vectors, places[:0]).shape == (0, 7)
 
 
-def test_the_margin_covers_what_matrix_products_round() -> None:
+def test_the_margin_covers_what_matrix_products_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    # faiss 1.14 would use matrix products only for more rows.
+    monkeypatch.setattr(faiss.cvar, "distance_compute_blas_threshold", 1)
     queries, vectors = 30 + clustered(200, 5), 30 + clustered(500, 6)  # large norms, small distances
     reported, places = faiss.knn(queries, vectors, 20)
     exact = pair_distances(queries, vectors, places)
@@ -408,20 +413,45 @@ def test_the_seed_draws_the_training_sample(data: Path, tmp_path: Path) -> None:
     assert len(digests) == 2
 
 
+@needs_autofaiss
+@pytest.mark.parametrize(
+    "key", ["auto", "Flat", "IVF1,Flat", "IVF32,Flat", "IVF32,PQ8x4fs", "IVF16,PQ1x4fs", "IVF120,PQ8", "IVF120,PQ1x8"]
+)
+def test_autofaiss_and_faiss_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    data = write_data(tmp_path, num_train=10_000)
+    monkeypatch.setattr(keys, "EXACT_ROWS", 9_999)  # auto is IVF512,Flat
+    monkeypatch.setattr(index_building, "ROWS_PER_ADDED_PART", 3_000)
+    written = []
+    for builder in ("autofaiss", "faiss"):
+        config = IndexConfig(key=key, builder=builder, train_points_per_list=100, target_recall=0.5)
+        make_index(data / "embeddings", config, tmp_path / builder)
+        files = (tmp_path / builder).iterdir()
+        written.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
+    assert len(written[0]) == 2 and written[0] == written[1]
+
+
+def watch_training(monkeypatch: pytest.MonkeyPatch, builder: str) -> list[tuple[Floats, bool]]:
+    """What the builder trains on from now on, and whether on a GPU."""
+    trained = []
+    name = {"autofaiss": "_build_with_autofaiss", "faiss": "_train_with_faiss"}[builder]
+    build: Callable[[Any, str, bool], Any] = getattr(builders, name)
+
+    def watched(sample: Any, key: str, gpu: bool) -> Any:
+        trained.append((np.load(Path(sample) / "sample.npy") if builder == "autofaiss" else sample, gpu))
+        return build(sample, key, gpu and builder == "faiss")  # autofaiss needs a real GPU
+
+    monkeypatch.setattr(builders, name, watched)
+    return trained
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
 def test_the_training_sample_is_random_and_not_the_first_rows(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builder: str
 ) -> None:
-    samples = []
-    build: Callable[[str, str, bool], Any] = index_building._build_with_autofaiss
-
-    def watched(folder: str, key: str, gpu: bool) -> Any:
-        samples.append(np.load(Path(folder) / "sample.npy"))
-        return build(folder, key, gpu)
-
-    monkeypatch.setattr(index_building, "_build_with_autofaiss", watched)
-    config = IndexConfig(key="IVF4,Flat", train_points_per_list=50)
+    trained = watch_training(monkeypatch, builder)
+    config = IndexConfig(key="IVF4,Flat", builder=builder, train_points_per_list=50)
     make_index(data / "embeddings", config, tmp_path / "index")
-    (sample,) = samples
+    ((sample, _),) = trained
     rows = np.array([np.flatnonzero((clustered(3000, 1) == vector).all(1))[0] for vector in sample])
     assert len(set(rows.tolist())) == 200
     assert 1200 < rows.mean() < 1800 and rows.min() < 100 and rows.max() > 2900
@@ -429,11 +459,12 @@ def test_the_training_sample_is_random_and_not_the_first_rows(
     assert max(built.invlists.list_size(number) for number in range(4)) < 1500
 
 
-def test_the_training_sample_lies_beside_the_index_and_not_in_memory(
+@needs_autofaiss
+def test_the_sample_for_autofaiss_lies_beside_the_index_and_not_in_memory(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
-    draw, build = index_building.sample_rows, index_building._build_with_autofaiss
+    draw, build = builders.sample_rows, builders._build_with_autofaiss
 
     def drawing(*arguments: Any) -> Floats:
         sample = draw(*arguments)
@@ -445,9 +476,9 @@ def test_the_training_sample_lies_beside_the_index_and_not_in_memory(
         assert drawn[-1]() is None, "autofaiss has its own copy"
         return build(folder, key, gpu)
 
-    monkeypatch.setattr(index_building, "sample_rows", drawing)
-    monkeypatch.setattr(index_building, "_build_with_autofaiss", building)
-    make_index(data / "embeddings", IndexConfig(key="IVF4,Flat"), tmp_path / "index")
+    monkeypatch.setattr(builders, "sample_rows", drawing)
+    monkeypatch.setattr(builders, "_build_with_autofaiss", building)
+    make_index(data / "embeddings", IndexConfig(key="IVF4,Flat", builder="autofaiss"), tmp_path / "index")
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
@@ -456,7 +487,7 @@ def test_codes_are_in_memory_once() -> None:
     index = faiss.IndexIVFPQ(faiss.IndexFlatL2(DIM), DIM, 16, 8, 4)
     index.train(vectors)
     index.add(vectors)
-    made = index_building.pack_for_fast_scan("IVF16,PQ8x4fs", index)
+    made = builders.pack_for_fast_scan("IVF16,PQ8x4fs", index)
     assert index.invlists.compute_ntotal() == 0 and made.invlists.compute_ntotal() == made.ntotal == 3000
     again = faiss.IndexIVFPQ(index.quantizer, DIM, 16, 8, 4)
     again.pq = index.pq
@@ -574,20 +605,28 @@ class FakeGpu:
     def __init__(self, patch: pytest.MonkeyPatch, num_gpus: int = 1) -> None:
         self.copied: list[str] = []
         self.searches: list[int] = []
+        self.trained: list[int] = []
         patch.setattr(faiss, "StandardGpuResources", lambda: "resources", raising=False)
         patch.setattr(faiss, "get_num_gpus", lambda: num_gpus)
         patch.setattr(faiss, "index_cpu_to_gpu", self.copy, raising=False)
-        patch.setattr(faiss, "index_gpu_to_cpu", faiss.clone_index, raising=False)
+        patch.setattr(faiss, "index_gpu_to_cpu", lambda index: faiss.clone_index(index.copied), raising=False)
 
     def copy(self, resources: str, number: int, index: Any) -> Any:
         assert (resources, number) == ("resources", 0)
-        copied, searches = faiss.clone_index(index), self.searches
+        copied, searches, trained = faiss.clone_index(index), self.searches, self.trained
         self.copied.append(type(copied).__name__)
 
         class Counting:
             """Rounds otherwise than the CPU, as a GPU does."""
 
             nprobe = 1
+
+            def __init__(self) -> None:
+                self.copied = copied
+
+            def train(self, rows: Floats) -> None:
+                trained.append(len(rows))
+                copied.train(rows)
 
             def search(self, queries: Floats, k: int) -> tuple[Floats, Any]:
                 searches.append(k)
@@ -628,22 +667,17 @@ def test_cuda_without_a_gpu_build_is_refused_before_any_work(data: Path, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("builder", BUILDERS)
 @pytest.mark.parametrize("key", ["Flat", "IVF16,Flat", "IVF16,PQ8x4fs"])
 def test_the_gpu_is_asked_for_what_it_can_do(
-    data: Path, tmp_path: Path, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, key: str
+    data: Path, tmp_path: Path, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, key: str, builder: str
 ) -> None:
-    trained_on_gpu = []
-    build: Callable[[str, str, bool], Any] = index_building._build_with_autofaiss
-
-    def watched(folder: str, key: str, gpu: bool) -> Any:
-        trained_on_gpu.append(gpu)
-        return build(folder, key, False)
-
-    monkeypatch.setattr(index_building, "_build_with_autofaiss", watched)
-    make_index(data / "embeddings", IndexConfig(key=key), tmp_path / "cpu", device="cpu")
-    assert fake_gpu.copied == []
-    make_index(data / "embeddings", IndexConfig(key=key), tmp_path / "gpu", device="auto")
-    assert trained_on_gpu == [False, key == "IVF16,Flat"]
+    trained, config = watch_training(monkeypatch, builder), IndexConfig(key=key, builder=builder)
+    make_index(data / "embeddings", config, tmp_path / "cpu", device="cpu")
+    assert fake_gpu.copied == fake_gpu.trained == []
+    make_index(data / "embeddings", config, tmp_path / "gpu", device="auto")
+    assert [gpu for _, gpu in trained] == [False, key == "IVF16,Flat"]
+    assert fake_gpu.trained == ([1024] if (key, builder) == ("IVF16,Flat", "faiss") else [])
     # The vectors were added to the same lists, so that all but k-means makes the same bytes.
     digests = [Artifact.open(tmp_path / name, "index").files[INDEX_FILE] for name in ("cpu", "gpu")]
     assert digests[0] == digests[1]
@@ -675,6 +709,7 @@ def test_splits_that_were_embedded_in_different_ways(data: Path, tmp_path: Path)
         make_index(other / "embeddings", IndexConfig(), tmp_path / "index")
 
 
+@needs_autofaiss
 def test_what_autofaiss_only_logs_is_an_error(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> tuple[None, None]:
         logging.getLogger("autofaiss").error("not enough\nmemory")
@@ -682,16 +717,17 @@ def test_what_autofaiss_only_logs_is_an_error(data: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr("autofaiss.build_index", refuse)
     with pytest.raises(ArtifactError, match="autofaiss could not build Flat: not enough memory"):
-        make_index(data / "embeddings", IndexConfig(), tmp_path / "index")
+        make_index(data / "embeddings", IndexConfig(builder="autofaiss"), tmp_path / "index")
     assert not (tmp_path / "index").exists()
 
 
-def test_autofaiss_is_quiet_and_leaves_logging_alone(
-    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_building_is_quiet_and_leaves_logging_alone(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], builder: str
 ) -> None:
     root, logger = logging.getLogger(), logging.getLogger("autofaiss")
     before = (root.handlers[:], root.level, logger.handlers[:], logger.propagate)
-    make_index(data / "embeddings", IndexConfig(key="IVF16,Flat"), tmp_path / "index")
+    make_index(data / "embeddings", IndexConfig(key="IVF16,Flat", builder=builder), tmp_path / "index")
     assert (root.handlers[:], root.level, logger.handlers[:], logger.propagate) == before
     said = capfd.readouterr()
     assert said.err == ""

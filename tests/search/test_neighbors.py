@@ -198,6 +198,14 @@ def test_codes_and_a_document_larger_than_any_surplus() -> None:
     assert (np.diff(distances, axis=1) >= 0).all()
 
 
+def test_codes_that_are_all_equal_have_distances() -> None:
+    """faiss 1.15 divides by their range, which is 0."""
+    database = database_of(np.ones((64, 6), dtype=np.float32), np.arange(64), lists=1, codes=3)
+    distances, ids = database.index.search(np.full((5, 6), 2, dtype=np.float32), 64)
+    np.testing.assert_array_equal(np.sort(ids, axis=1), np.tile(np.arange(64), (5, 1)))
+    np.testing.assert_allclose(distances, 6)
+
+
 def test_only_what_rounding_could_bring_in_is_scored_again(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, _ = made_up(0, 2000, 1, 16, 2000)
     vectors += np.random.default_rng(1).normal(size=vectors.shape).astype(np.float16).astype(np.float32)
@@ -213,7 +221,9 @@ def test_only_what_rounding_could_bring_in_is_scored_again(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("surplus", [0, 3, 100])
-def test_what_matrix_products_round_decides_nothing(surplus: int) -> None:
+def test_what_matrix_products_round_decides_nothing(surplus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # faiss 1.14 would use matrix products only for more rows.
+    monkeypatch.setattr(faiss.cvar, "distance_compute_blas_threshold", 1)
     # Far from the origin: faiss's |q|^2 + |y|^2 - 2qy is off by more than distances differ.
     vectors = (512 + 2 * np.random.default_rng(0).normal(size=(600, 32))).astype(np.float16).astype(np.float32)
     database, documents = database_of(vectors, np.arange(600) // 3), np.arange(200) // 3

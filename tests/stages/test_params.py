@@ -1,5 +1,6 @@
 """params.yaml: the committed one is right, and every wrong one is one line that names the key."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from index_builders import committed_params
 from paths import ROOT
 
 from retro_model.core.errors import ConfigError
@@ -17,8 +19,7 @@ from stages.common.params import flat_params, parse_params, read_params, read_ya
 def changed(**changes: Any) -> dict[str, Any]:
     """The committed params with some changed; `section__key` names one in a section."""
     content: dict[str, Any] = {
-        name: dict(value) if isinstance(value, dict) else value
-        for name, value in read_yaml(ROOT / "params.yaml").items()
+        name: dict(value) if isinstance(value, dict) else value for name, value in committed_params().items()
     }
     for name, value in changes.items():
         section, _, key = name.rpartition("__")
@@ -27,7 +28,8 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_committed_params_are_whole_and_typed() -> None:
-    params = parse_params(read_yaml(ROOT / "params.yaml"))
+    assert read_yaml(ROOT / "params.yaml")["index"]["builder"] == "autofaiss"
+    params = parse_params(changed())
     assert params["train"].lr == 4e-3 and isinstance(params["train"].lr, float)
     assert params["documents"] == "data/sample"
 
@@ -50,6 +52,7 @@ def test_the_committed_params_are_whole_and_typed() -> None:
         ({"train__batch_size": 7, "train__accumulation": 2}, "train.accumulation: found 2, expected a divisor"),
         ({"model__dec_cross_attn_layers": [5]}, "model.dec_cross_attn_layers: found [5], expected "),
         ({"model__dim_head": 63}, "model.dim_head: found 63, expected an even number"),
+        ({"index__builder": "scann"}, "index.builder: found 'scann', expected one of autofaiss, faiss"),
         ({"embed__pooling": "max"}, "embed.pooling: found 'max', expected one of mean, cls"),
         ({"corpus__valid": 0}, "corpus.valid: found 0.0, expected > 0.0 and < 1.0"),
         ({"runtime__device": "gpu"}, "runtime.device: found 'gpu', expected one of auto, cpu, cuda"),
@@ -150,13 +153,32 @@ def test_flat_params_name_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(flat) == sum(len(value) if isinstance(value, dict) else 1 for value in content.values())
 
 
-def test_checking_params_imports_neither_faiss_nor_transformers_nor_mlflow() -> None:
+def test_an_installation_without_autofaiss_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "autofaiss", None)  # type: ignore[arg-type]
+    assert parse_params(changed(index__builder="faiss"))["index"].builder == "faiss"
+    with pytest.raises(ConfigError) as caught:
+        parse_params(changed(index__builder="autofaiss"))
+    assert str(caught.value) == (
+        "index.builder: found autofaiss, which is not installed; set faiss, which builds the same index, or install "
+        "autofaiss: `make install` without LOCK=next, or `pip install -e '.[autofaiss]'`"
+    )
+
+
+def test_checking_params_imports_neither_faiss_nor_transformers_nor_mlflow(tmp_path: Path) -> None:
     """A stage checks all sections at its start, so that has to stay cheap."""
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(changed()))
     code = (
         "import sys; from stages.common.params import read_params; read_params('knn'); "
         "print(sorted({'faiss', 'autofaiss', 'transformers', 'mlflow', 'datasketch', 'matplotlib'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.strip() == "[]"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fixtures import tiny_corpus, tiny_encoder
+from index_builders import committed_params
 from paths import ROOT
 from ruamel.yaml import YAML  # keeps the file's comments; DVC brings it
 
@@ -26,6 +27,7 @@ TINY = {
     "corpus.valid": 0.15,
     "corpus.test": 0.15,
     "embed.encoder": "tiny/encoder",
+    "index.builder": committed_params()["index"]["builder"],
     "neighbors.stored": 8,
     "model.enc_dim": 16,
     "model.enc_depth": 1,
