@@ -7,8 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as stages/__init__.py does
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores
+os.environ["OMP_NUM_THREADS"] = "1"  # pytest's workers share the cores, and so little work only loses by threads
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 for name in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "RETRO_BERT"):
     os.environ.pop(name, None)
@@ -25,6 +24,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which every stage has run once (tests/support/stagewise.py); to be copied, never changed."""
+    from made_once import made_once
     from stagewise import run_all
 
-    return run_all(tmp_path_factory.mktemp("pipeline"))
+    return made_once(tmp_path_factory, "pipeline", run_all)

@@ -24,6 +24,7 @@ from paths import ROOT
 from stagewise import copy_of, refuse, run, write_params
 
 from retro_model import RETRO, Retriever, RETRODataset, generate
+from retro_model.cli import main
 from retro_model.core.artifacts import Artifact, write_description
 from retro_model.core.errors import RetroError
 from retro_model.embedding.encoder import EmbedConfig, Encoder
@@ -476,52 +477,48 @@ COMMANDS: list[tuple[str, list[str], int, str]] = [
         1,
         "summary: metrics/tokenizer.json is not there; run `dvc repro` (stage tokenizer)",
     ),
+    (
+        "no command of retro",
+        ["-m", "retro_model", "nonsense"],
+        2,
+        "retro: error: argument COMMAND: invalid choice: 'nonsense' (choose from …)",
+    ),
 ]
 
 
 # The command `retro`, in a folder where the pipeline has not run.
-if (ROOT / "retro_model" / "cli.py").is_file():
-    RETRO_COMMANDS: list[tuple[str, str, int, str]] = [
-        (
-            "neighbors before a run",
-            "neighbors --chunk 0",
-            1,
-            "retro: data/chunks/test: no finished chunks here (artifact.json is missing); run `dvc repro` (stage chunk), or `dvc pull` where a remote has it",
-        ),
-        (
-            "generate before a run",
-            "generate --prompt x",
-            1,
-            "retro: models/retro: no finished model here (artifact.json is missing); run `dvc repro` (stage baseline or train), or `dvc pull` where a remote has it",
-        ),
-        (
-            "generate without a prompt",
-            "generate",
-            2,
-            "retro generate: error: the following arguments are required: --prompt",
-        ),
-        (
-            "a chunk below zero",
-            "neighbors --chunk -1",
-            2,
-            "retro neighbors: error: argument --chunk: found -1, expected 0 or more",
-        ),
-        (
-            "a probability above one",
-            "generate --prompt x --top-p 2",
-            2,
-            "retro generate: error: argument --top-p: found 2, expected a number above 0 and at most 1",
-        ),
-        (
-            "no such command",
-            "nonsense",
-            2,
-            "retro: error: argument COMMAND: invalid choice: 'nonsense' (choose from …)",
-        ),
-    ]
-    COMMANDS += [
-        (what, ["-m", "retro_model", *line.split()], status, told) for what, line, status, told in RETRO_COMMANDS
-    ]
+RETRO_COMMANDS: list[tuple[str, str, int, str]] = [
+    (
+        "neighbors before a run",
+        "neighbors --chunk 0",
+        1,
+        "retro: data/chunks/test: no finished chunks here (artifact.json is missing); run `dvc repro` (stage chunk), or `dvc pull` where a remote has it",
+    ),
+    (
+        "generate before a run",
+        "generate --prompt x",
+        1,
+        "retro: models/retro: no finished model here (artifact.json is missing); run `dvc repro` (stage baseline or train), or `dvc pull` where a remote has it",
+    ),
+    (
+        "generate without a prompt",
+        "generate",
+        2,
+        "retro generate: error: the following arguments are required: --prompt",
+    ),
+    (
+        "a chunk below zero",
+        "neighbors --chunk -1",
+        2,
+        "retro neighbors: error: argument --chunk: found -1, expected 0 or more",
+    ),
+    (
+        "a probability above one",
+        "generate --prompt x --top-p 2",
+        2,
+        "retro generate: error: argument --top-p: found 2, expected a number above 0 and at most 1",
+    ),
+]
 
 
 @pytest.mark.parametrize(("command", "status", "line"), [row[1:] for row in COMMANDS], ids=ids(COMMANDS))
@@ -534,6 +531,25 @@ def test_a_wrong_command(command: list[str], status: int, line: str, tmp_path: P
     assert list(tmp_path.iterdir()) == []
     says(done.stderr.splitlines()[-1], line)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("line", "status", "told"), [row[1:] for row in RETRO_COMMANDS], ids=ids(RETRO_COMMANDS))
+def test_a_wrong_command_of_retro(
+    line: str,
+    status: int,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        found = main(line.split())
+    except SystemExit as end:  # the parser's
+        found = end.code
+    assert found == status
+    assert list(tmp_path.iterdir()) == []
+    says(capsys.readouterr().err.splitlines()[-1], told)
 
 
 # ---- library calls ---------------------------------------------------------------------------------
@@ -833,5 +849,5 @@ def test_a_wrong_call(call: Callable[[SimpleNamespace], Any], line: str, things:
 
 
 def test_the_catalog_is_long_enough() -> None:
-    tables: list[list[Any]] = [PARAMS, PARAMS_FILES, DOCUMENTS, ARTIFACTS, COMMANDS, CALLS]
+    tables: list[list[Any]] = [PARAMS, PARAMS_FILES, DOCUMENTS, ARTIFACTS, COMMANDS, RETRO_COMMANDS, CALLS]
     assert sum(map(len, tables)) >= 40

@@ -1,12 +1,9 @@
 """What README.md and the pages in docs/ say is so; their longer commands run in test_pipeline.py."""
 
 import argparse
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,59 +57,47 @@ def test_every_python_block_is_run_by_a_test() -> None:
     assert len({program(which) for which in tested}) == len(re.findall(r"^ *```python$", TEXT, flags=re.MULTILINE))
 
 
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a few documents in texts/ and a tiny encoder for the functions over raw files."""
+    monkeypatch.chdir(tmp_path)
+    tiny_corpus(tmp_path / "texts", num_documents=6)
+    monkeypatch.setenv("RETRO_BERT", str(tiny_encoder(tmp_path / "bert")))
+    return tmp_path
+
+
+def variables_of(text: str) -> dict[str, Any]:
+    """Runs a program as a script runs, in this process; the variables that it leaves."""
+    found: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(text, "README", "exec"), found)
+    return found
+
+
 def test_the_network_in_ten_lines_runs() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", program("torch.randint") + "\nprint(loss.item())"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert 9.0 < float(done.stdout) < 11.0  # ln 20,000 = 9.9
+    assert 9.0 < variables_of(program("torch.randint"))["loss"].item() < 11.0  # ln 20,000 = 9.9
 
 
-def test_a_model_writes_with_its_retriever(tmp_path: Path) -> None:
+def test_a_model_writes_with_its_retriever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = small_run(tmp_path)
     shutil.rmtree(run / "models/retro")
     write_model(run / "models/retro", run / "data", retrieval=True, seq_len=256)
-    done = subprocess.run(  # the tiny encoder is no package, so here its folder has to be named
-        [sys.executable, "-c", program("Retriever.open").replace('open("data")', 'open("data", encoder="encoder")')],
-        cwd=run,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Return the indices of the largest" in done.stdout
+    monkeypatch.chdir(run)  # the tiny encoder is no package, so here its folder has to be named
+    variables_of(program("Retriever.open").replace('open("data")', 'open("data", encoder="encoder")'))
+    assert "Return the indices of the largest" in capsys.readouterr().out
 
 
-def test_the_functions_over_raw_files_run(tmp_path: Path) -> None:
-    tiny_corpus(tmp_path / "texts", num_documents=6)
-    done = subprocess.run(
-        [sys.executable, "-c", program("knn_(") + "\nprint(*seq.shape, *retrieved.shape, (retrieved > 0).any())"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "RETRO_BERT": str(tiny_encoder(tmp_path / "bert"))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "513 8 2 128 tensor(True)"
+@pytest.mark.usefixtures("scratch")
+def test_the_functions_over_raw_files_run() -> None:
+    found = variables_of(program("knn_("))
+    assert (found["seq"].shape, found["retrieved"].shape) == ((513,), (8, 2, 128))
+    assert (found["retrieved"] > 0).any()
 
 
-def test_the_wrapper_trains_and_writes(tmp_path: Path) -> None:
-    tiny_corpus(tmp_path / "texts", num_documents=6)
-    done = subprocess.run(
-        [sys.executable, "-c", program("Wrapper") + "\nprint(loss.item())"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "RETRO_BERT": str(tiny_encoder(tmp_path / "bert"))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert 0 < float(done.stdout.splitlines()[-1]) < 10
+@pytest.mark.usefixtures("scratch")
+def test_the_wrapper_trains_and_writes() -> None:
+    assert 0 < variables_of(program("Wrapper"))["loss"].item() < 10
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:^ {4,}|`)make ([a-z-]+)", TEXT, flags=re.MULTILINE))))

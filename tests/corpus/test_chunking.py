@@ -87,7 +87,7 @@ ANY_TEXTS = st.lists(st.text(max_size=50) | st.text("ab \ud55c\U0001f600", max_s
 
 @pytest.mark.parametrize("kind", ["tokenizer", "bert"])
 @given(texts=ANY_TEXTS, size=st.integers(1, 9))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_rows_are_those_of_the_definition(
     kind: str, request: pytest.FixtureRequest, texts: list[str], size: int
 ) -> None:

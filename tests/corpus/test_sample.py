@@ -167,9 +167,7 @@ def test_the_standard_library_is_read_without_what_is_installed_beside_it(
 
 
 @pytest.mark.slow
-def test_the_default_sample_is_large_enough_and_the_same_twice(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        metrics = write_sample(tmp_path / name, SampleConfig())
-        assert metrics["sample_documents"] > 150
-        assert 2_600_000 < metrics["sample_bytes"] <= 2_900_000
-    assert written(tmp_path / "one") == written(tmp_path / "two")
+def test_the_default_sample_is_large_enough(tmp_path: Path) -> None:
+    metrics = write_sample(tmp_path / "sample", SampleConfig())
+    assert metrics["sample_documents"] > 150
+    assert 2_600_000 < metrics["sample_bytes"] <= 2_900_000

@@ -1,10 +1,12 @@
-"""Each program of benchmarks/ once at toy size, so that none rots between two measurements.
+"""Each program of benchmarks/ once at toy size and in this process, so that none rots between two measurements.
 
-The quick form runs those that need neither a GPU, nor the data of a real run, nor the other side's code.
+`make torture` runs the quick form of `make bench` too, which starts a process for each.
 """
 
+import contextlib
 import dataclasses
 import importlib
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,11 +34,10 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Imports a program of benchmarks/ by its name."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    torch.set_num_threads(1)
 
     def load(name: str) -> ModuleType:
-        for known in ("network", "training", "time_to_loss", "large"):
-            monkeypatch.delitem(sys.modules, known, raising=False)
+        for program in (ROOT / "benchmarks").glob("*.py"):
+            monkeypatch.delitem(sys.modules, program.stem, raising=False)
         return importlib.import_module(name)
 
     return load
@@ -60,6 +61,7 @@ def test_every_benchmark_joins(benchmark: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.torture
 def test_the_quick_form_of_all_runs(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "run_all.py"), "--quick", "--without-theirs"],
@@ -71,15 +73,82 @@ def test_the_quick_form_of_all_runs(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_step_is_measured_beside_the_other_side(
-    benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_the_programs_record_is_put_together(benchmark: Any, tmp_path: Path) -> None:
+    """A program that reaches its target, the same without the other side, and one that fails."""
+    (tmp_path / "good.py").write_text(
+        'MAKE_BENCH = {"full": [], "quick": ["--size 3 --theirs {theirs}", "--theirs {needed_theirs}"]}\n'
+        "import json, os, sys\n"
+        "record = dict(what=' '.join(sys.argv[1:]), ratio=2.5, at_least=2, at_most=None)\n"
+        "record |= dict(ours=1234.5, theirs=None, limit=3, unit='tokens/s')\n"
+        "print(json.dumps(record), file=open(os.environ['RETRO_MEASURED'], 'a'))\n"
+    )
+    (tmp_path / "wrong.py").write_text('MAKE_BENCH = {"full": [], "quick": [""]}\nraise SystemExit(3)\n')
+    run_all = benchmark("run_all")
+    records, failed = run_all.run(tmp_path, "quick", None, None)
+    assert failed == 1 and [record["what"] for record in records] == ["--size 3"]
+    records, failed = run_all.run(tmp_path, "quick", ["good"], tmp_path)
+    assert failed == 0 and records[1]["what"] == f"--theirs {tmp_path}"
+    table = run_all.table([*records, {**records[0], "ratio": 1.5}])
+    assert f"| --theirs {tmp_path} | 1,234 tokens/s |  | 3 tokens/s | 2.5 | >= 2 | met |" in table
+    assert table.endswith("2 targets met, 1 not met")
+
+
+def arguments(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", *line.split()])
+
+
+def test_search_is_measured_against_faiss(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With this project's model in the place of the other side's."""
+    program = benchmark("search")
+    arguments(monkeypatch, "--rows 1000 --queries 64 -k 8 --turns 1 --keys Flat IVF16,Flat")
+    program.main()
+    assert "1,000 vectors of 384, 64 queries" in capsys.readouterr().out
+
+
+def test_the_evaluation_s_own_work_is_measured(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = benchmark("evaluation")
+    arguments(monkeypatch, "--chunks 40 --turns 1")
+    program.main()
+    assert "chunks that share at most 8 tokens in a row: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_data_stages_are_measured(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its stages here, and not in a process for each."""
+    program = benchmark("data")
+
+    def stage(command: list[str], **_: object) -> SimpleNamespace:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            program.stage(command[command.index("--name") + 1], Path(command[command.index("--folder") + 1]))
+        return SimpleNamespace(stdout=said.getvalue())
+
+    monkeypatch.setattr(program, "subprocess", SimpleNamespace(run=stage))
+    monkeypatch.setattr(program.PrivateMemory, "run", lambda self: None)  # it ends with its process
+    arguments(monkeypatch, f"curve --sizes 1200 --folder {tmp_path}")
+    program.main()
+    measured = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if " MB " in line]
+    assert [name for _, name in measured] == ["chunk", "embed", "index", "knn"]
+    assert all(int(rows.replace(",", "")) > 500 for rows, _ in measured)
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> str:
+    """This project's model in the place of the other side's: a folder to import it from."""
     package = tmp_path / "retro_pytorch"
     package.mkdir()
     (package / "__init__.py").write_text("from retro_model.network.model import RETRO\n", encoding="utf-8")
-    network = benchmark("network")
-    setting = network.Setting(
+    return str(tmp_path)
+
+
+def toy(network: ModuleType) -> Any:
+    """What to measure, at toy size."""
+    return network.Setting(
         device="cpu",
         network={
             "num_tokens": 50, "max_seq_len": 32, "enc_dim": 16, "enc_depth": 1, "dec_dim": 8, "dec_depth": 2,
@@ -88,13 +157,32 @@ def test_a_step_is_measured_beside_the_other_side(
         batch=2, length=16, memory_length=32, dtypes={"bfloat16 autocast": torch.bfloat16}, compiled=False,
         prompt=4, written=12, places=(8, 24),
     )  # fmt: skip
-    seconds = network.training(setting, str(tmp_path), 2)
+
+
+@pytest.mark.slow
+def test_a_step_is_measured_beside_the_other_side(
+    benchmark: Any, theirs: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = benchmark("network")
+    with monkeypatch.context() as patch:  # the steps are other processes' work; for the limit, a little will do
+        patch.setattr(nn.functional, "linear", lambda rows, weight: rows[:64] @ weight[:64].T)
+        seconds = network.training(toy(network), theirs, 2)
     steps = {"ours", "theirs", "theirs, set up as ours", "without neighbors", "packed documents"}
     assert set(seconds["bfloat16 autocast"]) == steps
     assert all(value > 0 for value in seconds["bfloat16 autocast"].values())
     assert "RATIO of tokens a second, ours to theirs" in capsys.readouterr().out
 
 
+def test_writing_is_measured_beside_the_other_side(
+    benchmark: Any, theirs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = benchmark("network")
+    seconds = network.writing(toy(network), theirs, 1)
+    assert seconds.keys() == {"ours", "theirs", "early", "late"} and all(value > 0 for value in seconds.values())
+    assert "a token at position 8: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_training_is_measured(benchmark: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = benchmark("training")
     trainer = training.make_trainer(data, PARAMS)

@@ -2,13 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_run import CORPUS, STORED, small_run, write_data, write_model
@@ -33,14 +31,6 @@ from retro_model.evaluation.scoring import Scorer, choose_spans
 from retro_model.network.model import RETRO
 from retro_model.search.keys import IndexConfig
 from retro_model.search.neighbors import NeighborsConfig
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,6 @@ from retro_model.jobs.job import Part, make_part, row_parts, work_or_temporary
 ENGINES = [LOCAL, EngineConfig(workers=2)]
 
 
-@pytest.fixture
-def diary(tmp_path: Path) -> Path:
-    (tmp_path / "diary").mkdir()
-    return tmp_path / "diary"
-
-
 @pytest.mark.parametrize("config", ENGINES, ids=["here", "pool"])
 def test_parts_come_in_order_and_are_made_once(config: EngineConfig, diary: Path, tmp_path: Path) -> None:
     expected = [x * x for x in range(50)]

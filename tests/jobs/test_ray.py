@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_stages import OUT, STAGES, files_of, finished, make, quiet_run, small_parts
+from data_stages import OUT, STAGES, files_of, finished, make, small_parts
 from paths import ROOT, SUPPORT
 from square_job import SquareJob, run, times_made, wait_until
 
@@ -34,12 +34,6 @@ def cluster() -> Iterator[Any]:
         yield nodes
         ray.shutdown()
         nodes.shutdown()
-
-
-@pytest.fixture
-def diary(tmp_path: Path) -> Path:
-    (tmp_path / "diary").mkdir()
-    return tmp_path / "diary"
 
 
 def test_two_nodes_share_the_parts(cluster: Any, diary: Path, tmp_path: Path) -> None:
@@ -78,13 +72,9 @@ def test_more_than_the_cluster_has_is_refused(cluster: Any, diary: Path, tmp_pat
 # ---- the stages --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quiet_run(tmp_path_factory.mktemp("data"))
-
-
+# The stage whose processes start the quickest; test_interrupted.py makes the others' parts in two processes.
 @pytest.mark.parametrize(
-    "stage", [pytest.param(stage, marks=[] if stage == "embed" else pytest.mark.torture) for stage in STAGES]
+    "stage", [pytest.param(stage, marks=[] if stage == "chunk" else pytest.mark.torture) for stage in STAGES]
 )
 def test_a_cluster_writes_the_bytes_of_one_process(
     stage: str, cluster: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -80,7 +80,6 @@ EVERYTHING = {*CHUNKS, VECTORS, INDEX, NEIGHBORS}
 
 def test_a_few_lines_train_from_a_folder_of_text(place: Path) -> None:
     """The loop that scripts of this field have: the loss falls, then the model writes."""
-    torch.set_num_threads(1)
     retro = small_retro(dec_attn_dropout=0.1, use_deepnet=True)
     wrapper = wrap(retro=retro, max_seqs=1000, max_chunks=10_000, knn_extra_neighbors=50,
                    max_index_memory_usage="100m", current_memory_available="1G")  # fmt: skip

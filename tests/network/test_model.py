@@ -576,16 +576,16 @@ def test_a_thousand_layers_train() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own, about other parts of torch
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize(("backend", "cases"), [("aot_eager", 5), ("inductor", 1)])
-def test_a_compiled_model_gives_the_same_loss_and_gradients(backend: str, cases: int) -> None:
-    """Missing neighbors, all of them, none, packed documents, another length: one model after the other.
+@pytest.mark.parametrize(("backend", "depth", "cases"), [("aot_eager", 2, 3), ("inductor", 1, 1)])
+def test_a_compiled_model_gives_the_same_loss_and_gradients(backend: str, depth: int, cases: int) -> None:
+    """Some neighbors and packed documents, no neighbors, all neighbors and another length: in one model.
 
     The graph breaks where the network looks at its data: whether there are neighbors at all, which chunks
     have some, which labels are padding, how long the documents are. All is traced for each case; C++,
-    which takes a minute a case, is made for the first.
+    which takes long, is made for the first case and a single layer.
     """
     torch.compiler.reset()
-    model = make(dec_depth=2, dec_cross_attn_layers=(2,), enc_depth=1).float()
+    model = make(dec_depth=depth, dec_cross_attn_layers=(depth,), enc_depth=1).float()
     compiled = torch.compile(model, backend=backend)
     seq, labels = tokens(2, 4 * M), tokens(2, 4 * M, seed=3)
     labels[:, 5] = 0
@@ -594,10 +594,8 @@ def test_a_compiled_model_gives_the_same_loss_and_gradients(backend: str, cases:
     some[0, 1] = 0
     some[1, 2, 1, 3:] = 0
     all_cases: list[tuple[Tensor, Tensor | None, dict[str, Any]]] = [
-        (seq, some, {}),
-        (seq, whole, {}),
+        (seq, some, {"documents": torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])}),
         (seq, None, {}),
-        (seq, whole, {"documents": torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])}),
         (seq[:, : 2 * M + 1], whole[:, :2], {}),
     ]
     for inputs, retrieved, options in all_cases[:cases]:

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,6 @@ from retro_model.search.build import make_index
 from retro_model.search.distances import pair_distances
 from retro_model.search.keys import IndexConfig
 from retro_model.search.neighbors import Database, KnnJob, NeighborsConfig, describe_neighbors, make_neighbors
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny searches: threads would only wait for each other."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
 
 
 def brute_force(
@@ -278,6 +268,7 @@ for _ in range(20):
 """
 
 
+@pytest.mark.slow
 def test_threads_that_visit_different_numbers_of_lists_do_not_meet() -> None:
     program = [sys.executable, "-c", THREADS]  # a process of its own: faiss may end it
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), str(ROOT)])}

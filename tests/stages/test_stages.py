@@ -56,9 +56,13 @@ def test_training_again_from_nothing_writes_the_same_bytes(stage: str, work: Pat
     assert (contents(work / OUTS[stage]), (work / f"plots/{stage}.csv").read_bytes()) == before
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
 @pytest.mark.slow
-def test_torchrun_starts_a_stage_in_two_processes(work: Path) -> None:
-    """Both run the stage; the first alone writes, logs and holds the lock."""
+@pytest.mark.parametrize(("launcher", "processes"), [([], 2), (TORCHRUN, 0)], ids=["stage", "torchrun"])
+def test_a_stage_in_two_processes(work: Path, launcher: list[str], processes: int) -> None:
+    """Started by the stage itself or by torchrun; the first process alone writes, logs and holds the lock."""
 
     def num_runs() -> int:
         with sqlite3.connect("mlflow.db") as store:
@@ -66,16 +70,32 @@ def test_torchrun_starts_a_stage_in_two_processes(work: Path) -> None:
 
     before, runs = json.loads(Path("metrics/train.json").read_text()), num_runs()
     shutil.rmtree("models/retro")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    write_params(work, train__processes=processes)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "-m", "stages.train"], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, *launcher, "-m", "stages.train"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     after = json.loads(Path("metrics/train.json").read_text())
     assert after == pytest.approx(before, rel=2e-3)
     assert num_runs() == runs + 1
     Artifact.open("models/retro", "model")
+
+
+def test_retrieval_is_trained_around_the_frozen_baseline_or_from_new_weights(work: Path) -> None:
+    """The default is RETROfit: without neighbors RETRO is the baseline. From scratch is one setting away."""
+
+    def evaluated() -> dict[str, float]:
+        metrics: dict[str, float] = json.loads(Path("metrics/evaluate.json").read_text())
+        return metrics
+
+    found = evaluated()
+    assert found["test_bpb_off"] == found["test_bpb_baseline"] != found["test_bpb_on"]
+    write_params(work, retrofit__init_from="models/none")
+    for stage in ("train", "evaluate"):
+        shutil.rmtree(OUTS[stage])
+        run(stage)
+    found = evaluated()
+    assert found["test_bpb_off"] != found["test_bpb_baseline"]
 
 
 def test_every_output_opens_and_names_what_it_was_made_from(finished: Path) -> None:
@@ -135,9 +155,8 @@ def test_no_output_names_a_path_of_this_machine_or_a_run(finished: Path) -> None
 
 # ---- inputs that are not there, torn, or of something else ----------------------------------------
 
+# Each stage and what it reads; for more of them, tests/contract/test_bad_input.py has the whole line.
 MISSING = [
-    ("chunk", "data/tokenizer", "stage tokenizer"),
-    ("embed", "data/chunks/train", "stage chunk"),
     ("embed", "data/tokenizer", "stage tokenizer"),
     ("index", "data/embeddings/train", "stage embed"),
     ("knn", "data/index", "stage index"),
@@ -163,12 +182,8 @@ def test_a_missing_input_says_which_stage_makes_it(
 TORN = [
     ("chunk", "data/tokenizer/tokenizer.json"),
     ("embed", "data/chunks/valid/tokens-00000.npy"),
-    ("index", "data/embeddings/train/vectors-00000.npy"),
-    ("knn", "data/index/knn.index"),
     ("knn", "data/chunks/test/documents-00000.npy"),
     ("train", "data/neighbors/valid/ids-00000.npy"),
-    ("baseline", "data/chunks/train/tokens-00000.npy"),
-    ("evaluate", "models/retro/model.safetensors"),
 ]
 
 

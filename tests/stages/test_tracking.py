@@ -155,6 +155,7 @@ def test_an_evaluation_is_a_child_of_the_run_of_its_model(root: Path, tmp_path: 
     assert client.get_run(parent.run_id).data.tags[MODEL_TAG] == "restored from a remote"
 
 
+@pytest.mark.slow
 def test_a_store_on_a_full_disk_is_an_error_and_not_a_traceback_of_mlflows_own(root: Path) -> None:
     code = """
         import os, resource
@@ -174,14 +175,15 @@ def test_a_store_on_a_full_disk_is_an_error_and_not_a_traceback_of_mlflows_own(r
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_store_is_made_by_one_process_alone(tmp_path: Path) -> None:
-    """Six at once, as queued experiments start: without the lock, the migration breaks most of them."""
+    """Three at once, as queued experiments start: without the lock, the migration breaks most of them."""
     code = "from stages.tracking.store import open_store; print(open_store()[1])"
     environment = {**os.environ, "DVC_ROOT": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
     processes = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(4)
+        for _ in range(3)
     ]
     results = [process.communicate(timeout=300) for process in processes]
     assert {out.strip() for out, _ in results} == {"1"}, results

@@ -54,7 +54,7 @@ def small_parts(set_attribute: Callable[[object, str, int], None] = setattr) -> 
 
 # Where a process stands when it is killed: a few finished parts lie there, and it is about to make the next
 # one, in the middle of it, or putting the whole result into its place.
-POINTS = ("before 0", "inside 0", "before 1", "inside 3", "before 5", "the end")
+POINTS = ("inside 0", "before 1", "inside 3", "the end")
 
 
 def main(stage: str, data: str, out: str, work: str, point: str) -> None:

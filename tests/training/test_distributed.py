@@ -37,8 +37,7 @@ Curve = dict[int, Mapping[str, float]]
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
@@ -75,7 +74,6 @@ def assert_same_weights(found: Path, expected: Path) -> None:
 @pytest.fixture(scope="module")
 def alone(woven: Woven, tmp_path_factory: pytest.TempPathFactory) -> tuple[Curve, Path]:
     """What one process does."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("alone")
     return curve(woven, folder, PLAIN), folder / "retro"
 
@@ -114,7 +112,9 @@ def test_the_baseline_in_two_processes(woven: Woven, tmp_path: Path, train: Trai
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("train", [TWO, SHARDED], ids=["replicated", "sharded"])
+@pytest.mark.parametrize(
+    "train", [pytest.param(TWO, marks=pytest.mark.torture, id="replicated"), pytest.param(SHARDED, id="sharded")]
+)
 def test_a_checkpoint_loads_in_any_number_of_processes(
     woven: Woven, tmp_path: Path, alone: tuple[Curve, Path], train: TrainConfig
 ) -> None:
@@ -210,7 +210,7 @@ def test_killed_and_interrupted_they_go_on_bit_for_bit(woven: Woven, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.torture  # tests/stages/test_stages.py starts a whole stage so
+@pytest.mark.torture  # tests/stages/test_stages.py starts a whole stage both ways
 def test_torchrun_starts_what_the_stage_starts_itself(woven: Woven, tmp_path: Path) -> None:
     status, steps, errors = start(woven, tmp_path / "own", "")
     assert status == 0, errors

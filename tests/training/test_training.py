@@ -43,11 +43,6 @@ from retro_model.training.warm_start import RetrofitConfig, start_from
 Outcome = tuple[TrainingResult, dict[str, str]]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # networks this small only lose by more
-
-
 @pytest.fixture(scope="session")
 def woven(tmp_path_factory: pytest.TempPathFactory) -> Woven:
     folder = tmp_path_factory.mktemp("woven")
@@ -57,7 +52,6 @@ def woven(tmp_path_factory: pytest.TempPathFactory) -> Woven:
 @pytest.fixture(scope="session")
 def undisturbed(woven: Woven, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """A run that nobody stopped: its result, and the digests of models/retro."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("undisturbed")
     return run(woven, folder), folder_digests(folder / "retro")
 
@@ -349,7 +343,14 @@ def stop_at(step: int) -> Callable[[int, Mapping[str, float]], None]:
     return log
 
 
-@pytest.mark.parametrize("step", range(1, 13))
+# Before the first checkpoint, at one, after one, and on both sides of a validation; the others are like one of them.
+TOLD_APART = (1, 3, 4, 6, 12)
+REPEATED = (pytest.mark.slow, pytest.mark.torture)
+
+
+@pytest.mark.parametrize(
+    "step", [pytest.param(step, marks=() if step in TOLD_APART else REPEATED) for step in range(1, 13)]
+)
 def test_a_killed_run_goes_on_bit_for_bit(woven: Woven, tmp_path: Path, undisturbed: Outcome, step: int) -> None:
     work = tmp_path / "work"
     with pytest.raises(Killed):
@@ -451,8 +452,9 @@ from retro_model.training.run import TrainingRun, train_model
 """
 
 
+@pytest.mark.slow
 def test_kill_9_while_training_or_saving(woven: Woven, tmp_path: Path, undisturbed: Outcome) -> None:
-    """Three processes in a row are killed, the second in the middle of a checkpoint."""
+    """Two processes in a row are killed, the second in the middle of a checkpoint."""
     program = f"""{CHILD}
 import retro_model.training.checkpoints
 when, work = sys.argv[1], Path(sys.argv[2])
@@ -470,14 +472,14 @@ train_model(run, log, threads=1)
 """
     work = tmp_path / "work"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for when in ("step 5", "saving", "step 8"):
+    for when in ("step 5", "saving"):
         command = [sys.executable, "-c", program, when, str(work)]
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert ended.returncode == -signal.SIGKILL, ended.stderr
         assert not (tmp_path / "retro").exists()
     steps: list[int] = []
     run(woven, tmp_path, work_folder=work, log=lambda now, record: steps.append(now), log_every=1)
-    assert steps[0] == 7
+    assert steps[0] == 4
     assert folder_digests(tmp_path / "retro") == undisturbed[1]
 
 
@@ -626,7 +628,7 @@ def test_activations_that_are_computed_again_change_nothing(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own, about other parts of torch
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("checkpoint_activations", [False, True])
+@pytest.mark.parametrize("checkpoint_activations", [pytest.param(False, marks=pytest.mark.torture), True])
 def test_a_compiled_model_has_the_same_losses(
     woven: Woven, monkeypatch: pytest.MonkeyPatch, checkpoint_activations: bool
 ) -> None:
@@ -659,7 +661,6 @@ def test_a_compiled_model_has_the_same_losses(
 @pytest.fixture(scope="session")
 def baseline(woven: Woven, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain decoder, trained."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("baseline")
     run(woven, folder, neighbors=None)
     return folder / "retro"
