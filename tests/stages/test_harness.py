@@ -30,7 +30,7 @@ def stop_with(error: BaseException) -> None:
     ("error", "status", "message"),
     [
         (ConfigError("knn: found 0, expected >= 1"), 1, "chunk: knn: found 0, expected >= 1"),
-        (RetroError("two\n  lines"), 1, "chunk: two lines"),
+        (RetroError("two\nlines"), 1, "chunk: two\N{SYMBOL FOR LINE FEED}lines"),
         (KeyboardInterrupt(), 130, "chunk: interrupted; the next `dvc repro` goes on"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "chunk: No space left on device: while writing; mend"),
         (PermissionError(errno.EACCES, "Permission denied", "data/x"), 1, "chunk: Permission denied: data/x; mend"),
