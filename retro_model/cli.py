@@ -1,8 +1,9 @@
-"""The command `retro`: print a chunk's neighbors, or generate text with the model.
+"""The command `retro`: print a chunk's neighbors, generate text with the model, or serve both to browsers and programs.
 
     retro neighbors --split test --chunk 123
     retro neighbors --text "Return the indices of the largest"
     retro generate --prompt "Return the indices of the largest" --show-neighbors
+    retro serve
 
 Reads the pipeline's outputs (data/ and models/retro) and writes nothing. User errors are one line on standard error,
 with exit status 1. Ctrl-C exits with 130 and a closed pipe (`| head`) with 141, both silently. Text and names are
@@ -33,13 +34,14 @@ if TYPE_CHECKING:
 COLUMNS = 100  # width of wrapped text
 PARAMS_FILE = Path("params.yaml")
 
-DESCRIPTION = "Look at what the pipeline made: a chunk's neighbors, and what the model writes."
+DESCRIPTION = "Look at what the pipeline made: a chunk's neighbors, and what the model writes; or serve it."
 EPILOG = """\
 Run it from the folder that holds data/ and models/, after `dvc repro` or `dvc pull`:
 
   retro neighbors --split test --chunk 123
   retro neighbors --text "Return the indices of the largest"
   retro generate --prompt "Return the indices of the largest" --show-neighbors
+  retro serve
 
 `retro COMMAND --help` says what a command takes."""
 
@@ -86,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_neighbors(commands)
     _add_generate(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -101,6 +104,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "./params.yaml if that file exists, else the name recorded in data/embeddings)",
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Path, default=Path("models/retro"), metavar="FOLDER", help="default: models/retro"
+    )
 
 
 def _at_least(least: float, kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -259,13 +268,24 @@ def _print(text: str) -> None:
     print(text, flush=True)
 
 
-def _open_retriever(options: argparse.Namespace) -> "Retriever":
+def _open_retriever(options: argparse.Namespace, verify: bool = False) -> "Retriever":
     for kind, folder in (("index", "index"), ("embeddings", "embeddings/train"), ("chunks", "chunks/train")):
         Artifact.open(options.data / folder, kind, verify=False)  # fail before the heavy imports if missing
     encoder = options.encoder or _encoder_of_params()
     from retro_model.inference.retriever import Retriever
 
-    return Retriever.open(options.data, encoder=encoder, device=options.device, verify=False)
+    return Retriever.open(options.data, encoder=encoder, device=options.device, verify=verify)
+
+
+def _open_retriever_of(model: Artifact, options: argparse.Namespace, verify: bool = False) -> "Retriever":
+    """The retriever, whose tokenizer must be the model's."""
+    retriever = _open_retriever(options, verify)
+    if retriever.tokenizer.fingerprint != model.facts["tokenizer"]:
+        raise MismatchError(
+            f"{options.model}: its tokenizer is not that of {options.data}; run `dvc repro`, or name the data that it "
+            "was trained on (--data)"
+        )
+    return retriever
 
 
 def _encoder_of_params() -> str | None:
@@ -294,9 +314,7 @@ def _add_generate(commands: Any) -> None:
     )
     parser = commands.add_parser("generate", help="continue a prompt with the model", description=text)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; - reads it from stdin")
-    parser.add_argument(
-        "--model", type=Path, default=Path("models/retro"), metavar="FOLDER", help="default: models/retro"
-    )
+    _add_model(parser)
     parser.add_argument("--max-new-tokens", type=_at_least(1, int), default=200, metavar="N", help="default: 200")
     parser.add_argument(
         "--temperature",
@@ -338,12 +356,7 @@ def _generate(options: argparse.Namespace) -> None:
             "--show-neighbors: nothing is retrieved here; expected a model with retrieval and --knn above 0"
         )
     text = _read_prompt(options.prompt)
-    retriever = _open_retriever(options) if knn else None
-    if retriever is not None and retriever.tokenizer.fingerprint != artifact.facts["tokenizer"]:
-        raise MismatchError(
-            f"{options.model}: its tokenizer is not that of {options.data}; run `dvc repro`, or name the data that it "
-            "was trained on (--data)"
-        )
+    retriever = _open_retriever_of(artifact, options) if knn else None
     from retro_model.corpus.tokenizer import Tokenizer
 
     tokenizer = retriever.tokenizer if retriever else Tokenizer.open(options.model / "tokenizer")
@@ -357,46 +370,27 @@ def _write(
     options: argparse.Namespace, text: str, tokenizer: "Tokenizer", retriever: "Retriever | None", knn: int
 ) -> Iterator[str]:
     """Yields the prompt, then each piece of generated text, with the retrieved neighbors if asked for."""
-    import torch
-
     from retro_model.core.devices import resolve_device
-    from retro_model.inference.generation import Writer
-    from retro_model.inference.sampling import top_k, top_p
+    from retro_model.inference.text import Sampling, encode_prompt, write_text
     from retro_model.network.model import RETRO
 
     model = RETRO.from_pretrained(options.model, device=resolve_device(options.device))
-    ids = [tokenizer.begin_id, *tokenizer.encode(text).tolist()]
-    if len(ids) >= model.config.max_seq_len:
-        raise ConfigError(
-            f"--prompt: found {len(ids)} tokens, expected fewer than the {model.config.max_seq_len} that "
-            f"{options.model} was trained for"
-        )
-    filter_fn, thres = (top_p, options.top_p or 0.95)
-    if options.top_k is not None:
-        filter_fn, thres = top_k, 1 - min(options.top_k / model.config.num_tokens, 1)
-    neighbor_blocks: list[str] = []
-    writer = Writer(
-        model,
-        torch.tensor([ids], device=model.embedding.weight.device),
-        retrieve=None if retriever is None else _make_retrieve(retriever, knn, neighbor_blocks),
+    ids = encode_prompt(model, tokenizer, text, "--prompt")
+    sampling = Sampling(
         max_new_tokens=options.max_new_tokens,
-        filter_fn=filter_fn,
-        filter_thres=thres,
         temperature=options.temperature,
-        eos_id=tokenizer.end_id,
+        top_p=options.top_p or Sampling.top_p,
+        top_k=options.top_k,
         seed=options.seed,
     )
+    neighbor_blocks: list[str] = []
+    retrieve = None if retriever is None else _make_retrieve(retriever, knn, neighbor_blocks)
     yield printable(text)
-    before = tokenizer.decode(ids)
-    for token in writer:
+    for piece in write_text(model, tokenizer, ids, sampling, retrieve):
         if options.show_neighbors:
             yield from neighbor_blocks
         neighbor_blocks.clear()
-        ids.append(int(token))
-        # Hold back a character until all of its tokens are there.
-        now = tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
-        yield printable(now.removeprefix(before))
-        before = now
+        yield printable(piece.text)
 
 
 def _make_retrieve(retriever: "Retriever", knn: int, neighbor_blocks: list[str]) -> Callable[["Tensor"], "Tensor"]:
@@ -416,3 +410,72 @@ def _make_retrieve(retriever: "Retriever", knn: int, neighbor_blocks: list[str])
         return torch.from_numpy(found.tokens).to(token_chunks.device)
 
     return retrieve
+
+
+# ---- serve -----------------------------------------------------------------------------------------
+
+
+def _add_serve(commands: Any) -> None:
+    text = (
+        "Serve the model to browsers and programs: a page that shows text as it is written, with its neighbors, and a "
+        "JSON API (/docs says how to call it). Documents that are added to the database stay in memory. One request "
+        "runs at a time, and a few wait. There is no login: whoever can reach the address can use it. Ctrl-C ends it."
+    )
+    parser = commands.add_parser("serve", help="serve a web page and a JSON API", description=text)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    parser.add_argument(
+        "--port", type=_port, default=8000, metavar="NUMBER", help="port to listen on; 0: any free one (default: 8000)"
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name of this server in the address of its page, for example that of a proxy; can be repeated",
+    )
+    parser.add_argument(
+        "--queue", type=_at_least(0, int), default=8, metavar="N", help="requests that may wait (default: 8)"
+    )
+    parser.add_argument(
+        "--wait", type=_at_least(0, float), default=60, metavar="SECONDS", help="how long one may wait (default: 60)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_at_least(0, float),
+        default=300,
+        metavar="SECONDS",
+        help="how long one may run (default: 300)",
+    )
+    _add_model(parser)
+    _add_common(parser)
+    parser.set_defaults(run=_serve)
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 16:
+        raise argparse.ArgumentTypeError(f"found {text}, expected 0 to 65535")
+    return value
+
+
+def _serve(options: argparse.Namespace) -> None:
+    artifact = Artifact.open(options.model, "model", verify=True)  # once, for a long time of use
+    if not artifact.facts["retrieval"]:
+        raise ConfigError(f"--model: {options.model} has no retrieval; expected a model that retrieves")
+    from retro_model.serving.server import listen, serve
+
+    with listen(options.host, options.port) as listening:
+        retriever = _open_retriever_of(artifact, options, verify=True)
+        artifact.require(chunk_size=retriever.chunk_size)
+        from retro_model.core.devices import resolve_device
+        from retro_model.network.model import RETRO
+        from retro_model.serving.live import LiveDatabase
+        from retro_model.serving.service import Service
+        from retro_model.serving.worker import Worker
+
+        model = RETRO.from_pretrained(options.model, device=resolve_device(options.device))
+        worker = Worker(options.queue, options.wait, options.timeout)
+        service = Service(model, LiveDatabase(retriever), artifact.facts["knn"], worker)
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        _print(f"serving {options.model} at http://{host}:{listening.getsockname()[1]}/ (Ctrl-C ends it)")
+        serve(service, listening, options.host, options.allow_host)

@@ -93,11 +93,18 @@ class Retriever:
 
     def retrieve_text(self, texts: list[str], k: int, exclude_documents: IntArray | None = None) -> Retrieved:
         """The same for texts; the encoder truncates them as it truncates chunks."""
+        return self.nearest(self.vectors(texts), k, exclude_documents)
+
+    def vectors(self, texts: list[str]) -> Float32Array:
+        """The vectors (n, dim) of texts, rounded as the database stores them."""
+        return stored_vectors(self.encoder.embed(texts), self.encoder).astype(np.float32)
+
+    def nearest(self, vectors: Float32Array, k: int, exclude_documents: IntArray | None = None) -> Retrieved:
+        """The same for vectors (B, dim) that `vectors` returned."""
         if k < 1:
             raise ConfigError(f"knn: found {k}, expected >= 1")
-        vectors = stored_vectors(self.encoder.embed(texts), self.encoder).astype(np.float32)
-        excluded = np.full(len(texts), NO_ROW) if exclude_documents is None else np.asarray(exclude_documents)
-        assert excluded.shape == (len(texts),), excluded.shape
+        excluded = np.full(len(vectors), NO_ROW) if exclude_documents is None else np.asarray(exclude_documents)
+        assert excluded.shape == (len(vectors),), excluded.shape
         ids, distances = self._database.nearest(vectors, excluded, k)
         return Retrieved(retrieved_tokens(self.chunks, ids), ids, distances)
 

@@ -6,8 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -188,6 +191,9 @@ def test_a_terminal_that_cannot_show_a_character_shows_a_question_mark(monkeypat
         (("generate", "--prompt", "a", "--model", "models/baseline", "-k", "2"), "models/baseline has no retrieval"),
         (("generate", "--prompt", "a", "--knn", "0", "--show-neighbors"), "nothing is retrieved here"),
         (("generate", "--prompt", "a", "--model", "data/index"), "expected retro/model, found retro/index"),
+        (("serve", "--model", "models/baseline"), "models/baseline has no retrieval"),
+        (("serve", "--host", "192.0.2.1"), "--host, --port: cannot listen on 192.0.2.1, port 8000"),
+        (("serve", "--port", "0", "--encoder", "models/retro"), "models/retro"),
     ],
 )
 def test_what_cannot_be_is_one_line(
@@ -267,6 +273,8 @@ def test_a_model_of_other_data_is_refused(
         ("generate", "--prompt", "a", "--top-p", "0"),
         ("generate", "--prompt", "a", "--top-p", "0.5", "--top-k", "3"),
         ("generate", "--prompt", "a", "--max-new-tokens", "many"),
+        ("serve", "--port", "65536"),
+        ("serve", "--queue", "-1"),
     ],
 )
 def test_wrong_arguments_are_told_by_usage(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
@@ -275,13 +283,29 @@ def test_wrong_arguments_are_told_by_usage(capsys: pytest.CaptureFixture[str], a
     assert caught.value.code == 2 and "usage: retro" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("neighbors", "--help"), ("generate", "--help")])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("neighbors", "--help"), ("generate", "--help"), ("serve", "--help")]
+)
 def test_help_explains_itself(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     out = capsys.readouterr().out
     assert caught.value.code == 0 and out.startswith("usage: retro")
     assert "default:" in out or "retro generate --prompt" in out
+
+
+def test_a_port_in_use_and_a_damaged_model_are_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"cannot listen on 127.0.0.1, port {port}" in refused(capsys, "serve", "--port", str(port))
+    shutil.copytree(run / "models/retro", tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "sha256 differs" in refused(capsys, "serve", "--port", "0", "--model", str(tmp_path / "model"))
 
 
 # ---- as a process ----------------------------------------------------------------------------------
@@ -357,6 +381,34 @@ def test_an_interrupt_ends_it_with_130(
     assert main(GENERATE) == 130 and len(written) == 1
     captured = capsys.readouterr()
     assert captured.err == "" and captured.out == "Gaba fuco di"
+
+
+def test_serve_answers_until_it_is_interrupted_and_ends_at_once(finished: Path) -> None:
+    """Even while a generation runs."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "retro_model", "serve", "--port", "0"],
+        cwd=finished,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        found = re.fullmatch(r"serving models/retro at (http://127\.0\.0\.1:\d+)/ .*\n", server.stdout.readline())
+        assert found is not None
+        with urllib.request.urlopen(f"{found[1]}/health", timeout=120) as answer:
+            assert json.loads(answer.read())["status"] == "ok"
+        body = json.dumps({"prompt": "Gaba", "stream": True}).encode()
+        asked = urllib.request.Request(f"{found[1]}/generate", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked, timeout=120) as stream:
+            stream.readline()
+            server.send_signal(signal.SIGINT)
+            out, err = server.communicate(timeout=120)
+        assert (server.returncode, out, err) == (130, "", "")
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_the_entry_point_is_this_command() -> None:
