@@ -37,6 +37,14 @@ if TYPE_CHECKING:
 Reader = Callable[[int, Tensor], Tensor | None]
 Retrieve = Callable[[Tensor], Tensor]  # finished chunks (B', M) -> neighbors (B', K, R), pad where one is missing
 
+_RETRIEVED_STAYS = "assisted decoding takes tokens back, and what was retrieved for them stays"
+_NOT_SUPPORTED = {
+    "assistant_model": _RETRIEVED_STAYS,
+    "prompt_lookup_num_tokens": _RETRIEVED_STAYS,
+    "custom_generate": "code from elsewhere is not run",
+    "trust_remote_code": "code from elsewhere is not run",
+}
+
 
 class _Rows(NamedTuple):
     """Rows of a batch that the base reads at once; each is one document."""
@@ -254,13 +262,13 @@ class Retrofit(nn.Module):
         Without `attention_mask` every token of the prompt is read, also one that equals the base's padding token; an
         id that no token has is always padding.
 
-        Raises ConfigError for assisted decoding: what was retrieved cannot be taken back.
+        Raises ConfigError for assisted decoding, and for code from elsewhere.
         """
         from retro_model.retrofit.cache import RetrievalCache
 
-        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+        for name, reason in _NOT_SUPPORTED.items():
             if options.get(name) is not None:
-                raise ConfigError(f"generate: {name} is not supported: what was retrieved cannot be taken back")
+                raise ConfigError(f"generate: {name} is not supported: {reason}")
         cache = options.pop("past_key_values", None)
         if cache is None:
             cache = RetrievalCache(self, retrieve)

@@ -51,7 +51,12 @@ def load(
     path = Path(folder) / CONFIG_NAME
     values = read_config(folder)
     made_for = values.pop("base", None)
-    if not isinstance(made_for, dict) or made_for.keys() != _BASE_KEYS:
+    if not (
+        isinstance(made_for, dict)
+        and made_for.keys() == _BASE_KEYS
+        and all(isinstance(value, str) for value in made_for.values())
+        and isinstance(getattr(torch, made_for["dtype"], None), torch.dtype)
+    ):
         raise DamagedArtifactError(f"{path} does not say which base its adapters are for; is it a Retrofit's folder?")
     config = _parse(values, path)
     if chunk_size not in (None, config.chunk_size):

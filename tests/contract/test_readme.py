@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from fixtures import tiny_corpus, tiny_encoder
 from small_run import small_run, write_model
+from tiny_bases import tiny_base
 
 from stages.common.params import read_yaml
 
@@ -56,7 +57,7 @@ def test_the_readme_links_every_page() -> None:
 
 
 def test_every_python_block_is_run_by_a_test() -> None:
-    tested = ("torch.randint", "chunks_to_precalculated_knn_(", "TrainingWrapper(", "Retriever.open")
+    tested = ("torch.randint", "chunks_to_precalculated_knn_(", "TrainingWrapper(", 'models/retro")', "Retrofit(")
     assert len({program(which) for which in tested}) == len(re.findall(r"^ *```python$", TEXT, flags=re.MULTILINE))
 
 
@@ -76,7 +77,7 @@ def test_a_model_writes_with_its_retriever(tmp_path: Path) -> None:
     shutil.rmtree(run / "models/retro")
     write_model(run / "models/retro", run / "data", retrieval=True, seq_len=256)
     done = subprocess.run(  # the tiny encoder is no package, so here its folder has to be named
-        [sys.executable, "-c", program("Retriever.open").replace('open("data")', 'open("data", encoder="encoder")')],
+        [sys.executable, "-c", program('models/retro")').replace('open("data")', 'open("data", encoder="encoder")')],
         cwd=run,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -85,6 +86,26 @@ def test_a_model_writes_with_its_retriever(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Return the indices of the largest" in done.stdout
+
+
+def test_a_hugging_face_model_is_trained_with_neighbors_and_writes(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    tiny_base("llama", vocab_size=400).save_pretrained(run / "base")
+    text = program("Retrofit(")
+    for is_written, is_run in (("HuggingFaceTB/SmolLM2-135M", "base"), ("512", "32"), ("range(400)", "range(2)"),
+                               ('open("data")', 'open("data", encoder="encoder")')):  # fmt: skip
+        assert text.count(is_written) == 1, is_written
+        text = text.replace(is_written, is_run)
+    done = subprocess.run(
+        [sys.executable, "-c", text],
+        cwd=run,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Return the indices of the largest")
 
 
 def test_the_functions_over_raw_files_run(tmp_path: Path) -> None:

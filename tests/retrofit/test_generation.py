@@ -206,6 +206,7 @@ def test_an_id_that_no_token_has_pads_prompts_and_neighbors() -> None:
     [
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens is not supported"),
         ({"assistant_model": object()}, "assistant_model is not supported"),
+        ({"custom_generate": "somebody/code"}, "custom_generate is not supported: code from elsewhere is not run"),
         ({"past_key_values": DynamicCache()}, "must be a RetrievalCache"),
         ({"attention_mask": torch.tensor([[1] * 8 + [0]])}, "pad prompts on the left"),
     ],
