@@ -190,7 +190,7 @@ def count_calls(base: nn.Module) -> list[int]:
 
 
 def test_sizes_come_from_the_base_unless_they_are_given() -> None:
-    config = Retrofit(tiny_base("gpt2", n_layer=14, hidden_size=256)).config
+    config = Retrofit(tiny_base("gpt2", num_hidden_layers=14, hidden_size=256)).config
     assert (config.dec_cross_attn_layers, config.enc_dim, config.heads) == ((6, 9, 12), 64, 2)
     assert Retrofit(tiny_base("gpt2")).config.dec_cross_attn_layers == (DEPTH,), "a shallower base: its last layer"
     given = make(enc_dim=16, heads=3, dim_head=8).config
