@@ -54,8 +54,9 @@ def test_cached_logits_are_those_of_the_whole_text(kind: str, prompt: int) -> No
     text, logits = cached(model, token_rows(2, prompt))
     expected = uncached(model, text)[:, prompt - 1 : -1]
     assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
-    plain = model.base(text).logits[:, prompt - 1 : -1]
-    assert (plain - expected).abs().max() > 0.1, "the neighbors must matter"
+    chunks = text[:, : text.shape[1] // M * M].reshape(-1, M)
+    if bool(retrieve(chunks).any()):  # what is written, and so whether its chunks have neighbors, depends on the base
+        assert (model.base(text).logits - uncached(model, text)).abs().max() > 0.1, "the neighbors must matter"
 
 
 @pytest.mark.parametrize("kind", KINDS)
