@@ -11,12 +11,13 @@ _PUBLIC = {
     "RETRO": "retro_model.network.model",
     "RETROConfig": "retro_model.network.config",
     "RETRODataset": "retro_model.memmaps.files",
+    "Retrofit": "retro_model.retrofit.model",
     "Retriever": "retro_model.inference.retriever",
     "TrainingWrapper": "retro_model.memmaps.wrapper",
     "generate": "retro_model.inference.generation",
 }
 
-__all__ = ["RETRO", "RETROConfig", "RETRODataset", "Retriever", "TrainingWrapper", "generate"]
+__all__ = ["RETRO", "RETROConfig", "RETRODataset", "Retriever", "Retrofit", "TrainingWrapper", "generate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ Shape suffixes:
     A  chunks that have neighbors      H  heads                             F  features per head
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -343,6 +343,39 @@ def cross_mask(config: RETROConfig, mask_AKR: Tensor) -> Tensor:
     return F.pad(mask_AKR.flatten(1), (1 if config.cross_attn_sink else 0, 0), value=True)
 
 
+def encode_retrieved(
+    config: RETROConfig,
+    encoder: Encoder,
+    embed: Callable[[Tensor], Tensor],
+    output_rows: Callable[[Tensor], Tensor | None],
+    retrieved_CKR: Tensor,
+    hidden_TD: Tensor,
+    index_C: Tensor,
+) -> Retrieval:
+    """Encode the neighbors of all chunks of the stream that have some; at least one chunk must.
+
+    `embed` maps ids to embeddings, and `output_rows` is `RETRO.output_rows`. `hidden_TD` holds the decoder's hidden
+    states, and `index_C` the index of each chunk within its document.
+    """
+    mask_CKR = retrieved_CKR != config.pad_id
+    active_C = mask_CKR.any(-1).any(-1)
+    active_A = None if bool(active_C.all()) else active_C.nonzero().squeeze(1)
+    hidden_CMD = rearrange(hidden_TD, "(c m) d -> c m d", m=config.chunk_size)
+    if active_A is not None:
+        retrieved_CKR, mask_CKR, hidden_CMD = retrieved_CKR[active_A], mask_CKR[active_A], hidden_CMD[active_A]
+    _, num_neighbors, length = retrieved_CKR.shape
+    embedded_AKRD = embed(retrieved_CKR)
+    return Retrieval(
+        encoder(embedded_AKRD, mask_CKR, hidden_CMD),
+        output_rows(retrieved_CKR),
+        mask_CKR,
+        cross_mask(config, mask_CKR),
+        active_A,
+        attends_retrieval(index_C, active_C, config.chunk_size),
+        *cross_positions(config, num_neighbors, length, embedded_AKRD),
+    )
+
+
 def chunked_cross_attention(cross: Residual, x_TD: Tensor, retrieval: Retrieval, chunk_size: int) -> Tensor:
     """CCA with its residual (section 2.4, equation 4): (T, D). Tokens without neighbors pass through unchanged."""
     lead = cross.inner.lead
@@ -475,7 +508,7 @@ class RETRO(nn.Module):
         self, seq: Tensor, retrieved: Tensor | None = None, documents: Tensor | None = None
     ) -> tuple[Tensor, Stream]:
         """The final hidden states after the last norm (T, D), in stream order, and the stream."""
-        self._check(seq, retrieved, documents)
+        check_batch(self.config, seq, retrieved, documents)
         stream = self._stream(seq, documents)
         tokens_T = self._to_stream(seq, stream, "seq", seq)
         retrieved_CKR = None if retrieved is None else self._retrieved_to_stream(retrieved, stream, seq)
@@ -495,36 +528,14 @@ class RETRO(nn.Module):
             x_TD = block.attention(x_TD, table_NF, attend)
             if block.cross_attention is not None and retrieved_CKR is not None:
                 if retrieval is None:
-                    retrieval = self._retrieve(retrieved_CKR, x_TD, stream)
+                    assert self.encoder is not None
+                    retrieval = encode_retrieved(
+                        self.config, self.encoder, self.embedding, self.output_rows, retrieved_CKR, x_TD, stream.index_C
+                    )
                 x_TD = chunked_cross_attention(block.cross_attention, x_TD, retrieval, chunk_size)
             x_TD = block.feed_forward(x_TD)
         normed: Tensor = self.norm(x_TD)
         return normed
-
-    def _retrieve(self, retrieved_CKR: Tensor, hidden_TD: Tensor, stream: Stream) -> Retrieval:
-        """Encode the neighbors of all chunks that have some; at least one chunk must."""
-        config = self.config
-        assert self.encoder is not None
-        mask_CKR = retrieved_CKR != config.pad_id
-        active_C = mask_CKR.any(-1).any(-1)
-        active_A = None if bool(active_C.all()) else active_C.nonzero().squeeze(1)
-        hidden_CMD = rearrange(hidden_TD, "(c m) d -> c m d", m=config.chunk_size)
-        if active_A is not None:
-            retrieved_CKR, mask_CKR, hidden_CMD = (
-                retrieved_CKR[active_A],
-                mask_CKR[active_A],
-                hidden_CMD[active_A],
-            )
-        _, num_neighbors, length = retrieved_CKR.shape
-        return Retrieval(
-            self.encoder(self.embedding(retrieved_CKR), mask_CKR, hidden_CMD),
-            self.output_rows(retrieved_CKR),
-            mask_CKR,
-            cross_mask(config, mask_CKR),
-            active_A,
-            attends_retrieval(stream.index_C, active_C, config.chunk_size),
-            *cross_positions(config, num_neighbors, length, self.embedding.weight),
-        )
 
     # -- converting between rows and the stream
 
@@ -573,41 +584,40 @@ class RETRO(nn.Module):
             x_CM = torch.empty_like(x_CM).index_copy(0, stream.order_C, x_CM)
         return rearrange(x_CM, "(b l) m ... -> b (l m) ...", b=len(seq))[:, : seq.shape[1]]
 
-    def _check(self, seq: Tensor, retrieved: Tensor | None, documents: Tensor | None) -> None:
-        """Raise ConfigError unless the arguments match the config and each other."""
-        config = self.config
-        if seq.dim() != 2 or seq.is_floating_point() or not seq.numel():
-            raise ConfigError(f"seq must be integers (batch, tokens), at least 1 x 1: {seq.dtype} {tuple(seq.shape)}")
-        rows, length = seq.shape
-        if length > config.max_seq_len:
-            raise ConfigError(f"seq has {length} tokens; max_seq_len is {config.max_seq_len}")
-        check_ids("seq", seq, config.num_tokens)
-        chunks = length // config.chunk_size
-        if documents is not None and (
-            documents.dim() != 2
-            or len(documents) != rows
-            or documents.shape[1] not in (chunks, -(-length // config.chunk_size))
-        ):
-            raise ConfigError(f"documents must be ({rows}, {chunks}), one number a chunk: {tuple(documents.shape)}")
-        if retrieved is None:
-            return
-        if not config.retrieval:
-            raise ConfigError("retrieved was given to a model with retrieval=False")
-        if retrieved.dim() not in (3, 4) or retrieved.is_floating_point():
-            raise ConfigError(
-                "retrieved must be integers (batch, chunks, neighbors, tokens): "
-                f"{retrieved.dtype} {tuple(retrieved.shape)}"
-            )
-        if tuple(retrieved.shape[:2]) != (rows, chunks):
-            raise ConfigError(
-                f"retrieved must hold {rows} rows of {chunks} chunks ({length} tokens in chunks of "
-                f"{config.chunk_size}): {len(retrieved)} rows of {retrieved.shape[1]} chunks"
-            )
-        if retrieved.numel() and retrieved.shape[-1] < config.chunk_size:
-            raise ConfigError(
-                f"retrieved has neighbors of {retrieved.shape[-1]} tokens; at least chunk_size = {config.chunk_size}"
-            )
-        check_ids("retrieved", retrieved, config.num_tokens)
+
+def check_batch(config: RETROConfig, seq: Tensor, retrieved: Tensor | None, documents: Tensor | None) -> None:
+    """Raise ConfigError unless the arguments match the config and each other."""
+    if seq.dim() != 2 or seq.is_floating_point() or not seq.numel():
+        raise ConfigError(f"seq must be integers (batch, tokens), at least 1 x 1: {seq.dtype} {tuple(seq.shape)}")
+    rows, length = seq.shape
+    if length > config.max_seq_len:
+        raise ConfigError(f"seq has {length} tokens; max_seq_len is {config.max_seq_len}")
+    check_ids("seq", seq, config.num_tokens)
+    chunks = length // config.chunk_size
+    if documents is not None and (
+        documents.dim() != 2
+        or len(documents) != rows
+        or documents.shape[1] not in (chunks, -(-length // config.chunk_size))
+    ):
+        raise ConfigError(f"documents must be ({rows}, {chunks}), one number a chunk: {tuple(documents.shape)}")
+    if retrieved is None:
+        return
+    if not config.retrieval:
+        raise ConfigError("retrieved was given to a model with retrieval=False")
+    if retrieved.dim() not in (3, 4) or retrieved.is_floating_point():
+        raise ConfigError(
+            f"retrieved must be integers (batch, chunks, neighbors, tokens): {retrieved.dtype} {tuple(retrieved.shape)}"
+        )
+    if tuple(retrieved.shape[:2]) != (rows, chunks):
+        raise ConfigError(
+            f"retrieved must hold {rows} rows of {chunks} chunks ({length} tokens in chunks of "
+            f"{config.chunk_size}): {len(retrieved)} rows of {retrieved.shape[1]} chunks"
+        )
+    if retrieved.numel() and retrieved.shape[-1] < config.chunk_size:
+        raise ConfigError(
+            f"retrieved has neighbors of {retrieved.shape[-1]} tokens; at least chunk_size = {config.chunk_size}"
+        )
+    check_ids("retrieved", retrieved, config.num_tokens)
 
 
 def check_ids(name: str, ids: Tensor, num_tokens: int) -> None:
@@ -638,17 +648,24 @@ def initialize(model: RETRO) -> None:
     else:
         nn.init.normal_(model.unembedding.weight, std=0.02 * config.dec_dim**-0.5)
     for block in model.decoder:
-        initialize_block(block, Side.decoder(config))
+        initialize_block(cast("nn.Module", block), Side.decoder(config))
     if model.encoder is not None:
-        for block in model.encoder.blocks:
-            initialize_block(block, Side.encoder(config))
-        if isinstance(model.encoder.widen, nn.Linear):
-            nn.init.normal_(model.encoder.widen.weight, std=config.dec_dim**-0.5)
+        initialize_encoder(config, model.encoder)
         if config.copy_tokens:
-            start_copying(model)
+            start_copying(
+                model.encoder, [block.cross_attention.inner for block in model.decoder if block.cross_attention]
+            )
 
 
-def start_copying(model: RETRO) -> None:
+def initialize_encoder(config: RETROConfig, encoder: Encoder) -> None:
+    """Initialize the matrices of the encoder."""
+    for block in encoder.blocks:
+        initialize_block(cast("nn.Module", block), Side.encoder(config))
+    if isinstance(encoder.widen, nn.Linear):
+        nn.init.normal_(encoder.widen.weight, std=config.dec_dim**-0.5)
+
+
+def start_copying(encoder: Encoder, attentions: Iterable[NeighborAttention]) -> None:
     """Initialize cross-attention to copy: queries match keys of equal tokens and retrieve the token that follows.
 
     With random weights several parts would have to fit together before any of them helps, and no short training
@@ -659,30 +676,24 @@ def start_copying(model: RETRO) -> None:
     Scores start large. If matches barely stood out, cross-attention would add noise, and the model would first
     learn to attend to nothing, and then stop learning from neighbors.
     """
-    config, encoder = model.config, model.encoder
-    assert encoder is not None
+    widen_ED = None
     if isinstance(encoder.widen, nn.Linear):
         nn.init.orthogonal_(encoder.widen.weight)
         widen_ED = encoder.widen.weight
-    else:
-        widen_ED = torch.eye(config.dec_dim, device=model.embedding.weight.device)
-    for block in model.decoder:
-        if block.cross_attention is None:
-            continue
-        attention = block.cross_attention.inner
+    for attention in attentions:
         key, value = attention.key_value.weight.chunk(2)
         attention.query.weight.mul_(COPY_SCORE_SCALE**0.5)
-        key.copy_(attention.query.weight @ widen_ED.T)
+        key.copy_(attention.query.weight if widen_ED is None else attention.query.weight @ widen_ED.T)
         if attention.copy_rows is None:
             nn.init.orthogonal_(value)
-            copied = value @ widen_ED
+            copied = value if widen_ED is None else value @ widen_ED
         else:
             nn.init.zeros_(value)
             nn.init.orthogonal_(copied := attention.copy_rows.weight)
         attention.out.weight.copy_(COPY_OUTPUT_SCALE * copied.T)
 
 
-def initialize_block(block: Block, side: Side) -> None:
+def initialize_block(block: nn.Module, side: Side) -> None:
     """Initialize with std 1 / sqrt(fan-in), which preserves scale; smaller for outputs to the residual stream.
 
     With DeepNet: Xavier normal, with gain beta for values, outputs and feed-forward (Wang et al. 2022).

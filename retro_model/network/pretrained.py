@@ -44,17 +44,24 @@ def without_weights() -> Iterator[None]:
 
 
 def save_model(folder: str | os.PathLike[str], config: RETROConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write a model's weights and config to `folder`, creating it if needed.
+    """Write a model's weights and config to `folder`, creating it if needed."""
+    save_folder(folder, config.to_dict(), weights, WEIGHTS_NAME)
+
+
+def save_folder(
+    folder: str | os.PathLike[str], config: Mapping[str, Any], weights: Mapping[str, Tensor], weights_name: str
+) -> None:
+    """Write weights and config.json to `folder`, creating it if needed.
 
     Equal weights give equal bytes. Each file is written atomically.
     """
     folder = Path(folder)
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    text = json.dumps(config, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).unlink(missing_ok=True)  # marks the folder as incomplete until everything is written
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    write_tensors(tensors, folder / f"{WEIGHTS_NAME}.part", metadata={"format": "pt"})
-    os.replace(folder / f"{WEIGHTS_NAME}.part", folder / WEIGHTS_NAME)
+    write_tensors(tensors, folder / f"{weights_name}.part", metadata={"format": "pt"})
+    os.replace(folder / f"{weights_name}.part", folder / weights_name)
     (folder / f"{CONFIG_NAME}.part").write_text(text, encoding="utf-8")
     os.replace(folder / f"{CONFIG_NAME}.part", folder / CONFIG_NAME)
 
@@ -75,6 +82,15 @@ def load_config(folder: str | os.PathLike[str]) -> RETROConfig:
 
     Raises MissingArtifactError, DamagedArtifactError or ConfigError.
     """
+    path, values = Path(folder) / CONFIG_NAME, read_config(folder)
+    try:
+        return RETROConfig.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The contents of config.json in `folder`. Raises MissingArtifactError or DamagedArtifactError."""
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise MissingArtifactError(f"{path} is not there: no model was saved in this folder, or not to its end")
@@ -84,18 +100,19 @@ def load_config(folder: str | os.PathLike[str]) -> RETROConfig:
         raise DamagedArtifactError(f"{path} is not JSON: {error}; save the model again") from error
     if not isinstance(values, dict):
         raise DamagedArtifactError(f"{path} must hold an object with a model's config: {type(values).__name__}")
-    try:
-        return RETROConfig.from_dict(values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    return values
 
 
 def load_weights(folder: str | os.PathLike[str], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the model in `folder`, by name; they must have the names and shapes of `expected`.
+    """The weights of the model in `folder`: see `load_tensors`."""
+    return load_tensors(Path(folder) / WEIGHTS_NAME, expected)
+
+
+def load_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in a safetensors file, by name; they must have the names and shapes of `expected`.
 
     Raises MissingArtifactError, DamagedArtifactError or MismatchError.
     """
-    path = Path(folder) / WEIGHTS_NAME
     if not path.is_file():
         raise MissingArtifactError(f"{path} is not there, though {CONFIG_NAME} is; save the model again")
     try:

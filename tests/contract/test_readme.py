@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fixtures import tiny_corpus, tiny_encoder
 from small_run import small_run, write_model
+from tiny_bases import tiny_base
 
 from stages.common.params import read_yaml
 
@@ -53,7 +54,7 @@ def test_the_readme_links_every_page() -> None:
 
 
 def test_every_python_block_is_run_by_a_test() -> None:
-    tested = ("torch.randint", "chunks_to_precalculated_knn_(", "TrainingWrapper(", "Retriever.open")
+    tested = ("torch.randint", "chunks_to_precalculated_knn_(", "TrainingWrapper(", 'models/retro")', "Retrofit(")
     assert len({program(which) for which in tested}) == len(re.findall(r"^ *```python$", TEXT, flags=re.MULTILINE))
 
 
@@ -84,8 +85,23 @@ def test_a_model_writes_with_its_retriever(
     shutil.rmtree(run / "models/retro")
     write_model(run / "models/retro", run / "data", retrieval=True, seq_len=256)
     monkeypatch.chdir(run)  # the tiny encoder is no package, so here its folder has to be named
-    variables_of(program("Retriever.open").replace('open("data")', 'open("data", encoder="encoder")'))
+    variables_of(program('models/retro")').replace('open("data")', 'open("data", encoder="encoder")'))
     assert "Return the indices of the largest" in capsys.readouterr().out
+
+
+def test_a_hugging_face_model_is_trained_with_neighbors_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run(tmp_path)
+    tiny_base("llama", vocab_size=400).save_pretrained(run / "base")
+    text = program("Retrofit(")
+    for is_written, is_run in (("HuggingFaceTB/SmolLM2-135M", "base"), ("512", "32"), ("range(400)", "range(2)"),
+                               ('open("data")', 'open("data", encoder="encoder")')):  # fmt: skip
+        assert text.count(is_written) == 1, is_written
+        text = text.replace(is_written, is_run)
+    monkeypatch.chdir(run)
+    variables_of(text)
+    assert capsys.readouterr().out.startswith("Return the indices of the largest")
 
 
 @pytest.mark.usefixtures("scratch")

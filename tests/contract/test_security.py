@@ -61,7 +61,7 @@ RULES: list[tuple[str, Callable[[ast.Call], bool]]] = [
     (r".*\.write_index", lambda call: "PyCallbackIOWriter" not in ast.unparse(call.args[1])),
     (r"(np|numpy)\.(memmap|lib\.format\.open_memmap)", lambda call: literal(call, "mode") != "r"),
     (r"Auto\w+\.from_pretrained", lambda call: literal(call, "trust_remote_code") is not False),
-    (r"AutoModel\.from_pretrained", lambda call: literal(call, "use_safetensors") is not True),
+    (r"AutoModel\w*\.from_pretrained", lambda call: literal(call, "use_safetensors") is not True),
     (r".*\btorch\.(load|save)", lambda call: True),
     (r"mlflow\.(pytorch|pyfunc|sklearn)\..*", lambda call: True),  # would pickle a model
     (r"os\.(system|popen|exec\w*|spawn\w*)", lambda call: True),
@@ -99,6 +99,7 @@ def test_no_call_can_run_what_it_reads(file: Path) -> None:
         "AutoTokenizer.from_pretrained(name)",
         "AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
         "AutoModel.from_pretrained(name, trust_remote_code=False)",
+        "AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)",
         "torch.load(path, weights_only=True)",
         "torch.save(model, path)",
         "mlflow.pytorch.log_model(model, 'model')",
