@@ -80,7 +80,7 @@ class Adapters(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The number type of the new weights."""
-        return self.encoder.blocks[0].attention.inner.qkv.weight.dtype
+        return next(self.parameters()).dtype
 
 
 class WholePass:
@@ -107,7 +107,7 @@ class WholePass:
             )
         x_T2D = torch.cat([hidden_TD, self.embedded_TD], dim=-1)
         changed_T2D = chunked_cross_attention(adapters.of_layer(number), x_T2D, self.retrieval, config.chunk_size)
-        changed_BND = changed_T2D[:, :width].unflatten(0, (self.rows, -1))[:, : self.length]
+        changed_BND = changed_T2D[:, :width].reshape(self.rows, -1, width)[:, : self.length]
         return changed_BND.to(hidden_BND.dtype)
 
 

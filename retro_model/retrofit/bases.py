@@ -34,7 +34,7 @@ def load_base(source: str | os.PathLike[str], dtype: torch.dtype | None = None) 
     local = Path(place).is_dir()
     try:
         with _quiet(show_downloads=not local):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = cast("Any", AutoModelForCausalLM).from_pretrained(
                 place, trust_remote_code=False, use_safetensors=True, dtype=dtype or "auto", output_loading_info=True
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -100,7 +100,8 @@ def _submodule(base: nn.Module, name: str) -> nn.Module | None:
 def base_sizes(base: PreTrainedModel, depth: int) -> BaseSizes:
     """The sizes of a model with `depth` decoder layers. Raises SourceError if its embeddings do not fit its width."""
     config = base.config.get_text_config(decoder=True)
-    embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
+    model = cast("Any", base)  # transformers types hardly any of this
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     if output is None:
         raise SourceError(f"base: {type(base).__name__} has no output embeddings, expected a causal language model")
     widths = {embedding.weight.shape[1], output.weight.shape[1]}
@@ -123,5 +124,5 @@ def weights_digest(base: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(base.named_parameters()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

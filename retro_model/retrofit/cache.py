@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,7 @@ class RetrievalCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows, in this order (beam search)."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(cast("torch.LongTensor", beam_idx))
         self.reader.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -267,7 +267,8 @@ class CachedReader:
             return
         rows, encoded_AJE, rows_AJD, mask_AKR = piece.encoded
         key_AJHF, value_AJHF = cross.inner.neighbor_context(encoded_AJE, mask_AKR, rows_AJD).chunk(2, dim=-2)
-        _, table_JF = cross_positions(config, *mask_AKR.shape[1:], key_AJHF)
+        _, num_neighbors, length = mask_AKR.shape
+        _, table_JF = cross_positions(config, num_neighbors, length, key_AJHF)
         layer.key_BHJF = _replace(layer.key_BHJF, rows, rotate(key_AJHF, table_JF).transpose(1, 2))
         layer.value_BHJF = _replace(layer.value_BHJF, rows, value_AJHF.transpose(1, 2))
         layer.mask_BJ = _replace(layer.mask_BJ[..., None], rows, cross_mask(config, mask_AKR)[..., None])[..., 0]

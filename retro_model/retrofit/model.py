@@ -100,7 +100,7 @@ class Retrofit(nn.Module):
         """Set the mode of the adapters, and of the base unless it is frozen: its dropout would only add noise."""
         super().train(mode)
         if self.frozen:
-            self.base.eval()
+            cast("nn.Module", self.base).eval()
         return self
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
@@ -213,7 +213,7 @@ class Retrofit(nn.Module):
         rows = []
         for (count, length), order in zip(groups, torch.split(order_C, [a * b for a, b in groups]), strict=True):
             places = (order[:, None] * m + torch.arange(m, device=order.device)).flatten()
-            found = None if retrieved is None else retrieved[order].unflatten(0, (count, length))
+            found = None if retrieved is None else retrieved[order].view(count, length, *retrieved.shape[1:])
             rows.append(_Rows(places, seq_CM[order].view(count, length * m), found))
         return rows
 
@@ -232,7 +232,7 @@ class Retrofit(nn.Module):
         """The normalized rows of the output matrix of the neighbors' tokens (A, J, D): see RETRO."""
         if not self.config.copy_rows:
             return None
-        weight_VD = cast("Any", self.base.get_output_embeddings()).weight
+        weight_VD = cast("Any", self.base).get_output_embeddings().weight
         rows = F.embedding(self.existing(retrieved_AKR.flatten(1)), weight_VD).to(self.adapters.dtype)
         return F.rms_norm(rows, rows.shape[-1:])
 
@@ -280,7 +280,7 @@ class Retrofit(nn.Module):
         self.eval()
         try:
             with cache.reading():
-                written = self.base.generate(self.existing(input_ids), past_key_values=cache, **options)
+                written = cast("Any", self.base).generate(self.existing(input_ids), past_key_values=cache, **options)
         finally:
             self.train(was_training)
         ids = written if isinstance(written, Tensor) else written.sequences
@@ -340,4 +340,5 @@ def _to_batch(seq: Tensor, chunk_size: int, parts: list[tuple[Tensor | None, Ten
         return parts[0][1]
     (rows, length), values = seq.shape, torch.cat([part.flatten(0, 1) for _, part in parts])
     places = torch.cat([cast("Tensor", places) for places, _ in parts])
-    return torch.empty_like(values).index_copy(0, places, values).unflatten(0, (rows, -1))[:, :length]
+    ordered = torch.empty_like(values).index_copy(0, places, values)
+    return ordered.view(rows, -1, *values.shape[1:])[:, :length]
