@@ -101,7 +101,7 @@ def test_a_hugging_face_model_is_trained_with_neighbors_and_writes(
         text = text.replace(is_written, is_run)
     monkeypatch.chdir(run)
     variables_of(text)
-    assert capsys.readouterr().out.startswith("Return the indices of the largest")
+    assert "\nReturn the indices of the largest" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("scratch")
@@ -168,7 +168,7 @@ def test_dvc_and_retro_take_the_commands(name: str, monkeypatch: pytest.MonkeyPa
 
 def test_the_params_that_they_name_exist() -> None:
     params = read_yaml(ROOT / "params.yaml")
-    files = (".index", ".json", ".jsonl", ".md", ".py", ".safetensors")
+    files = (".generate", ".index", ".json", ".jsonl", ".md", ".py", ".safetensors")
     named = re.findall(r"`([a-z]+\.[a-z_]+)[`:]", TEXT) + re.findall(r"-S '?([a-z._]+)=", TEXT)
     named = [name for name in named if name.split(".")[0] in params and not name.endswith(files)]
     assert len(named) >= 20

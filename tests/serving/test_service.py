@@ -15,6 +15,7 @@ from served import KNN, open_service, served_run
 from retro_model.cli import main
 from retro_model.core.artifacts import Artifact
 from retro_model.core.errors import ConfigError
+from retro_model.core.printable import printable
 from retro_model.corpus.chunks import document_texts, read_documents
 from retro_model.evaluation.scoring import Scorer, Span
 from retro_model.inference.text import Sampling
@@ -70,7 +71,7 @@ def test_it_writes_what_retro_generate_prints(
     options = [f"--{name.replace('_', '-')}={value}" for name, value in sampling.items()]
     assert main(["generate", "--prompt", PROMPT, f"--knn={knn}", *options]) == 0
     *_, end = written(service, knn=knn, **sampling)
-    assert isinstance(end, End) and end.text + "\n" == capsys.readouterr().out
+    assert isinstance(end, End) and printable(end.text) + "\n" == capsys.readouterr().out
 
 
 def test_the_events_tell_the_text_and_what_was_found_chunk_by_chunk(service: Service) -> None:

@@ -18,7 +18,7 @@ from retro_model.corpus.chunking import make_chunks
 from retro_model.corpus.documents import CorpusConfig
 from retro_model.embedding.embed import make_embeddings
 from retro_model.embedding.encoder import EmbedConfig
-from retro_model.jobs import engine
+from retro_model.jobs import local
 from retro_model.jobs.engine import Engine, EngineConfig
 from retro_model.search import build as index_building
 from retro_model.search.build import make_index
@@ -60,7 +60,7 @@ POINTS = ("inside 0", "before 1", "inside 3", "the end")
 def main(stage: str, data: str, out: str, work: str, point: str) -> None:
     """What a child process runs: says when it is at the point, and goes no further."""
     small_parts()
-    make_part, replace = engine.make_part, os.replace
+    make_part, replace = local.make_part, os.replace
 
     def reach(here: str) -> None:
         if here == point:
@@ -79,7 +79,7 @@ def main(stage: str, data: str, out: str, work: str, point: str) -> None:
             reach("the end")
         replace(source, target)
 
-    engine.make_part, os.replace = making, replacing  # type: ignore[assignment]
+    local.make_part, os.replace = making, replacing  # type: ignore[assignment]
     make(stage, Path(data), Path(out), Path(work), EngineConfig())
 
 
