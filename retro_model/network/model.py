@@ -471,12 +471,7 @@ class RETRO(nn.Module):
         that is all padding counts as missing. None: no retrieval.
         `documents` (B, chunks) holds the document id of each chunk; attention never crosses documents.
         """
-        if return_loss and labels is None:
-            if seq.dim() != 2:
-                raise ConfigError(f"seq must be integers (batch, tokens), at least 1 x 2: {tuple(seq.shape)}")
-            seq, labels = seq[:, :-1], seq[:, 1:]
-        elif labels is not None and not return_loss:
-            raise ConfigError("labels need return_loss=True; for the loss of each token there is token_losses")
+        seq, labels = sequence_and_labels(seq, labels, return_loss)
         hidden_TD, stream = self.hidden_states(seq, retrieved, documents)
         if labels is None:
             logits = F.linear(hidden_TD, self.output_weight_VD)
@@ -583,6 +578,17 @@ class RETRO(nn.Module):
         if stream.order_C is not None:
             x_CM = torch.empty_like(x_CM).index_copy(0, stream.order_C, x_CM)
         return rearrange(x_CM, "(b l) m ... -> b (l m) ...", b=len(seq))[:, : seq.shape[1]]
+
+
+def sequence_and_labels(seq: Tensor, labels: Tensor | None, return_loss: bool) -> tuple[Tensor, Tensor | None]:
+    """What a model reads, and the labels of its loss; None if it gives logits. The arguments are those of a call."""
+    if return_loss and labels is None:
+        if seq.dim() != 2:
+            raise ConfigError(f"seq must be integers (batch, tokens), at least 1 x 2: {tuple(seq.shape)}")
+        return seq[:, :-1], seq[:, 1:]
+    if labels is not None and not return_loss:
+        raise ConfigError("labels need return_loss=True; for the loss of each token there is token_losses")
+    return seq, labels
 
 
 def check_batch(config: RETROConfig, seq: Tensor, retrieved: Tensor | None, documents: Tensor | None) -> None:

@@ -4,10 +4,8 @@ Code that comes with a model is never run, and weights are never unpickled.
 """
 
 import hashlib
-import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as reports
 
 from retro_model.core.errors import ConfigError, SourceError
+from retro_model.core.hub import first_line, quiet_transformers
 from retro_model.retrofit.config import BaseSizes
 
 SUPPORTED = "Bloom, Gemma 2, GPT-2, GPT-NeoX, Llama, Mistral, OPT, Phi, Qwen2 and Qwen3"
@@ -33,39 +31,19 @@ def load_base(source: str | os.PathLike[str], dtype: torch.dtype | None = None) 
     place = os.fspath(source)
     local = Path(place).is_dir()
     try:
-        with _quiet(show_downloads=not local):
+        with quiet_transformers(show_downloads=not local):
             model, info = cast("Any", AutoModelForCausalLM).from_pretrained(
                 place, trust_remote_code=False, use_safetensors=True, dtype=dtype or "auto", output_loading_info=True
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         tried = f"folder {place}" if local else "no such folder, and not on the hub"
         raise SourceError(
-            f"base: {place} cannot be loaded ({tried}): {_first_line(error)}; name a causal language model with "
+            f"base: {place} cannot be loaded ({tried}): {first_line(error)}; name a causal language model with "
             "config.json and its weights as safetensors (no pickle)"
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise SourceError(f"base: {place} lacks {len(missing)} of its weights, {missing[0]} among them")
     return cast("PreTrainedModel", model.eval())
-
-
-@contextmanager
-def _quiet(show_downloads: bool) -> Iterator[None]:
-    """Silence the loading reports of transformers: `load_base` itself checks what they report."""
-    verbosity, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
-    reports.set_verbosity(logging.ERROR)
-    if bars and not show_downloads:
-        reports.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        reports.set_verbosity(verbosity)
-        if bars and not show_downloads:
-            reports.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else repr(error)
 
 
 def decoder_layers(base: PreTrainedModel, name: str | None) -> Sequence[nn.Module]:

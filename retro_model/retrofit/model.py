@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from retro_model.core.errors import ConfigError, SourceError
-from retro_model.network.model import check_batch, check_ids, stream_of_documents
+from retro_model.network.model import check_batch, check_ids, sequence_and_labels, stream_of_documents
 from retro_model.retrofit.adapters import Adapters, WholePass
 from retro_model.retrofit.bases import base_sizes, decoder_layers, load_base
 from retro_model.retrofit.config import AdapterConfig
-
-if TYPE_CHECKING:
-    pass
 
 # Changes the output of a decoder layer: (its number, its hidden states (B, N, D)) -> hidden states; None: leaves them.
 Reader = Callable[[int, Tensor], Tensor | None]
@@ -135,20 +132,12 @@ class Retrofit(nn.Module):
         labels: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, N, V), or with `return_loss` the mean cross-entropy over labels that are not pad: as RETRO.
+        """Logits (B, N, V), or with `return_loss` the mean cross-entropy over labels that are not pad.
 
-        `seq` is (B, N); with `return_loss` and no labels it is (B, N + 1) and also supplies the labels.
-        `retrieved` is (B, N // M, K, R), or (B, N // M, R) for one neighbor. Padding in it is masked; a neighbor
-        that is all padding counts as missing. None: no retrieval.
-        `documents` (B, chunks) holds the document id of each chunk; attention never crosses documents.
+        The arguments are those of `RETRO.forward`, with the base's token ids.
         """
-        if labels is not None and not return_loss:
-            raise ConfigError("labels need return_loss=True; for the loss of each token there is token_losses")
-        if return_loss:
-            if labels is None:
-                if seq.dim() != 2:
-                    raise ConfigError(f"seq must be integers (batch, tokens), at least 1 x 2: {tuple(seq.shape)}")
-                seq, labels = seq[:, :-1], seq[:, 1:]
+        seq, labels = sequence_and_labels(seq, labels, return_loss)
+        if labels is not None:
             losses_BN = self.token_losses(seq, retrieved, labels, documents)
             return losses_BN.sum() / (labels != self.config.pad_id).sum().clamp(min=1)
         rows = self._rows(seq, retrieved, documents)
