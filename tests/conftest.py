@@ -17,8 +17,16 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
+from retro_model.core.printable import print_log  # noqa: E402
+
 # A shell starts what runs in its background deaf to Ctrl-C, and the children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def printed_log() -> None:
+    """Tests read on standard output what the library logs, as users of the stages do."""
+    print_log()
 
 
 @pytest.fixture(scope="session")

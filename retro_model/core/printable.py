@@ -2,8 +2,11 @@
 
 File names and documents come from outside. An escape sequence in them could color or clear a terminal, a line feed
 could forge a line of output, and a control that turns the direction of writing could make a name look like another.
+
+The library logs (by `logging`, below the logger `retro_model`); programs print, by `say`. `print_log` joins the two.
 """
 
+import logging
 import re
 import sys
 
@@ -48,3 +51,18 @@ def say(text: str) -> None:
     """Print `text` as one printable line; characters that standard output cannot encode become question marks."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(one_line(text).encode(encoding, errors="replace").decode(encoding), flush=True)
+
+
+class PrintHandler(logging.Handler):
+    """Prints each log record by `say`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record's message."""
+        say(record.getMessage())
+
+
+def print_log() -> None:
+    """Print on standard output what the library logs, from level INFO on, in place of the root logger's handlers."""
+    logger = logging.getLogger("retro_model")
+    logger.handlers, logger.propagate = [PrintHandler()], False
+    logger.setLevel(logging.INFO)

@@ -68,7 +68,8 @@ class Progress:
         rate = self.num_new / max(now - self._started, 1e-9)
         text = f"{self.title}: {self.done:,}"
         if self.total is not None:
-            text += f" of {self.total:,} {self.unit}s, {max(self.total - self.done, 0) / max(rate, 1e-9):.0f} s left"
+            left = f"{max(self.total - self.done, 0) / rate:.0f}" if rate else "?"
+            text += f" of {self.total:,} {self.unit}s, {left} s left"
         else:
             text += f" {self.unit}s"
         print(f"{text}, {rate:,.1f} {self.unit}s/s{', ' + note if note else ''}", file=sys.stderr, flush=True)

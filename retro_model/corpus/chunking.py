@@ -14,6 +14,7 @@ a chunk of its own, which would be equal for all such documents: after a full la
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -28,7 +29,6 @@ from retro_model.core.arrays import BoolArray
 from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, whole_folder
 from retro_model.core.errors import DocumentError
 from retro_model.core.prefetch import prefetch
-from retro_model.core.printable import say
 from retro_model.core.progress import report_elapsed
 from retro_model.corpus.chunks import DOCUMENTS, DocumentTable, SourceText, read_documents
 from retro_model.corpus.documents import Corpus, CorpusConfig, Document
@@ -36,6 +36,8 @@ from retro_model.corpus.files import NameFilter
 from retro_model.corpus.tokenizer import Encoded, Tokenizer, utf8_size
 from retro_model.jobs.engine import Engine
 from retro_model.jobs.job import Part, work_or_temporary
+
+logger = logging.getLogger(__name__)
 
 BATCH_BYTES = 1 << 20  # text tokenized at once; a longer document is a batch of its own
 BATCH_DOCUMENTS = 1 << 12
@@ -278,7 +280,7 @@ def make_chunks(
             running.make(prefetch(_parts(corpus)), work), whole, running.facts, f"{corpus.path}", name
         )
     for line in corpus.report.lines():
-        say(line)
+        logger.info(line)
     return _metrics(corpus, totals, chunk_size)
 
 

@@ -3,6 +3,7 @@
 The vectors are stored in half precision, in which the search compares them.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from retro_model.core.arrays import Float32Array
 from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, rows_per_part, whole_folder
 from retro_model.core.errors import SourceError
 from retro_model.core.prefetch import prefetch
-from retro_model.core.printable import say
 from retro_model.core.progress import Progress
 from retro_model.corpus.chunks import chunk_text
 from retro_model.corpus.tokenizer import Tokenizer
 from retro_model.embedding.encoder import ROWS_PER_BATCH, EmbedConfig, Encoder, Tokenized
 from retro_model.jobs.engine import Engine
 from retro_model.jobs.job import Outcome, row_parts, work_or_temporary
+
+logger = logging.getLogger(__name__)
 
 ROWS_PER_BLOCK = 256  # chunks that are read, tokenized and reported at once
 
@@ -137,7 +139,7 @@ def make_embeddings(
     ):
         facts = running.facts
         rows_per_batch = batch_size or ROWS_PER_BATCH[facts["device"]]
-        say(
+        logger.info(
             f"embed: {facts['encoder_name']}, {facts['dim']} dimensions, on {facts['device']} in "
             f"{facts['number_type']}, {facts['max_tokens']} tokens a chunk, {rows_per_batch} chunks a batch"
         )

@@ -9,6 +9,7 @@ The pipeline has built these for its own models. Two options need extra data but
 """
 
 import hashlib
+import logging
 import os
 import shutil
 from collections import Counter
@@ -18,7 +19,6 @@ from pathlib import Path
 
 from retro_model.core.artifacts import SPLITS, Artifact
 from retro_model.core.errors import DocumentError, MismatchError
-from retro_model.core.printable import say
 from retro_model.core.progress import Progress
 from retro_model.corpus.chunking import write_chunks
 from retro_model.corpus.chunks import SourceText, document_texts
@@ -33,6 +33,8 @@ from retro_model.jobs.engine import Engine
 from retro_model.search.build import make_index
 from retro_model.search.keys import IndexConfig
 from retro_model.search.neighbors import NeighborsConfig, make_neighbors
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT = ("valid", "test")
 
@@ -113,9 +115,9 @@ def search_other_database(documents: Path, data: Path, searching: Searching, wor
     for split in HELD_OUT:
         os.symlink((data / "chunks" / split).resolve(), folder / split)
     _search(folder, data / "tokenizer", searching, work)
-    say(f"evaluate: database {documents}: {_describe_counts(counts)}")
+    logger.info(f"evaluate: database {documents}: {_describe_counts(counts)}")
     for line in report.lines():
-        say(line)
+        logger.info(line)
     return Inputs.open(data, folder, work / "neighbors"), counts
 
 

@@ -13,6 +13,7 @@ the driver of a cluster may have no GPU and would resolve `auto` differently.
 """
 
 import contextlib
+import logging
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,11 +25,12 @@ from typing import Any, Generic
 from retro_model.core.artifacts import DESCRIPTION, Artifact
 from retro_model.core.config import Config, setting
 from retro_model.core.errors import ConfigError, DamagedArtifactError, MismatchError
-from retro_model.core.printable import say
 from retro_model.core.progress import Progress
 from retro_model.jobs.job import Job, Opened, Part, Pending, Workers
 from retro_model.jobs.local import ThisProcess, count_gpus, process_pool
 from retro_model.jobs.ray_cluster import ray_cluster
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Running(Generic[Opened]):
         try:
             return Artifact.open(folder, self.job.kind).require(**facts)
         except (DamagedArtifactError, MismatchError) as error:
-            say(f"{folder.name}: made again, what was there is of no use ({error})")
+            logger.warning(f"{folder.name}: made again, what was there is of no use ({error})")
             shutil.rmtree(folder)
             return None
 

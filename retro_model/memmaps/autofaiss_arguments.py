@@ -4,16 +4,18 @@ settings = index_settings({"max_index_memory_usage": "100m", "current_memory_ava
 settings.config.max_memory_gb                           # 0.1048576
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from retro_model.core.errors import ConfigError
-from retro_model.core.printable import say
 from retro_model.memmaps.files import check_counts
 from retro_model.search.distances import import_faiss
 from retro_model.search.keys import IndexConfig
+
+logger = logging.getLogger(__name__)
 
 _MEMORY = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmgtp]?)b?", re.IGNORECASE)
 _NPROBE = re.compile(r"nprobe=([1-9][0-9]*)")
@@ -59,13 +61,13 @@ class IndexSettings:
 
 
 def index_settings(arguments: Mapping[str, Any]) -> IndexSettings:
-    """The settings for these arguments; prints a line for each argument without effect.
+    """The settings for these arguments; warns of each argument without effect.
 
     Raises ConfigError for unknown names (and lists the known ones) and for invalid values.
     """
     for name in arguments:
         if name in _WITHOUT_EFFECT:
-            say(f"index: {name} changes nothing: {_WITHOUT_EFFECT[name]}")
+            logger.warning(f"index: {name} changes nothing: {_WITHOUT_EFFECT[name]}")
         elif name not in _KNOWN:
             raise ConfigError(f"{name}: unknown argument; the index has {', '.join((*_KNOWN, *_WITHOUT_EFFECT))}")
     same_names = ("builder", "target_recall", "train_points_per_list", "seed")

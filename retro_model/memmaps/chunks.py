@@ -1,6 +1,7 @@
 """Convert a folder of text to raw memory maps: chunk rows, sequence starts and document ids."""
 
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,6 @@ import numpy.typing as npt
 from retro_model.core.arrays import IntArray
 from retro_model.core.artifacts import one_at_a_time, whole_files
 from retro_model.core.errors import ConfigError, DocumentError
-from retro_model.core.printable import say
 from retro_model.corpus.chunking import batches, cut
 from retro_model.corpus.documents import CorpusConfig
 from retro_model.corpus.files import matching_files
@@ -19,6 +19,8 @@ from retro_model.corpus.readers import Entry
 from retro_model.corpus.reading import ReadingReport
 from retro_model.memmaps.encoder import AnyPath, open_tokenizer
 from retro_model.memmaps.files import check_counts, check_seq_len
+
+logger = logging.getLogger(__name__)
 
 
 class _Reader:
@@ -99,7 +101,7 @@ def text_folder_to_chunks_(
         if without_tokens:
             reader.report.flawed["empty"] += without_tokens
         _check_totals(totals, reader, max_chunks, max_seqs)
-    _print_summary(totals, reader, lossy, documents_separator)
+    _log_summary(totals, reader, lossy, documents_separator)
     return dict(totals)
 
 
@@ -129,15 +131,15 @@ def _check_totals(totals: Mapping[str, int], reader: _Reader, max_chunks: int, m
             )
 
 
-def _print_summary(totals: Mapping[str, int], reader: _Reader, lossy: int, separator: str | None) -> None:
-    say(
+def _log_summary(totals: Mapping[str, int], reader: _Reader, lossy: int, separator: str | None) -> None:
+    logger.info(
         f"chunks: {totals['chunks']:,} of {totals['docs']:,} documents, {totals['seqs']:,} sequences, from "
         f"{reader.folder}"
     )
     for line in reader.report.lines():
-        say(line)
+        logger.info(line)
     if lossy:
-        say(f"{lossy:,} documents have case or characters that the tokenizer does not give back")
+        logger.warning(f"{lossy:,} documents have case or characters that the tokenizer does not give back")
     if totals["docs"] == 1:
         hint = "" if separator else "; if the file holds several, give documents_separator, the line between them"
-        say(f"one document only: no chunk will have a neighbor, which comes from another document{hint}")
+        logger.warning(f"one document only: no chunk will have a neighbor, which comes from another document{hint}")

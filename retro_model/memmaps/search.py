@@ -6,6 +6,7 @@ reused as long as these are the same. If several processes need the same file, o
 
 import contextlib
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from retro_model.core.arrays import Float32Array, IntArray
 from retro_model.core.artifacts import one_at_a_time, open_raw, read_record, whole_files, write_record
 from retro_model.core.errors import ConfigError, SourceError
 from retro_model.core.prefetch import prefetch
-from retro_model.core.printable import say
 from retro_model.core.progress import Progress
 from retro_model.core.rows import NO_ROW
 from retro_model.embedding.encoder import Tokenized
@@ -30,6 +30,8 @@ from retro_model.search.build import BuiltIndex, build_index
 from retro_model.search.distances import import_faiss, write_index
 from retro_model.search.index import Index
 from retro_model.search.neighbors import QUERIES_PER_BATCH, Database
+
+logger = logging.getLogger(__name__)
 
 ROWS_PER_PORTION = 256  # rows read, tokenized and written at a time
 
@@ -245,7 +247,7 @@ def _make_or_reuse(
 def _reusable(path: Path, made_from: Mapping[str, Any], title: str, force: bool) -> dict[str, Any] | None:
     record = None if force else read_record(path, made_from)
     if record is not None:
-        say(f"{title}: {path} is made from the same, and is used again")
+        logger.info(f"{title}: {path} is made from the same, and is used again")
     return record
 
 
@@ -295,7 +297,7 @@ def _write_vectors(rows: IntArray, embedder: ChunkEmbedder, path: Path) -> None:
             bar.update(len(tokenized))
     if num_truncated:
         longest = embedder.encoder.config.max_tokens
-        say(f"embed: {num_truncated:,} chunks are longer than {longest} tokens and were cut short")
+        logger.warning(f"embed: {num_truncated:,} chunks are longer than {longest} tokens and were cut short")
 
 
 def _write_neighbors(database: Database, num_neighbors: int, surplus: int, path: Path) -> None:
@@ -310,7 +312,7 @@ def _write_neighbors(database: Database, num_neighbors: int, surplus: int, path:
             bar.update(len(ids))
     if num_short:
         hint = ": all are of one document" if len(np.unique(documents)) == 1 else ""
-        say(f"knn: {num_short:,} of {len(vectors):,} chunks have fewer than {num_neighbors} neighbors{hint}")
+        logger.warning(f"knn: {num_short:,} of {len(vectors):,} chunks have fewer than {num_neighbors} neighbors{hint}")
 
 
 # ---- the index -----------------------------------------------------------------------------------------
@@ -335,5 +337,5 @@ def _build_index(vectors: Float32Array, settings: IndexSettings) -> BuiltIndex:
     except ConfigError as error:
         raise ConfigError(f"{error} (given: {settings.given or 'nothing'})") from error
     visited = f", {built.facts['nprobe']} lists a search" if built.facts["nprobe"] else ""
-    say(f"index: {built.facts['key']} over {len(vectors):,} chunks{visited}")
+    logger.info(f"index: {built.facts['key']} over {len(vectors):,} chunks{visited}")
     return built

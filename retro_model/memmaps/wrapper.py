@@ -14,6 +14,7 @@ digests of the files. The files are reused while these are the same.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ from torch.utils.data import DataLoader
 
 from retro_model.core.artifacts import file_digest, one_at_a_time, open_raw, write_json
 from retro_model.core.errors import ConfigError
-from retro_model.core.printable import say
 from retro_model.core.rows import NO_ROW
 from retro_model.corpus.files import matching_files
 from retro_model.corpus.tokenizer import Tokenizer
@@ -40,6 +40,8 @@ from retro_model.memmaps.files import RETRODataset, check_counts, neighbor_token
 from retro_model.memmaps.search import SearchableChunks, chunks_to_precalculated_knn_
 from retro_model.network.model import RETRO
 from retro_model.training.optimizer import make_optimizer
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "REPROCESS"
 VERSION = 1  # of the JSON file's format
@@ -320,5 +322,5 @@ def _reusable_stats(stats_path: Path, made_from: Mapping[str, Any], files: Mappi
         return None
     if any(not path.is_file() or stats["sha256"].get(name) != file_digest(path) for name, path in files.items()):
         return None
-    say(f"chunks: {files['chunks_memmap_path']} is made from the same, and is used again")
+    logger.info(f"chunks: {files['chunks_memmap_path']} is made from the same, and is used again")
     return stats

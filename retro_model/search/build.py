@@ -7,6 +7,7 @@ not on time (retro_model.search.tuning).
 With a GPU build of faiss, k-means and the assignment of rows to lists run on the GPU.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ import numpy as np
 from retro_model.core.arrays import Float32Array
 from retro_model.core.artifacts import Artifact, ArtifactWriter, whole_folder
 from retro_model.core.errors import ConfigError
-from retro_model.core.printable import say
 from retro_model.core.progress import Progress
 from retro_model.jobs.engine import Engine
 from retro_model.jobs.job import Outcome, Part, row_parts, work_or_temporary
@@ -38,6 +38,8 @@ from retro_model.search.distances import (
 from retro_model.search.index import INDEX_FILE, Centroids, on_gpu
 from retro_model.search.keys import IndexConfig, check_memory, choose_key, code_of, num_lists
 from retro_model.search.tuning import RESCORED, choose_search_settings
+
+logger = logging.getLogger(__name__)
 
 ROWS_PER_ADDED_PART = 1 << 18  # rows of a large index that one job part adds
 
@@ -145,7 +147,7 @@ def make_index(
         index, largest_norm = _fill_index(train, key, config, engine or Engine(), work, device)
         queries = sample_rows(valid["vectors"], RECALL_QUERIES, config.seed)
         settings = choose_search_settings(key, index, vectors, queries, largest_norm, config.target_recall, gpu)
-        say(f"index: {key} over {len(vectors):,} chunks{settings}")
+        logger.info(f"index: {key} over {len(vectors):,} chunks{settings}")
         with ArtifactWriter(folder, "index") as writer:
             write_index(index, folder / INDEX_FILE)
             writer.add_file(INDEX_FILE)

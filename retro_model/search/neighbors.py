@@ -10,6 +10,7 @@ from other documents are, by (distance of the code, id): `rescored` many, or COD
 is more.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ import numpy as np
 from retro_model.core.arrays import BoolArray, Float32Array, IntArray
 from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, ShardedArray, rows_per_part, whole_folder
 from retro_model.core.config import Config, setting
-from retro_model.core.printable import say
 from retro_model.core.progress import Progress
 from retro_model.core.rows import NO_ROW
 from retro_model.jobs.engine import Engine
@@ -44,6 +44,8 @@ from retro_model.search.distances import (
 )
 from retro_model.search.index import Index, gpu_build, nearest_by_code
 from retro_model.search.keys import code_of
+
+logger = logging.getLogger(__name__)
 
 QUERIES_PER_BATCH = 1024
 # Extra candidates in the first search; they cover the chunks of the query's own document in most corpora. With 64
@@ -319,7 +321,7 @@ def make_neighbors(
     if not bar.num_new:
         return Outcome(metrics, {})
     milliseconds = 1000 * seconds / bar.num_new
-    say(f"knn: {milliseconds:.3g} ms a query for its {config.stored} nearest of {chunks['train'].rows:,}")
+    logger.info(f"knn: {milliseconds:.3g} ms a query for its {config.stored} nearest of {chunks['train'].rows:,}")
     return Outcome(metrics, {"milliseconds_per_query": milliseconds})
 
 

@@ -15,8 +15,8 @@ inputs give equal bytes on one machine.
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -36,6 +36,8 @@ from retro_model.training.distributed import World, launch, resolve_processes
 from retro_model.training.sequences import PackedSequences
 from retro_model.training.trainer import Log, TrainConfig, Trainer, TrainingResult
 from retro_model.training.warm_start import RetrofitConfig, start_from
+
+logger = logging.getLogger(__name__)
 
 
 def build_model(config: ModelConfig, facts: Mapping[str, Any], seq_len: int, retrieval: bool) -> RETRO:
@@ -118,10 +120,10 @@ class TrainingRun:
         )
         title = self.out_folder.name
         if trainer.state.step and world.main:
-            print(f"{title}: goes on after step {trainer.state.step:,}", file=sys.stderr, flush=True)
+            logger.info(f"{title}: goes on after step {trainer.state.step:,}")
         elif inputs.retrieval and world.main:
             potential = copying_potential(validation, trainer.validation_rows)
-            print(f"{title}: {potential.line()}", file=sys.stderr, flush=True)
+            logger.info(f"{title}: {potential.line()}")
         result = trainer.run(title, log, self.log_every, self.checkpoint_every)
         if world.main:
             facts = {

@@ -7,6 +7,7 @@ A "portion" is a micro-batch: a step accumulates gradients over `train.accumulat
 split each portion evenly.
 """
 
+import logging
 import signal
 import sys
 import threading
@@ -56,6 +57,8 @@ from retro_model.training.sharding import (
     skip_gradient_sync,
 )
 from retro_model.training.throughput import peak, step_flops
+
+logger = logging.getLogger(__name__)
 
 Log = Callable[[int, Mapping[str, float]], None]
 
@@ -381,7 +384,7 @@ class Trainer:
                         path = self.save()
                 if stopped:
                     if main:
-                        print(f"{title}: stops after step {self.state.step:,}, saved in {path}", file=sys.stderr)
+                        logger.info(f"{title}: stops after step {self.state.step:,}, saved in {path}")
                     stop.raise_again(stopped, main)
         return self._result(clock)
 
@@ -409,16 +412,14 @@ class Trainer:
         }
         timings = {**self._speed(clock.rate()), "seconds": clock.seconds()}
         if self.world.main and timings["tokens_per_second"]:  # zero if a finished run was resumed
-            self._print_throughput(timings)
+            self._log_throughput(timings)
         return TrainingResult(metrics, state.history, timings, self.best_weights, self._weights())
 
-    def _print_throughput(self, timings: Row) -> None:
+    def _log_throughput(self, timings: Row) -> None:
         most = peak(self.world.device, self.number_type)
-        print(
+        logger.info(
             f"trained at {timings['tokens_per_second']:,.0f} tokens/s, {timings['peak_share']:.0%} of "
-            f"{self.world.size * most.rate / 1e9:,.0f} GFLOP/s ({most.source})",
-            file=sys.stderr,
-            flush=True,
+            f"{self.world.size * most.rate / 1e9:,.0f} GFLOP/s ({most.source})"
         )
 
 

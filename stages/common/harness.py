@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from retro_model.core.artifacts import DESCRIPTION, file_digest, write_json
 from retro_model.core.errors import RetroError
-from retro_model.core.printable import one_line
+from retro_model.core.printable import one_line, print_log
 from retro_model.core.processes import allow_open_files
 from stages.common.params import flat_params
 
@@ -64,6 +64,7 @@ def run_stage(name: str, main: Callable[[], None]) -> None:
         _stop(f"{name}: found {' '.join(sys.argv[1:])!r}, expected no argument: params.yaml has all settings", 2)
     signal.signal(signal.SIGTERM, _raise_terminated)
     allow_open_files()
+    print_log()
     started = time.monotonic()
     print(f"{name}: started", file=sys.stderr, flush=True)
     try:

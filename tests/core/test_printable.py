@@ -2,8 +2,10 @@
 
 import ast
 import io
+import os
 import pickle
 import re
+import subprocess
 import sys
 
 import pytest
@@ -58,14 +60,32 @@ def test_the_message_of_an_error_is_one_printable_line_and_travels() -> None:
     assert str(error) == str(pickle.loads(pickle.dumps(error))) == "a\u241b[31m\u240ab.txt: not here"
 
 
-def test_the_library_and_its_stages_print_through_say() -> None:
+def test_the_library_logs_and_programs_print() -> None:
     """On standard output; `retro` filters text and names itself, and the summary prints numbers."""
-    allowed = {"retro_model/cli.py", "retro_model/core/printable.py", "stages/summary.py"}
-    found = {
-        file.relative_to(ROOT).as_posix()
-        for folder in ("retro_model", "stages")
-        for file in (ROOT / folder).rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print" and "sys.stderr" not in ast.unparse(node)
-    }
-    assert found == allowed
+    found = {"print": set[str](), "say": set[str]()}
+    for folder in ("retro_model", "stages"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Call) and "sys.stderr" not in ast.unparse(node):
+                    found.get(ast.unparse(node.func), set()).add(file.relative_to(ROOT).as_posix())
+    assert found["print"] == {"retro_model/cli.py", "retro_model/core/printable.py", "stages/summary.py"}
+    assert {name for name in found["say"] if not name.startswith("stages/")} == {"retro_model/core/printable.py"}
+
+
+def test_what_the_library_logs_is_printed_by_programs_that_ask_for_it(capfd: pytest.CaptureFixture[str]) -> None:
+    script = """
+import logging, sys
+from retro_model.core.printable import print_log
+
+logger = logging.getLogger("retro_model.search.build")
+logger.info("before")
+logger.warning("not to be missed")
+print_log()
+print_log()
+logger.info("100% of caf\\xe9 a\\x1b[31mb")
+logging.getLogger("other").info("of another library")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env={**os.environ, "PYTHONUTF8": "1"})
+    printed, errors = capfd.readouterr()
+    assert printed == "100% of caf\xe9 a\u241b[31mb\n", "once, and printable"
+    assert errors == "not to be missed\n", "Python's own way with warnings that no program has asked for"

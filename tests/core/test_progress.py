@@ -56,6 +56,8 @@ def test_one_long_unit_of_work_is_not_silent(
     monkeypatch.setattr(retro_model.core.progress, "SECONDS_BETWEEN_LINES", 0.02)
     with Progress("read", None, "document"):
         assert wait_for_error_output(capsys).startswith("read: 0 documents, ")
+    with Progress("embed", 10, "chunk"):
+        assert wait_for_error_output(capsys).startswith("embed: 0 of 10 chunks, ? s left, 0.0 chunks/s\n")
     with report_elapsed("train the tokenizer"):
         assert wait_for_error_output(capsys).startswith("train the tokenizer: 0 s so far\n")
 

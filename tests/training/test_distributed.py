@@ -142,7 +142,7 @@ def test_a_checkpoint_loads_in_any_number_of_processes(
 # ---- stopping and going on -----------------------------------------------------------------------------
 
 PROGRAM = f"""
-import os, signal, sys
+import logging, os, signal, sys
 sys.path[:0] = {[str(SUPPORT), str(ROOT)]!r}
 from pathlib import Path
 import dataclasses
@@ -152,6 +152,7 @@ from retro_model.training.run import TrainingRun, train_model
 if __name__ == "__main__":
     when, folder, processes, shard, *inputs = sys.argv[1:]
     folder = Path(folder)
+    logging.basicConfig(level=logging.INFO)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def log(step, record):
