@@ -141,8 +141,9 @@ def embed(folder: Path, turns: int, rows: int) -> None:
     """Compare the stage's reading, tokenizing and embedding with the forward pass alone at several batch sizes."""
     import torch
 
+    from retro_model.embedding.config import EmbedConfig
     from retro_model.embedding.embed import embed_rows
-    from retro_model.embedding.encoder import EmbedConfig, Encoder
+    from retro_model.embedding.encoder import Encoder
 
     documents = real_text(folder)
     make_tokenizer(documents, CORPUS, TokenizerConfig(vocab_size=4096), folder / "tokenizer")
@@ -245,8 +246,8 @@ def write_random_vectors(folder: Path, num_chunks: int) -> None:
 
 def stage(name: str, folder: Path) -> None:
     """Run one stage of the curve in this process; print its seconds, CPU seconds and peak private memory."""
+    from retro_model.embedding.config import EmbedConfig
     from retro_model.embedding.embed import make_embeddings
-    from retro_model.embedding.encoder import EmbedConfig
     from retro_model.search.build import make_index
     from retro_model.search.distances import import_faiss
     from retro_model.search.keys import IndexConfig

@@ -20,15 +20,16 @@ from retro_model.core.errors import ConfigError
 from retro_model.corpus.chunking import make_chunks
 from retro_model.corpus.documents import CorpusConfig
 from retro_model.corpus.tokenizer_training import TokenizerConfig, make_tokenizer
+from retro_model.embedding.config import EmbedConfig
 from retro_model.embedding.embed import make_embeddings
-from retro_model.embedding.encoder import EmbedConfig
 from retro_model.network.config import ModelConfig
 from retro_model.sample import STANDARD_LIBRARY, SampleConfig, find_package, write_sample
 from retro_model.search.build import make_index
 from retro_model.search.keys import IndexConfig
 from retro_model.search.neighbors import NeighborsConfig, make_neighbors
+from retro_model.training.config import TrainConfig
 from retro_model.training.run import TrainingRun, train_model
-from retro_model.training.trainer import TrainConfig, TrainingResult
+from retro_model.training.trainer import TrainingResult
 
 MAKE_BENCH: dict[str, list[str]] = {"full": [], "quick": []}  # hours on a CPU; on a GPU, run it as above
 

@@ -51,10 +51,10 @@ from retro_model.evaluation.scoring import Scorer, choose_spans
 from retro_model.evaluation.statistics import bits_per_byte, bootstrap_sums, interval, sum_by_document
 from retro_model.network.config import ModelConfig
 from retro_model.network.model import RETRO
+from retro_model.training.config import RetrofitConfig, TrainConfig
 from retro_model.training.run import TrainingRun, build_model, train_model
 from retro_model.training.sequences import PackedSequences
-from retro_model.training.trainer import TrainConfig, Trainer
-from retro_model.training.warm_start import RetrofitConfig
+from retro_model.training.trainer import Trainer
 from stages.common.params import read_params
 
 MAKE_BENCH: dict[str, list[str]] = {"full": [], "quick": []}  # takes longer than all others together

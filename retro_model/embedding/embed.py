@@ -20,7 +20,8 @@ from retro_model.core.prefetch import prefetch
 from retro_model.core.progress import Progress
 from retro_model.corpus.chunks import chunk_text
 from retro_model.corpus.tokenizer import Tokenizer
-from retro_model.embedding.encoder import ROWS_PER_BATCH, EmbedConfig, Encoder, Tokenized
+from retro_model.embedding.config import EmbedConfig
+from retro_model.embedding.encoder import ROWS_PER_BATCH, Encoder, Tokenized
 from retro_model.jobs.engine import Engine
 from retro_model.jobs.job import Outcome, row_parts, work_or_temporary
 

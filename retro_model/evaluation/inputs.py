@@ -27,8 +27,8 @@ from retro_model.corpus.files import NameFilter, find_files
 from retro_model.corpus.near_duplicates import NearDuplicates
 from retro_model.corpus.reading import ReadingReport
 from retro_model.corpus.tokenizer import Tokenizer
+from retro_model.embedding.config import EmbedConfig
 from retro_model.embedding.embed import make_embeddings
-from retro_model.embedding.encoder import EmbedConfig
 from retro_model.jobs.engine import Engine
 from retro_model.search.build import make_index
 from retro_model.search.keys import IndexConfig

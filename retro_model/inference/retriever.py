@@ -24,8 +24,9 @@ from retro_model.core.errors import ConfigError, MismatchError
 from retro_model.core.rows import NO_ROW, retrieved_tokens
 from retro_model.corpus.chunks import chunk_text
 from retro_model.corpus.tokenizer import Tokenizer
+from retro_model.embedding.config import EmbedConfig
 from retro_model.embedding.embed import stored_vectors
-from retro_model.embedding.encoder import EmbedConfig, Encoder
+from retro_model.embedding.encoder import Encoder
 from retro_model.search.neighbors import Database
 
 

@@ -25,7 +25,8 @@ from retro_model.core.arrays import Float32Array, IntArray
 from retro_model.core.errors import ConfigError, SourceError
 from retro_model.corpus.chunks import chunk_text
 from retro_model.corpus.tokenizer import Tokenizer, load
-from retro_model.embedding.encoder import EmbedConfig, Encoder, Tokenized, find_encoder
+from retro_model.embedding.config import EmbedConfig
+from retro_model.embedding.encoder import Encoder, Tokenized, find_encoder
 
 AnyPath = str | PathLike[str]
 

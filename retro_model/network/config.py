@@ -4,8 +4,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from retro_model.core.config import Config, setting
 from retro_model.core.errors import ConfigError
 
@@ -74,7 +72,7 @@ class RETROConfig(ModelConfig):
         if not self.pad_id < self.num_tokens:
             raise ConfigError(f"pad_id: found {self.pad_id}, expected less than num_tokens = {self.num_tokens}")
         norm = self.norm_klass
-        if not (norm is None or norm in NORM_NAMES or (isinstance(norm, type) and issubclass(norm, nn.Module))):
+        if not (norm is None or norm in NORM_NAMES or _is_module_class(norm)):
             allowed = f"None, a module class or one of {', '.join(NORM_NAMES)}"
             raise ConfigError(f"norm_klass: found {norm!r}, expected {allowed}")
         if self.gated_rmsnorm and norm not in (None, "gated_rmsnorm"):
@@ -113,3 +111,11 @@ class RETROConfig(ModelConfig):
         if missing := sorted(names - set(values) - ADDED_LATER):
             raise ConfigError(f"missing model config keys {missing}")
         return cls(**values)
+
+
+def _is_module_class(value: object) -> bool:
+    if not isinstance(value, type):
+        return False
+    from torch import nn  # takes seconds to import; those who check params do not need it
+
+    return issubclass(value, nn.Module)

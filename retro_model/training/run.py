@@ -31,11 +31,12 @@ from retro_model.network.config import ModelConfig, RETROConfig
 from retro_model.network.model import RETRO
 from retro_model.network.pretrained import save_model
 from retro_model.training.checkpoints import Checkpoints
+from retro_model.training.config import RetrofitConfig, TrainConfig
 from retro_model.training.copying import copying_potential
 from retro_model.training.distributed import World, launch, resolve_processes
 from retro_model.training.sequences import PackedSequences
-from retro_model.training.trainer import Log, TrainConfig, Trainer, TrainingResult
-from retro_model.training.warm_start import RetrofitConfig, start_from
+from retro_model.training.trainer import Log, Trainer, TrainingResult
+from retro_model.training.warm_start import start_from
 
 logger = logging.getLogger(__name__)
 

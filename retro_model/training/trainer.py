@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from retro_model.core.arrays import BoolArray, IntArray
-from retro_model.core.config import Config, setting
 from retro_model.core.devices import fast_float32_products, keep_freed_memory, resolve_number_type
 from retro_model.core.errors import ConfigError, TrainingError
 from retro_model.core.prefetch import prefetch
@@ -32,6 +31,7 @@ from retro_model.core.progress import Progress
 from retro_model.core.rows import NO_ROW
 from retro_model.network.model import RETRO
 from retro_model.training.checkpoints import Checkpoints, Row, Saved, TrainingState
+from retro_model.training.config import TrainConfig
 from retro_model.training.distributed import ALONE, World
 from retro_model.training.optimizer import (
     DROPOUT,
@@ -61,47 +61,6 @@ from retro_model.training.throughput import peak, step_flops
 logger = logging.getLogger(__name__)
 
 Log = Callable[[int, Mapping[str, float]], None]
-
-
-@dataclass(frozen=True)
-class TrainConfig(Config, section="train"):
-    """The training settings: the section `train` of params.yaml. A step is one update of the weights."""
-
-    steps: int = setting(800, minimum=1)
-    batch_size: int = setting(4, minimum=1)  # sequences per step
-    accumulation: int = setting(1, minimum=1)  # portions (micro-batches) per step
-    lr: float = setting(4e-3, above=0.0)
-    schedule: str = setting("cosine", choices=("cosine", "constant"))
-    warmup: int = setting(30, minimum=0)  # steps
-    final_lr: float = setting(0.1, minimum=0.0, maximum=1.0)  # at the end of the cosine, as a share of lr
-    weight_decay: float = setting(0.1, minimum=0.0)
-    clip: float = setting(1.0, minimum=0.0)  # maximum gradient norm; 0: no clipping
-    neighbor_dropout: float = setting(0.1, minimum=0.0, maximum=1.0)  # share of sequences without neighbors
-    random_neighbors: float = setting(0.0, minimum=0.0, maximum=1.0)  # share of chunks with random neighbors
-    validate_every: int = setting(200, minimum=1)  # steps
-    validate_sequences: int = setting(32, minimum=0)  # evenly spaced in the split; 0: all
-    number_type: str = setting("auto", choices=("auto", "float32", "bfloat16"))
-    compile: bool = setting(False)
-    checkpoint_activations: bool = setting(False)  # less memory, a third more time
-    processes: int = setting(0, minimum=0)  # that split a step; 0: one per GPU, or one
-    shard: bool = setting(False)  # FSDP: each process holds a part of the weights
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size % self.accumulation:
-            allowed = f"a divisor of train.batch_size = {self.batch_size}"
-            raise ConfigError(f"train.accumulation: found {self.accumulation}, expected {allowed}")
-        if self.warmup > self.steps:
-            allowed = f"at most train.steps = {self.steps}"
-            raise ConfigError(f"train.warmup: found {self.warmup}, expected {allowed}")
-
-    def of_baseline(self) -> "TrainConfig":
-        """The same settings for the plain decoder, without those of retrieval."""
-        return replace(self, neighbor_dropout=0.0, random_neighbors=0.0)
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that determine the result; a resumed run may change the others (processes, shard)."""
-        return {name: value for name, value in vars(self).items() if name not in ("processes", "shard")}
 
 
 @dataclass(frozen=True)

@@ -8,47 +8,19 @@ weights. From a model with retrieval it takes all weights. With a frozen decoder
 are trained, and without neighbors the model equals the one it started from.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from retro_model.core.artifacts import Artifact
-from retro_model.core.config import Config, optional_path, setting
 from retro_model.core.errors import ConfigError, MismatchError
 from retro_model.network.config import RETROConfig
 from retro_model.network.model import RETRO
 from retro_model.network.pretrained import without_weights
-from retro_model.training.trainer import TrainConfig
 
 # Network settings that do not affect the plain decoder.
 _RETRIEVAL_SETTINGS = {"enc_dim", "enc_depth", "enc_cross_attn_layers", "dec_cross_attn_layers", "enc_scale_residual"}
 _RETRIEVAL_SETTINGS |= {"copy_tokens", "cross_attn_sink"}
-
-
-@dataclass(frozen=True)
-class RetrofitConfig(Config, section="retrofit"):
-    """Which trained model RETRO starts from, and the training settings for that case.
-
-    `init_from` is a model's folder. If it is "" or an empty folder, RETRO trains from new weights with the
-    settings of `train`. Otherwise `steps` and `lr` replace those of `train`.
-    """
-
-    init_from: str = setting("")
-    freeze: str = setting("decoder", choices=("nothing", "decoder"))
-    steps: int = setting(400, minimum=1)
-    lr: float = setting(4e-3, above=0.0)
-
-    def model(self) -> Artifact | None:
-        """The model to start from; None for new weights.
-
-        Raises ConfigError if the folder does not exist, MissingArtifactError if it holds no complete model.
-        """
-        path = optional_path("retrofit.init_from", self.init_from)
-        return None if path is None else Artifact.open(path, "model")
-
-    def applied_to(self, config: TrainConfig) -> TrainConfig:
-        """`config` with the steps and learning rate for training from a trained model."""
-        return replace(config, steps=self.steps, lr=self.lr, warmup=min(config.warmup, self.steps))
 
 
 def start_from(model: RETRO, start: Artifact, freeze: str) -> None:

@@ -32,13 +32,13 @@ SECTIONS = {
     "sample": "retro_model.sample:SampleConfig",
     "corpus": "retro_model.corpus.documents:CorpusConfig",
     "tokenizer": "retro_model.corpus.tokenizer_training:TokenizerConfig",
-    "embed": "retro_model.embedding.encoder:EmbedConfig",
+    "embed": "retro_model.embedding.config:EmbedConfig",
     "index": "retro_model.search.keys:IndexConfig",
     "neighbors": "retro_model.search.neighbors:NeighborsConfig",
     "model": "retro_model.network.config:ModelConfig",
-    "train": "retro_model.training.trainer:TrainConfig",
-    "retrofit": "retro_model.training.warm_start:RetrofitConfig",
-    "evaluate": "retro_model.evaluation.evaluate:EvaluateConfig",
+    "train": "retro_model.training.config:TrainConfig",
+    "retrofit": "retro_model.training.config:RetrofitConfig",
+    "evaluate": "retro_model.evaluation.config:EvaluateConfig",
     "runtime": "stages.common.runtime:RuntimeConfig",
 }
 

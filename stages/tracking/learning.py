@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 from retro_model.core.artifacts import Artifact, write_csv, write_json
 from retro_model.core.devices import resolve_device
+from retro_model.training.config import RetrofitConfig
 from retro_model.training.distributed import is_main_process
 from retro_model.training.run import TrainingRun, train_model
-from retro_model.training.warm_start import RetrofitConfig
 from stages.common.harness import record_timing, recorded_timings, work_folder, work_path
 from stages.common.params import flat_params
 from stages.tracking.runs import training_run

@@ -27,7 +27,8 @@ from retro_model import RETRO, Retriever, RETRODataset, generate
 from retro_model.cli import main
 from retro_model.core.artifacts import Artifact, write_description
 from retro_model.core.errors import RetroError
-from retro_model.embedding.encoder import EmbedConfig, Encoder
+from retro_model.embedding.config import EmbedConfig
+from retro_model.embedding.encoder import Encoder
 from retro_model.retrieval import (
     bert_embed,
     chunks_to_index_and_embed,

@@ -32,7 +32,8 @@ from retro_model.core.errors import DamagedArtifactError, RetroError, SourceErro
 from retro_model.corpus.files import find_files
 from retro_model.corpus.readers import read_entries
 from retro_model.corpus.tokenizer import load
-from retro_model.embedding.encoder import EmbedConfig, Encoder
+from retro_model.embedding.config import EmbedConfig
+from retro_model.embedding.encoder import Encoder
 
 CODE = sorted(path for folder in ("retro_model", "stages", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 

@@ -19,8 +19,9 @@ from retro_model.corpus.chunks import chunk_text
 from retro_model.corpus.tokenizer import Tokenizer
 from retro_model.embedding import embed as embedding
 from retro_model.embedding import encoder as encoders
+from retro_model.embedding.config import EmbedConfig
 from retro_model.embedding.embed import EmbedJob, make_embeddings, stored_vectors
-from retro_model.embedding.encoder import EmbedConfig, Encoder, derived_max_tokens, find_encoder, pool
+from retro_model.embedding.encoder import Encoder, derived_max_tokens, find_encoder, pool
 
 LONG = "batufu verpa " * 40  # more word pieces than any max_tokens here
 TEXTS = [

@@ -14,8 +14,9 @@ from retro_model.evaluation.scoring import Scorer, choose_spans
 from retro_model.evaluation.statistics import metrics_of
 from retro_model.network.config import ModelConfig
 from retro_model.network.model import RETRO
+from retro_model.training.config import TrainConfig
 from retro_model.training.run import TrainingRun, train_model
-from retro_model.training.trainer import TrainConfig, TrainingResult
+from retro_model.training.trainer import TrainingResult
 
 pytestmark = pytest.mark.slow
 

@@ -25,7 +25,7 @@ from retro_model.core.rows import NO_ROW, retrieved_tokens
 from retro_model.corpus.documents import CorpusConfig
 from retro_model.corpus.tokenizer import Tokenizer, save
 from retro_model.corpus.tokenizer_training import train
-from retro_model.embedding.encoder import EmbedConfig
+from retro_model.embedding.config import EmbedConfig
 from retro_model.evaluation.by_overlap import (
     SharedRuns,
     read_run_metrics,
@@ -33,13 +33,8 @@ from retro_model.evaluation.by_overlap import (
     runs_shared_with_nearest,
     runs_shared_with_read,
 )
-from retro_model.evaluation.evaluate import (
-    EvaluateConfig,
-    EvaluationResult,
-    EvaluationRun,
-    evaluate_models,
-    spans_with_text,
-)
+from retro_model.evaluation.config import EvaluateConfig
+from retro_model.evaluation.evaluate import EvaluationResult, EvaluationRun, evaluate_models, spans_with_text
 from retro_model.evaluation.inputs import Inputs, Searching
 from retro_model.evaluation.overlap import longest_shared_run, longest_shared_runs
 from retro_model.evaluation.passages import (

@@ -17,15 +17,10 @@ from retro_model.core.errors import ConfigError, DocumentError, MismatchError, M
 from retro_model.corpus.chunks import document_texts
 from retro_model.corpus.documents import Corpus
 from retro_model.corpus.tokenizer import Tokenizer
-from retro_model.embedding.encoder import EmbedConfig
+from retro_model.embedding.config import EmbedConfig
 from retro_model.evaluation.comparison import spread_over_rows
-from retro_model.evaluation.evaluate import (
-    EvaluateConfig,
-    EvaluationResult,
-    EvaluationRun,
-    evaluate_models,
-    time_retrieval,
-)
+from retro_model.evaluation.config import EvaluateConfig
+from retro_model.evaluation.evaluate import EvaluationResult, EvaluationRun, evaluate_models, time_retrieval
 from retro_model.evaluation.inputs import Inputs, Searching, rechunk_documents, search_other_database
 from retro_model.evaluation.scoring import Scorer, choose_spans
 from retro_model.network.model import RETRO

@@ -11,8 +11,8 @@ from fixtures import tiny_corpus, tiny_data, tiny_encoder
 from retro_model.core.artifacts import Artifact
 from retro_model.core.errors import ConfigError, MismatchError, MissingArtifactError, SourceError
 from retro_model.core.rows import retrieved_tokens
+from retro_model.embedding.config import EmbedConfig
 from retro_model.embedding.embed import make_embeddings
-from retro_model.embedding.encoder import EmbedConfig
 from retro_model.inference.retriever import Retriever
 from retro_model.search.build import make_index
 from retro_model.search.keys import IndexConfig

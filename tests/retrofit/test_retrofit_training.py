@@ -9,8 +9,9 @@ from woven import PAD, write_woven
 
 from retro_model import Retrofit
 from retro_model.core.artifacts import Artifact
+from retro_model.training.config import TrainConfig
 from retro_model.training.sequences import PackedSequences
-from retro_model.training.trainer import TrainConfig, Trainer
+from retro_model.training.trainer import Trainer
 
 M, VOCABULARY, SEQ_LEN = 16, 67, 96
 

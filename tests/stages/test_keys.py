@@ -16,7 +16,7 @@ from paths import ROOT
 from project import TINY
 from stagewise import write_params
 
-from retro_model.training.warm_start import RetrofitConfig
+from retro_model.training.config import RetrofitConfig
 from stages.common import harness
 
 DECLARED: dict[str, dict[str, list[str]]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]

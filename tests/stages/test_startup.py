@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from small_training import TRAIN, run
 from woven import write_woven
-from retro_model.training.warm_start import RetrofitConfig
+from retro_model.training.config import RetrofitConfig
 
 woven, here = write_woven(Path("data")), Path.cwd()
 one = replace(TRAIN, steps=1, warmup=0)
@@ -38,3 +38,16 @@ run(woven, here, one, work_folder=here / "second", retrofit=RetrofitConfig(init_
 def test_training_imports_neither_the_compiler_of_torch_nor_transformers(tmp_path: Path) -> None:
     """For the baseline, for RETRO that starts from it, and for a training that goes on from its checkpoint."""
     assert loaded_after(TRAINING, tmp_path, "torch", "torch._dynamo", "transformers", "faiss", "mlflow") == {"torch"}
+
+
+CHECKING = f"""
+from pathlib import Path
+from stages.common.params import parse_params, read_yaml
+
+parse_params(read_yaml(Path({str(ROOT / "params.yaml")!r})))
+"""
+
+
+def test_checking_the_params_imports_no_large_library(tmp_path: Path) -> None:
+    """Every stage does it, so the classes of settings are in files that import nothing large."""
+    assert loaded_after(CHECKING, tmp_path, "torch", "transformers", "faiss", "mlflow", "pandas", "dvc") == set()

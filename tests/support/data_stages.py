@@ -16,8 +16,8 @@ from retro_model.core import artifacts
 from retro_model.corpus import chunking
 from retro_model.corpus.chunking import make_chunks
 from retro_model.corpus.documents import CorpusConfig
+from retro_model.embedding.config import EmbedConfig
 from retro_model.embedding.embed import make_embeddings
-from retro_model.embedding.encoder import EmbedConfig
 from retro_model.jobs import local
 from retro_model.jobs.engine import Engine, EngineConfig
 from retro_model.search import build as index_building

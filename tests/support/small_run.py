@@ -13,8 +13,8 @@ from retro_model.core.artifacts import Artifact, ArtifactWriter
 from retro_model.corpus.chunking import make_chunks
 from retro_model.corpus.documents import CorpusConfig
 from retro_model.corpus.tokenizer_training import TokenizerConfig, make_tokenizer
+from retro_model.embedding.config import EmbedConfig
 from retro_model.embedding.embed import make_embeddings
-from retro_model.embedding.encoder import EmbedConfig
 from retro_model.network.model import RETRO
 from retro_model.search.build import make_index
 from retro_model.search.keys import IndexConfig

@@ -9,10 +9,11 @@ from woven import Woven
 from retro_model.core.artifacts import Artifact, file_digest
 from retro_model.network.config import ModelConfig
 from retro_model.training.checkpoints import Checkpoints
+from retro_model.training.config import TrainConfig
 from retro_model.training.distributed import ALONE, World
 from retro_model.training.run import TrainingRun, build_model, train_model
 from retro_model.training.sequences import PackedSequences
-from retro_model.training.trainer import TrainConfig, Trainer, TrainingResult
+from retro_model.training.trainer import Trainer, TrainingResult
 
 CHUNK, SEQ_LEN, VOCABULARY = 8, 32, 40
 MODEL = ModelConfig(

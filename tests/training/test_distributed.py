@@ -22,9 +22,9 @@ from small_training import CHUNK, MODEL, SEQ_LEN, TRAIN, VOCABULARY, Killed, fol
 from woven import Woven, write_woven
 
 from retro_model.core.errors import ConfigError, TrainingError
+from retro_model.training.config import TrainConfig
 from retro_model.training.distributed import ALONE, World, resolve_processes
 from retro_model.training.sharding import ensure_neighbor
-from retro_model.training.trainer import TrainConfig
 
 # Without dropout, whose masks depend on the process; half of the neighbors are dropped, so that in some
 # steps one process has neighbors and the other has none, and in some portions neither has.

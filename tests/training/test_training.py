@@ -34,11 +34,12 @@ from retro_model.core.errors import (
 from retro_model.network.config import ModelConfig, RETROConfig
 from retro_model.network.model import RETRO
 from retro_model.training.checkpoints import Checkpoints
+from retro_model.training.config import RetrofitConfig, TrainConfig
 from retro_model.training.distributed import ALONE, World
 from retro_model.training.optimizer import learning_rate, make_optimizer
 from retro_model.training.run import build_model
-from retro_model.training.trainer import TrainConfig, Trainer, TrainingResult
-from retro_model.training.warm_start import RetrofitConfig, start_from
+from retro_model.training.trainer import Trainer, TrainingResult
+from retro_model.training.warm_start import start_from
 
 Outcome = tuple[TrainingResult, dict[str, str]]
 
