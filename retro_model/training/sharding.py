@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from retro_model.core.rows import NO_ROW
+from retro_model.network.attention import CrossAttention, NeighborAttention
 from retro_model.network.model import RETRO, Residual
 from retro_model.training.distributed import World
 from retro_model.training.sequences import Batch
@@ -41,10 +42,23 @@ def shard(model: RETRO, world: World) -> None:
         fully_shard(block.attention, mesh=mesh)
         fully_shard(block.feed_forward, mesh=mesh)
         if block.cross_attention is not None:
-            fully_shard(block.cross_attention.inner.key_value, mesh=mesh)  # called outside `forward`
+            _shard_keys_and_values(block.cross_attention.inner, mesh)
             fully_shard(block.cross_attention, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "token_losses")
+
+
+def _shard_keys_and_values(attention: CrossAttention, mesh: Any) -> None:
+    """Shard what makes the keys and values of cross-attention, which are made outside `forward`."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    fully_shard(attention.key_value, mesh=mesh)
+    if isinstance(attention, NeighborAttention):
+        if attention.copy_rows is not None:
+            fully_shard(attention.copy_rows, mesh=mesh)
+        if attention.sink is not None:  # a weight of the attention itself
+            fully_shard(attention, mesh=mesh)
+            register_fsdp_forward_method(attention, "neighbor_context")
 
 
 def replicate(model: RETRO, world: World) -> DistributedDataParallel:

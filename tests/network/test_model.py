@@ -576,13 +576,15 @@ def test_a_thousand_layers_train() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own, about other parts of torch
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize(("backend", "depth", "cases"), [("aot_eager", 2, 3), ("inductor", 1, 1)])
+@pytest.mark.parametrize(
+    ("backend", "depth", "cases"), [("aot_eager", 2, 3), pytest.param("inductor", 1, 1, marks=pytest.mark.torture)]
+)
 def test_a_compiled_model_gives_the_same_loss_and_gradients(backend: str, depth: int, cases: int) -> None:
     """Some neighbors and packed documents, no neighbors, all neighbors and another length: in one model.
 
     The graph breaks where the network looks at its data: whether there are neighbors at all, which chunks
     have some, which labels are padding, how long the documents are. All is traced for each case; C++,
-    which takes long, is made for the first case and a single layer.
+    which takes minutes, is made for the first case and a single layer.
     """
     torch.compiler.reset()
     model = make(dec_depth=depth, dec_cross_attn_layers=(depth,), enc_depth=1).float()

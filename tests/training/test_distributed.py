@@ -33,6 +33,9 @@ PLAIN = dataclasses.replace(TRAIN, batch_size=8, neighbor_dropout=0.6, validate_
 TWO = dataclasses.replace(PLAIN, processes=2)
 SHARDED = dataclasses.replace(TWO, shard=True)
 
+# With untied embeddings, copying reads rows of the output matrix, which belongs to another module than the encoder.
+COPYING_MODEL = dataclasses.replace(PLAIN_MODEL, copy_tokens=2, cross_attn_sink=True)
+
 Curve = dict[int, Mapping[str, float]]
 
 
@@ -49,7 +52,8 @@ def woven(tmp_path_factory: pytest.TempPathFactory) -> Woven:
 def curve(woven: Woven, folder: Path, train: TrainConfig, **options: Any) -> Curve:
     """What is logged at each step; the model goes into `folder`."""
     records: Curve = {}
-    run(woven, folder, train, model=PLAIN_MODEL, log=records.__setitem__, log_every=1, **options)
+    options = {"model": PLAIN_MODEL, **options}
+    run(woven, folder, train, log=records.__setitem__, log_every=1, **options)
     return records
 
 
@@ -102,6 +106,20 @@ def test_two_processes_have_the_losses_of_one(
     assert_same_to_rounding(records, alone[0])
     assert_same_weights(tmp_path / "retro", alone[1])
     assert torch.get_num_threads() == 1 and not torch.distributed.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [TWO, SHARDED], ids=["replicated", "sharded"])
+def test_copying_in_two_processes(woven: Woven, tmp_path: Path, train: TrainConfig) -> None:
+    """Also with random neighbors, which both processes have to draw alike."""
+    assert not COPYING_MODEL.tie_embeddings
+    expected = curve(woven, tmp_path / "one", replace_random(PLAIN), model=COPYING_MODEL)
+    assert_same_to_rounding(curve(woven, tmp_path / "two", replace_random(train), model=COPYING_MODEL), expected)
+    assert_same_weights(tmp_path / "two" / "retro", tmp_path / "one" / "retro")
+
+
+def replace_random(train: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(train, random_neighbors=0.3)
 
 
 @pytest.mark.slow

@@ -633,7 +633,7 @@ def test_activations_that_are_computed_again_change_nothing(
 def test_a_compiled_model_has_the_same_losses(
     woven: Woven, monkeypatch: pytest.MonkeyPatch, checkpoint_activations: bool
 ) -> None:
-    """Traced and differentiated by the compiler; C++, which takes minutes, is made in test_model.py."""
+    """Traced and differentiated by the compiler; C++, which takes minutes, is made in test_model.py (torture)."""
     torch.compiler.reset()
     compiled_models = []
 
