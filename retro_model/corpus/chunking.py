@@ -280,7 +280,7 @@ def make_chunks(
             running.make(prefetch(_parts(corpus)), work), whole, running.facts, f"{corpus.path}", name
         )
     for line in corpus.report.lines():
-        logger.info(line)
+        logger.warning(line)
     return _metrics(corpus, totals, chunk_size)
 
 

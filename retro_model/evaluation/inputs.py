@@ -117,7 +117,7 @@ def search_other_database(documents: Path, data: Path, searching: Searching, wor
     _search(folder, data / "tokenizer", searching, work)
     logger.info(f"evaluate: database {documents}: {_describe_counts(counts)}")
     for line in report.lines():
-        logger.info(line)
+        logger.warning(line)
     return Inputs.open(data, folder, work / "neighbors"), counts
 
 

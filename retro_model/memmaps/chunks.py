@@ -137,7 +137,7 @@ def _log_summary(totals: Mapping[str, int], reader: _Reader, lossy: int, separat
         f"{reader.folder}"
     )
     for line in reader.report.lines():
-        logger.info(line)
+        logger.warning(line)
     if lossy:
         logger.warning(f"{lossy:,} documents have case or characters that the tokenizer does not give back")
     if totals["docs"] == 1:

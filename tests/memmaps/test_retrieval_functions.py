@@ -10,6 +10,7 @@ import errno
 import hashlib
 import inspect
 import json
+import logging
 import os
 import sys
 from collections import Counter
@@ -373,12 +374,12 @@ def test_files_are_documents_in_the_order_of_their_paths_below_the_folder(tmp_pa
         assert rows[:, 1].tolist() == [tokenize(word)[0, 1].item() for word in words]
 
 
-def test_what_is_no_text_is_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_text_is_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By warnings, which a script sees that has not set up logging."""
     texts = write_texts(tmp_path / "texts", ["lem", "tu", " \n"])
     (texts / "bytes.txt").write_bytes(b"lem\n\xff")
     assert make_chunks(texts, tmp_path)["docs"] == 2
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1:] == [
+    assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
         "dropped: 1 empty",
         "dropped: 1 not UTF-8",
         "  002.txt: empty",
