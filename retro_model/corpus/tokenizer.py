@@ -289,7 +289,8 @@ def _load_error_message(name: str, local: bool, error: BaseException) -> str:
     tried = place if local else f"{place} (there is no folder {name})"
     return (
         f"tokenizer.name: {name} cannot be loaded, tried {tried}: {reason}; give {TRAINED}, a folder with a "
-        "tokenizer.json, or a hub name that is cached (fetch it once with a network: `hf download NAME`)"
+        "tokenizer.json, or a hub name that is cached (fetch it once with a network: `hf download NAME`); with "
+        f"{TRAINED} and retrofit.base, it is that model's"
     )
 
 
