@@ -222,7 +222,7 @@ def test_a_tokenizer_without_begin_and_end_is_refused_until_they_are_named(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree("tiny/base")
-    save_base(work / "tiny" / "base", special=False)
+    save_base(work / "tiny" / "base", named=False)
 
     def again(*stages: str) -> None:
         for stage in stages:
@@ -232,7 +232,7 @@ def test_a_tokenizer_without_begin_and_end_is_refused_until_they_are_named(
     again("tokenizer", "chunk")
     line = refuse("baseline", capsys)
     assert "tokenizer.name: token ids up to" in line and "tokenizer.begin and tokenizer.end" in line
-    write_params(work, **BASE, tokenizer__begin="!", tokenizer__end="<|none|>")
+    write_params(work, **BASE, tokenizer__begin="<s>", tokenizer__end="<|none|>")
     assert "tokenizer.end: found '<|none|>', expected a token of tiny/base, or null" in refuse("tokenizer", capsys)
-    write_params(work, **BASE, tokenizer__begin="\u0122", tokenizer__end="\u0122")
+    write_params(work, **BASE, tokenizer__begin="<s>", tokenizer__end="</s>")
     again("tokenizer", "chunk", "baseline")

@@ -55,22 +55,21 @@ def tiny_base(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **ch
     return base.eval()
 
 
-def save_base(folder: Path, *, seed: int = 0, special: bool = True, **changes: Any) -> Path:
+def save_base(folder: Path, *, seed: int = 0, named: bool = True, **changes: Any) -> Path:
     """A folder that `retrofit.base` can name: a Llama, and its byte-level tokenizer, which has no padding token.
 
-    Without `special` it has no begin and end tokens either.
+    Unless `named`, the tokenizer does not say which of its tokens begin and end a text.
     """
-    tokens = {"bos_token": "<s>", "eos_token": "</s>"} if special else {}
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
     backend = Backend(BPE())
     backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    alphabet = sorted(ByteLevel.alphabet())
     trainer = BpeTrainer(
-        vocab_size=300, special_tokens=list(tokens.values()), initial_alphabet=sorted(ByteLevel.alphabet()),
-        show_progress=False,
-    )  # fmt: skip
+        vocab_size=300, special_tokens=list(tokens.values()), initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(["the same words again and again, so that there are merges"] * 9, trainer)
-    sizes = {"vocab_size": backend.get_vocab_size(), **changes}
-    tiny_base("llama", seed=seed, **sizes).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=backend, **tokens).save_pretrained(folder)
+    tiny_base("llama", seed=seed, vocab_size=backend.get_vocab_size(), **changes).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, **(tokens if named else {})).save_pretrained(folder)
     return folder
 
 
