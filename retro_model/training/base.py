@@ -1,6 +1,6 @@
 """Adapters around a base, a causal language model of transformers, in place of RETRO: `retrofit.base`.
 
-model = around_base(RetrofitConfig(base="models/smollm2"), chunks.facts, seq_len=512, retrieval=True)
+model = around_base(RetrofitConfig(base="models/smollm2"), chunks.facts, 512, "float32", retrieval=True)
 start_from_adapters(model, Artifact.open("models/retro", "model"))
 """
 
@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from retro_model.core.artifacts import Artifact
+from retro_model.core.devices import NumberType
 from retro_model.core.errors import ConfigError, MismatchError
 from retro_model.network.pretrained import load_tensors, read_config
 from retro_model.retrofit.config import WEIGHTS_NAME, AdapterSizes
@@ -20,17 +23,23 @@ if TYPE_CHECKING:
     from retro_model.retrofit.model import Retrofit
 
 
-def around_base(config: RetrofitConfig, facts: Mapping[str, Any], seq_len: int, retrieval: bool) -> "Retrofit":
+def around_base(
+    config: RetrofitConfig, facts: Mapping[str, Any], seq_len: int, number_type: NumberType, retrieval: bool
+) -> "Retrofit":
     """A Retrofit with new adapters, or without `retrieval` the base alone, for chunks with the given facts.
+
+    With the number type float32 the base is loaded in it, otherwise as it was saved.
 
     Raises SourceError if the base cannot be loaded or used, and ConfigError if settings or tokens do not fit it.
     """
-    from retro_model.retrofit.model import Retrofit  # transformers takes seconds, and RETRO needs none of it
+    from retro_model.retrofit.bases import load_base  # transformers takes seconds, and RETRO needs none of it
+    from retro_model.retrofit.model import Retrofit
 
+    base = load_base(config.base, torch.float32 if number_type == "float32" else None)
     sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(AdapterSizes)}
     try:
         model = Retrofit(
-            config.base,
+            base,
             facts["chunk_size"],
             freeze=config.freeze == "decoder" or not retrieval,
             retrieval=retrieval,

@@ -108,7 +108,7 @@ class TrainingRun:
         inputs = _Inputs.open(self.chunks_folder, self.neighbors_folder, tokenizer, self.retrofit)
         training = inputs.sequences("train", self.seq_len, self.knn)
         validation = inputs.sequences("valid", self.seq_len, self.knn)
-        model, base = self._model(inputs)
+        model, base = self._model(inputs, world.device)
         trainer = Trainer(
             model,
             training,
@@ -146,13 +146,13 @@ class TrainingRun:
             _write_model(self.out_folder, model, result.best_weights, tokenizer, best)
         return result
 
-    def _model(self, inputs: "_Inputs") -> tuple[LanguageModel, dict[str, Any]]:
+    def _model(self, inputs: "_Inputs", device: torch.device) -> tuple[LanguageModel, dict[str, Any]]:
         """The model with its initial weights, and what identifies its base, if it has one."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             facts = inputs.chunks["train"].facts
             if self.retrofit.base:
-                return self._around_base(inputs, facts)
+                return self._around_base(inputs, facts, device)
             model = build_model(self.model_config, facts, self.seq_len, inputs.retrieval)
             if inputs.retrieval:  # start from the baseline's initial decoder: no difference by chance
                 torch.manual_seed(self.seed)
@@ -162,9 +162,10 @@ class TrainingRun:
             start_from(model, inputs.start, self.retrofit.freeze)
         return model, {}
 
-    def _around_base(self, inputs: "_Inputs", facts: Mapping[str, Any]) -> tuple[LanguageModel, dict[str, Any]]:
+    def _around_base(self, inputs: "_Inputs", facts: Mapping[str, Any], device: torch.device) -> tuple[LanguageModel, dict[str, Any]]:
         check_train_config(self.train_config)
-        model = around_base(self.retrofit, facts, self.seq_len, inputs.retrieval)
+        number_type = resolve_number_type(self.train_config.number_type, device)
+        model = around_base(self.retrofit, facts, self.seq_len, number_type, inputs.retrieval)
         base = model.describe_base()
         if inputs.start is not None:
             start_from_adapters(model, inputs.start, base)
