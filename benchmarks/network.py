@@ -43,8 +43,9 @@ from measured import record_result
 from retro_model.core.devices import fast_float32_products, keep_freed_memory, resolve_number_type
 from retro_model.inference.cached_decoder import CachedDecoder
 from retro_model.network.config import RETROConfig
+from retro_model.network.flops import step_flops
 from retro_model.network.model import RETRO
-from retro_model.training.throughput import DATA_SHEETS, known_chip, step_flops
+from retro_model.training.throughput import DATA_SHEETS, known_chip
 
 
 @dataclass(frozen=True)

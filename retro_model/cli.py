@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from retro_model.corpus.tokenizer import Tokenizer
     from retro_model.inference.retriever import Retriever
+    from retro_model.network.language_model import LanguageModel
 
 COLUMNS = 100  # width of wrapped text
 PARAMS_FILE = Path("params.yaml")
@@ -109,6 +110,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=Path, default=Path("models/retro"), metavar="FOLDER", help="default: models/retro"
+    )
+    parser.add_argument(
+        "--base",
+        metavar="NAME",
+        help="the base of a model that is adapters: a hub name or folder, as in retrofit.base (default: retrofit.base "
+        "of ./params.yaml if that is set, else the name recorded in the model)",
     )
 
 
@@ -271,7 +278,7 @@ def _print(text: str) -> None:
 def _open_retriever(options: argparse.Namespace, verify: bool = False) -> "Retriever":
     for kind, folder in (("index", "index"), ("embeddings", "embeddings/train"), ("chunks", "chunks/train")):
         Artifact.open(options.data / folder, kind, verify=False)  # fail before the heavy imports if missing
-    encoder = options.encoder or _encoder_of_params()
+    encoder = options.encoder or _of_params("embed", "encoder")
     from retro_model.inference.retriever import Retriever
 
     return Retriever.open(options.data, encoder=encoder, device=options.device, verify=verify)
@@ -288,8 +295,17 @@ def _open_retriever_of(model: Artifact, options: argparse.Namespace, verify: boo
     return retriever
 
 
-def _encoder_of_params() -> str | None:
-    """`embed.encoder` of ./params.yaml, if there; for a folder, data/ records only its name, not its path."""
+def _open_model(artifact: Artifact, options: argparse.Namespace) -> "LanguageModel":
+    """The model, with its base if it is adapters."""
+    from retro_model.core.devices import resolve_device
+    from retro_model.retrofit.loading import open_model
+
+    base = options.base or _of_params("retrofit", "base") or ""
+    return open_model(artifact, base, resolve_device(options.device))
+
+
+def _of_params(section_name: str, key: str) -> str | None:
+    """A text in ./params.yaml, if that is there; of a folder, outputs may record only the name, not the path."""
     if not PARAMS_FILE.is_file():
         return None
     from ruamel.yaml import YAML
@@ -299,9 +315,9 @@ def _encoder_of_params() -> str | None:
         content = YAML(typ="safe", pure=True).load(PARAMS_FILE)
     except YAMLError as error:
         raise ConfigError(f"{PARAMS_FILE}: not valid YAML: {' '.join(str(error).split())}") from error
-    section = content.get("embed") if isinstance(content, dict) else None
-    encoder = section.get("encoder") if isinstance(section, dict) else None
-    return encoder if isinstance(encoder, str) else None
+    section = content.get(section_name) if isinstance(content, dict) else None
+    value = section.get(key) if isinstance(section, dict) else None
+    return value if isinstance(value, str) else None
 
 
 # ---- generate --------------------------------------------------------------------------------------
@@ -360,21 +376,24 @@ def _generate(options: argparse.Namespace) -> None:
     from retro_model.corpus.tokenizer import Tokenizer
 
     tokenizer = retriever.tokenizer if retriever else Tokenizer.open(options.model / "tokenizer")
-    for piece in _write(options, text, tokenizer, retriever, knn):
+    for piece in _write(artifact, options, text, tokenizer, retriever, knn):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
 
 
 def _write(
-    options: argparse.Namespace, text: str, tokenizer: "Tokenizer", retriever: "Retriever | None", knn: int
+    artifact: Artifact,
+    options: argparse.Namespace,
+    text: str,
+    tokenizer: "Tokenizer",
+    retriever: "Retriever | None",
+    knn: int,
 ) -> Iterator[str]:
     """Yields the prompt, then each piece of generated text, with the retrieved neighbors if asked for."""
-    from retro_model.core.devices import resolve_device
     from retro_model.inference.text import Sampling, encode_prompt, write_text
-    from retro_model.network.model import RETRO
 
-    model = RETRO.from_pretrained(options.model, device=resolve_device(options.device))
+    model = _open_model(artifact, options)
     ids = encode_prompt(model, tokenizer, text, "--prompt")
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,
@@ -467,13 +486,11 @@ def _serve(options: argparse.Namespace) -> None:
     with listen(options.host, options.port) as listening:
         retriever = _open_retriever_of(artifact, options, verify=True)
         artifact.require(chunk_size=retriever.chunk_size)
-        from retro_model.core.devices import resolve_device
-        from retro_model.network.model import RETRO
         from retro_model.serving.live import LiveDatabase
         from retro_model.serving.service import Service
         from retro_model.serving.worker import Worker
 
-        model = RETRO.from_pretrained(options.model, device=resolve_device(options.device))
+        model = _open_model(artifact, options)
         worker = Worker(options.queue, options.wait, options.timeout)
         service = Service(model, LiveDatabase(retriever), artifact.facts["knn"], worker)
         host = f"[{options.host}]" if ":" in options.host else options.host

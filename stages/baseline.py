@@ -1,4 +1,7 @@
-"""Writes models/baseline: the same decoder without retrieval, trained on the same data for the same steps."""
+"""Writes models/baseline: the same decoder without retrieval, trained on the same data for the same steps.
+
+With `retrofit.base`, that model as it is: scored, not trained, and recorded by its name and digest.
+"""
 
 from pathlib import Path
 
@@ -9,7 +12,7 @@ from stages.tracking.learning import learn
 
 def main() -> None:
     """Reads the chunks, writes the model."""
-    params = read_params("seq_len", "seed", "model", "train", "runtime")
+    params = read_params("seq_len", "seed", "model", "train", "retrofit.base", "runtime")
     params.train = params.train.of_baseline()
     learn("baseline", params, neighbors=None, knn=0, out=Path("models/baseline"))
 

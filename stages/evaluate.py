@@ -16,7 +16,9 @@ from stages.tracking.runs import evaluation_run
 
 def main() -> None:
     """Reads both models, the test chunks and their neighbors; writes metrics, curves and the report."""
-    params = read_params("knn", "seq_len", "seed", "corpus", "embed", "index", "neighbors", "evaluate", "runtime")
+    params = read_params(
+        "knn", "seq_len", "seed", "corpus", "embed", "index", "neighbors", "retrofit.base", "evaluate", "runtime"
+    )
     data, retro, baseline = Path("data"), Path("models/retro"), Path("models/baseline")
     plots, report = Path("plots/evaluate"), Path("reports/evaluate.html")
     models = [Artifact.open(folder, "model", verify=False) for folder in (retro, baseline)]
@@ -48,6 +50,7 @@ def main() -> None:
             out_plots=plots,
             out_report=report,
             work_folder=work,
+            base=params.retrofit.base,
             device=resolve_device(params.runtime.device).type,
             batch_size=params.runtime.evaluate_batch_size,
         )

@@ -1,4 +1,4 @@
-"""Writes data/tokenizer: trained on the train documents, or a self-contained copy of a named one."""
+"""Writes data/tokenizer: trained on the train documents, or a self-contained copy of a named one or the base's."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from stages.common.params import read_params
 
 def main() -> None:
     """Reads the documents, writes the tokenizer and its metrics."""
-    params = read_params("documents", "corpus", "tokenizer")
+    params = read_params("documents", "corpus", "tokenizer", "retrofit.base")
     metrics = make_tokenizer(
         Path(params.documents),
         params.corpus,
-        params.tokenizer,
+        params.tokenizer.of_base(params.retrofit.base),
         Path("data/tokenizer"),
         name_filter=dvc_name_filter(),
     )

@@ -237,13 +237,13 @@ def bytes_of_tokens(backend: Backend) -> npt.NDArray[np.int64] | None:
     return lengths
 
 
-def load(name: str) -> tuple[Backend, SpecialIds]:
+def load(name: str, begin: str | None = None, end: str | None = None) -> tuple[Backend, SpecialIds]:
     """Load the fast tokenizer of a folder or hub name and its special ids; add missing special tokens.
 
-    begin is its [CLS] or begin-of-text token, end its [SEP] or end-of-text token; if it has only one of them, that
-    is both. pad must differ from both, because labels that are pad do not count in the loss.
+    By default begin is its [CLS] or begin-of-text token, end its [SEP] or end-of-text token; if it has only one of
+    them, that is both. pad must differ from both, because labels that are pad do not count in the loss.
 
-    Raises SourceError if it cannot be loaded or has no fast version.
+    Raises SourceError if it cannot be loaded or has no fast version, ConfigError if `begin` or `end` is no token of it.
     """
     from transformers import AutoTokenizer
 
@@ -259,8 +259,11 @@ def load(name: str) -> tuple[Backend, SpecialIds]:
     backend = Backend.from_str(loaded.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
-    begin = _first_token(loaded.cls_token, loaded.bos_token, loaded.eos_token)
-    end = _first_token(loaded.sep_token, loaded.eos_token, begin)
+    for key, token in (("begin", begin), ("end", end)):
+        if token is not None and backend.token_to_id(token) is None:
+            raise ConfigError(f"tokenizer.{key}: found {token!r}, expected a token of {name}, or null")
+    begin = begin or _first_token(loaded.cls_token, loaded.bos_token, loaded.eos_token)
+    end = end or _first_token(loaded.sep_token, loaded.eos_token, begin)
     pad = loaded.pad_token
     return backend, _add_special_tokens(backend, pad, begin, end)
 
@@ -286,7 +289,8 @@ def _load_error_message(name: str, local: bool, error: BaseException) -> str:
     tried = place if local else f"{place} (there is no folder {name})"
     return (
         f"tokenizer.name: {name} cannot be loaded, tried {tried}: {reason}; give {TRAINED}, a folder with a "
-        "tokenizer.json, or a hub name that is cached (fetch it once with a network: `hf download NAME`)"
+        "tokenizer.json, or a hub name that is cached (fetch it once with a network: `hf download NAME`); with "
+        f"{TRAINED} and retrofit.base, it is that model's"
     )
 
 

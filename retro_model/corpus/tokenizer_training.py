@@ -13,7 +13,7 @@ words longer than MAX_WORD_BYTES. Shorter words stay whole, and encoding never c
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Regex
@@ -41,15 +41,28 @@ _CONTINUATION = "\u00a1-\u00ac\u00ae-\u00bf\u0122-\u0143"
 
 @dataclass(frozen=True)
 class TokenizerConfig(Config, section="tokenizer"):
-    """`name` is `bpe` to train a tokenizer of `vocab_size` tokens, or a folder or hub name to load one."""
+    """`name` is `bpe` to train a tokenizer of `vocab_size` tokens, or a folder or hub name to load one.
+
+    `begin` and `end` are the tokens around each document, if a named tokenizer's special tokens are for other uses, as
+    those of chat models are.
+    """
 
     name: str = TRAINED
     vocab_size: int = setting(4096, minimum=256 + 3, below=2**31)
+    begin: str | None = None  # tokens of a named tokenizer; None: derived from its special tokens
+    end: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.name:
             raise ConfigError(f"tokenizer.name: found '', expected {TRAINED}, a folder or a hub name")
+
+    def of_base(self, base: str) -> "TokenizerConfig":
+        """The same settings for a model that is trained already, named by `retrofit.base`; "": none.
+
+        Such a model knows the tokens of its own tokenizer alone, so that replaces one that would be trained.
+        """
+        return replace(self, name=base) if base and self.name == TRAINED else self
 
 
 def make_tokenizer(
@@ -70,7 +83,7 @@ def make_tokenizer(
         corpus = Corpus(documents, corpus_config, name_filter)
         backend, special = train(_count_texts(corpus, metrics), config.vocab_size)
     else:
-        backend, special = load(config.name)
+        backend, special = load(config.name, config.begin, config.end)
     with whole_folder(folder) as whole:
         save(whole, backend, special, _short_name(config.name))
     return {"vocabulary": num_rows(backend), **metrics}

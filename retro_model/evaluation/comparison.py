@@ -22,7 +22,7 @@ from retro_model.corpus.chunks import document_texts
 from retro_model.corpus.tokenizer import Tokenizer
 from retro_model.evaluation.inputs import Inputs, Searching, rechunk_documents, search_rechunked
 from retro_model.evaluation.scoring import Scorer, Span
-from retro_model.network.model import RETRO
+from retro_model.retrofit.loading import open_model
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Comparison:
 
     def _losses(self, chunks: Artifact, inputs: Inputs | None, spans: Sequence[Span]) -> tuple[Float64Array, BoolArray]:
         """Return the nats (rows, M) of the labels in `spans`, and a mask of which positions are labels."""
-        model = RETRO.from_pretrained(self.model.folder, device=self.device)
+        model = open_model(self.model, device=self.device)
         database = None if inputs is None else inputs.database
         scorer = Scorer(chunks, database, spans, self.model.facts["seq_len"], **self.options)
         neighbors = None

@@ -71,7 +71,8 @@ from retro_model.evaluation.statistics import (
 )
 from retro_model.evaluation.subsets import LEAKAGE_NEIGHBORS, leakage_curve, metrics_of_parts, overlap_curve
 from retro_model.inference.retriever import Retriever
-from retro_model.network.model import RETRO
+from retro_model.network.language_model import LanguageModel
+from retro_model.retrofit.loading import open_models
 
 # `time_retrieval` times a batch of TIMED_CHUNKS held-out chunks, and the first TIMED_ALONE of them one by one.
 TIMED_CHUNKS, TIMED_ALONE = 256, 16
@@ -121,6 +122,7 @@ class EvaluationRun:
     out_plots: Path
     out_report: Path
     work_folder: Path
+    base: str = ""  # the base of adapters, as in `retrofit.base`
     device: str = "cpu"
     batch_size: int = 8
 
@@ -164,7 +166,7 @@ class _OpenInputs:
     """All inputs of an evaluation, opened and checked."""
 
     run: EvaluationRun
-    models: Mapping[str, RETRO]
+    models: Mapping[str, LanguageModel]
     train: Inputs  # test chunks with neighbors from the train chunks
     valid: Inputs
     train_rows: Inputs
@@ -184,7 +186,7 @@ class _OpenInputs:
         documents = optional_path("evaluate.database", config.database)
         train = Inputs.open(run.data_folder)
         valid, train_rows = (train.of_split(run.data_folder, split) for split in ("valid", "train"))
-        models = _open_models({"baseline": run.baseline_folder, "retro": run.retro_folder}, train, run.device)
+        models = _open_models(run, train)
         _check_knn(train.neighbors, run.knn, config)
         number_type = resolve_number_type(config.number_type, torch.device(run.device))
         options: dict[str, Any] = {"device": run.device, "batch_size": run.batch_size, "number_type": number_type}
@@ -294,18 +296,21 @@ def _start_facts(retro_folder: Path, baseline_folder: Path, train: Inputs) -> di
     }
 
 
-def _open_models(folders: Mapping[str, Path], inputs: Inputs, device: str) -> dict[str, RETRO]:
+def _open_models(run: EvaluationRun, inputs: Inputs) -> dict[str, LanguageModel]:
     """Open both models after checking that they were trained on these chunks and neighbors."""
+    folders = {"baseline": run.baseline_folder, "retro": run.retro_folder}
     trained_on = {
         "tokenizer": inputs.tokenizer.fingerprint,
         "chunks": inputs.database.fingerprint,
         "chunk_size": inputs.chunks.facts["chunk_size"],
     }
-    for name, folder in folders.items():
-        model = Artifact.open(folder, "model").require(retrieval=name == "retro", **trained_on)
-        if name == "retro":
-            inputs.neighbors.require(index=model.facts["index"])
-    return {name: RETRO.from_pretrained(folder, device=device) for name, folder in folders.items()}
+    models = {
+        name: Artifact.open(folder, "model").require(retrieval=name == "retro", **trained_on)
+        for name, folder in folders.items()
+    }
+    models["retro"].require(base=models["baseline"].facts.get("base"))
+    inputs.neighbors.require(index=models["retro"].facts["index"])
+    return open_models(models, run.base, run.device)
 
 
 def spans_with_text(chunks: Artifact, max_chunks: int | None, seed: int) -> list[Span]:

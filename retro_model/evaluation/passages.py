@@ -21,7 +21,7 @@ from retro_model.evaluation.overlap import Run, longest_shared_run
 from retro_model.evaluation.report.html import CHEAPER_BITS, Look, Neighbor, Passage, Token
 from retro_model.evaluation.scoring import Scorer
 from retro_model.network.attention_maps import neighbor_attention_maps
-from retro_model.network.model import RETRO
+from retro_model.network.language_model import LanguageModel
 
 NEIGHBORS_SHOWN = 4
 SHORTEST_RUN_SHOWN = 2  # a single common token means nothing
@@ -134,7 +134,7 @@ def _neighbor(
 # ---- attention to neighbors --------------------------------------------------------------------------
 
 
-def attention_of_rows(model: RETRO, scorer: Scorer, neighbors: IntArray, places: Sequence[int]) -> FloatArray:
+def attention_of_rows(model: LanguageModel, scorer: Scorer, neighbors: IntArray, places: Sequence[int]) -> FloatArray:
     """Return the attention of each row's tokens to the neighbors of the row before: (places, M, K, R) float32.
 
     `places` index `scorer.rows`; `neighbors` (rows, K) covers all of `scorer.rows`. Each row is read in the window

@@ -18,7 +18,7 @@ from retro_model.core.rows import NO_ROW
 from retro_model.evaluation.inputs import Inputs
 from retro_model.evaluation.scoring import Part, Scorer
 from retro_model.evaluation.statistics import COLUMNS, DIGITS, Curve, bits_per_byte
-from retro_model.network.model import RETRO
+from retro_model.network.language_model import LanguageModel
 from retro_model.training.copying import Rule, best_weight, mixed_losses, rule_of_rows
 
 # Shares of the database's documents in the sweep over its size, chosen by a hash of their numbers.
@@ -80,7 +80,7 @@ def sweep_passes(inputs: Inputs, scorer: Scorer, ks: Sequence[int], knn: int) ->
             yield Pass(f"share {share}", "retro", scorer, neighbors_of_share(nearest, documents, share)[:, :knn])
 
 
-def score_all(models: Mapping[str, RETRO], passes: list[Pass]) -> PassScores:
+def score_all(models: Mapping[str, LanguageModel], passes: list[Pass]) -> PassScores:
     """Run every pass."""
     scored = PassScores({}, {}, {})
     with Progress("evaluate", sum(each.scorer.num_sequences for each in passes), unit="sequence") as progress:

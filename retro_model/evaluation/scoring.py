@@ -20,7 +20,7 @@ from retro_model.core.devices import fast_float32_products
 from retro_model.core.errors import TrainingError
 from retro_model.core.progress import Progress
 from retro_model.core.rows import NO_ROW, retrieved_tokens
-from retro_model.network.model import RETRO
+from retro_model.network.language_model import LanguageModel
 from retro_model.training.sequences import PackedSequences
 
 # The part of each neighbor that the network sees: the retrieved chunk, its continuation, or both.
@@ -157,7 +157,7 @@ class Scorer:
 
     @torch.no_grad()
     def losses(
-        self, model: RETRO, neighbors: IntArray | None, progress: Progress | None = None, part: Part = "both"
+        self, model: LanguageModel, neighbors: IntArray | None, progress: Progress | None = None, part: Part = "both"
     ) -> FloatArray:
         """Return the loss in nats of each label (rows, M) float32, 0 where there is no label.
 
@@ -180,7 +180,7 @@ class Scorer:
             raise TrainingError("evaluate: a loss on held-out text is not finite; train again with a lower train.lr")
         return losses
 
-    def _batch_losses(self, model: RETRO, rows: IntArray, neighbors: IntArray | None, part: Part) -> FloatArray:
+    def _batch_losses(self, model: LanguageModel, rows: IntArray, neighbors: IntArray | None, part: Part) -> FloatArray:
         """The losses (B, L, M) of sequences made of the rows (B, L)."""
         batch = self.sequences.batch(rows, neighbors="none").to(self.device)
         retrieved = None

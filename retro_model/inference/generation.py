@@ -9,7 +9,7 @@ again with the last part of the text.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,11 @@ from torch import Tensor
 from retro_model.core.errors import ConfigError
 from retro_model.inference.cached_decoder import CachedDecoder
 from retro_model.inference.sampling import Filter, sample, top_k
+from retro_model.network.language_model import LanguageModel
 from retro_model.network.model import RETRO, check_ids
+
+if TYPE_CHECKING:
+    from retro_model.inference.cached_base import CachedBase
 
 Retrieve = Callable[[Tensor], Tensor]  # finished chunks (B', M) -> neighbors (B', K, R), pad where one is missing
 
@@ -32,7 +36,7 @@ class Writer:
 
     def __init__(
         self,
-        model: RETRO,
+        model: LanguageModel,
         prompt: Tensor,
         *,
         retrieve: Retrieve | None = None,
@@ -64,7 +68,7 @@ class Writer:
         filled_BN = torch.arange(longest, device=prompt.device) < self.length_B[:, None]
         self.text_BN = text_BN.where(filled_BN, config.pad_id)
         self.neighbors: list[dict[int, Tensor]] = [{} for _ in range(rows)]  # (K, R) by chunk number
-        self.decoder = CachedDecoder(model, rows, longest)
+        self.decoder = _cached(model, rows, longest)
         self._tokens = self._write()
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -94,16 +98,19 @@ class Writer:
         """Retrieve for all chunks of the prompts in one search, read the prompts, and return the logits (B, V)."""
         chunks = (self.length_B // self.model.config.chunk_size).tolist()
         self._search([(row, u) for row, count in enumerate(chunks) for u in range(count)])
-        last_BD = torch.zeros_like(self.decoder.hidden_BMD[:, 0])
+        last_BD: Tensor | None = None
         start, longest = 0, int(self.length_B.max())
         while start < longest:
             width = min(self.decoder.room(start), longest - start)
             counts_B = (self.length_B - start).clamp(0, width)
             piece_BS = self.text_BN[:, start : start + width]
             hidden_BSD = self.decoder.read(piece_BS, counts_B.tolist(), self._neighbors_of_next(counts_B > 0))
+            if last_BD is None:
+                last_BD = torch.zeros_like(hidden_BSD[:, 0])
             ends_B = (counts_B > 0) & (self.length_B <= start + width)
             last_BD[ends_B] = hidden_BSD[ends_B, counts_B[ends_B] - 1].to(last_BD.dtype)
             start += width
+        assert last_BD is not None, "a prompt has at least one token"
         return self.decoder.logits(last_BD)
 
     def _read_last(self, writes_B: Tensor) -> Tensor:
@@ -145,7 +152,7 @@ class Writer:
 
 
 def generate(
-    model: RETRO, prompt: Tensor, *, return_neighbors: bool = False, **options: Any
+    model: LanguageModel, prompt: Tensor, *, return_neighbors: bool = False, **options: Any
 ) -> Tensor | tuple[Tensor, list[dict[int, Tensor]]]:
     """Generate text: returns the prompts and their continuations, ids (B, longest), right-padded.
 
@@ -171,7 +178,17 @@ def generate(
     return (text_BN, writer.neighbors) if return_neighbors else text_BN
 
 
-def _check_prompt(model: RETRO, prompt: Tensor, prompt_lengths: Tensor | None) -> Tensor:
+def _cached(model: LanguageModel, rows: int, longest: int) -> "CachedDecoder | CachedBase":
+    if isinstance(model, RETRO):
+        return CachedDecoder(model, rows, longest)
+    from retro_model.inference.cached_base import CachedBase  # transformers takes seconds
+    from retro_model.retrofit.model import Retrofit
+
+    assert isinstance(model, Retrofit), type(model)
+    return CachedBase(model, rows)
+
+
+def _check_prompt(model: LanguageModel, prompt: Tensor, prompt_lengths: Tensor | None) -> Tensor:
     """The length of each prompt (B,). Raises ConfigError for invalid prompts or lengths."""
     if prompt.dim() != 2 or prompt.is_floating_point() or not prompt.numel():
         raise ConfigError(f"prompt must be integers (batch, tokens), at least 1 x 1: {tuple(prompt.shape)}")
@@ -188,7 +205,9 @@ def _check_prompt(model: RETRO, prompt: Tensor, prompt_lengths: Tensor | None) -
     return lengths_B
 
 
-def _check_options(model: RETRO, retrieve: Retrieve | None, max_new_tokens: int | None, temperature: float) -> None:
+def _check_options(
+    model: LanguageModel, retrieve: Retrieve | None, max_new_tokens: int | None, temperature: float
+) -> None:
     if model.training:
         raise ConfigError("the model is in training mode: call model.eval() before writing")
     if retrieve is not None and not model.config.retrieval:

@@ -15,7 +15,7 @@ from retro_model.core.errors import ConfigError
 from retro_model.corpus.tokenizer import Tokenizer
 from retro_model.inference.generation import Retrieve, Writer
 from retro_model.inference.sampling import top_k, top_p
-from retro_model.network.model import RETRO
+from retro_model.network.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Piece(NamedTuple):
     text: str
 
 
-def encode_prompt(model: RETRO, tokenizer: Tokenizer, text: str, name: str = "prompt") -> list[int]:
+def encode_prompt(model: LanguageModel, tokenizer: Tokenizer, text: str, name: str = "prompt") -> list[int]:
     """The ids of the begin token and the text. Raises ConfigError if no room is left for a token after them."""
     ids = [tokenizer.begin_id, *tokenizer.encode(text).tolist()]
     if len(ids) >= model.config.max_seq_len:
@@ -48,7 +48,7 @@ def encode_prompt(model: RETRO, tokenizer: Tokenizer, text: str, name: str = "pr
 
 
 def write_text(
-    model: RETRO, tokenizer: Tokenizer, ids: Sequence[int], sampling: Sampling, retrieve: Retrieve | None = None
+    model: LanguageModel, tokenizer: Tokenizer, ids: Sequence[int], sampling: Sampling, retrieve: Retrieve | None = None
 ) -> Iterator[Piece]:
     """Yield the tokens that follow `ids`. The text of a character comes with the last of its tokens.
 
@@ -59,7 +59,7 @@ def write_text(
         filter_fn, thres = top_k, 1 - min(sampling.top_k / model.config.num_tokens, 1)
     writer = Writer(
         model,
-        torch.tensor([list(ids)], device=model.embedding.weight.device),
+        torch.tensor([list(ids)], device=model.device),
         retrieve=retrieve,
         max_new_tokens=sampling.max_new_tokens,
         filter_fn=filter_fn,

@@ -3,20 +3,21 @@
     attention = neighbor_attention_maps(model, seq, retrieved, documents)
     attention.neighbors_BNKR[0, 70, 1, 5]    # from token 70 to token 5 of the second neighbor that it attends to
 
-The model itself is not changed: a forward hook on each cross-attention of the decoder recomputes the weights
-from queries and keys. Shape suffixes are those of model.py and attention.py.
+The model itself is not changed: a forward hook on each cross-attention recomputes the weights from queries and
+keys. Shape suffixes are those of model.py and attention.py.
 """
 
 import math
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from retro_model.network.attention import NeighborAttention, unshift
 from retro_model.network.kernels import rotate
-from retro_model.network.model import RETRO, Stream, attends_retrieval
+from retro_model.network.language_model import LanguageModel
+from retro_model.network.model import Stream, attends_retrieval, stream_of
 
 
 class AttentionMaps(NamedTuple):
@@ -32,34 +33,36 @@ class AttentionMaps(NamedTuple):
 
 @torch.no_grad()
 def neighbor_attention_maps(
-    model: RETRO, seq: Tensor, retrieved: Tensor, documents: Tensor | None = None
+    model: LanguageModel, seq: Tensor, retrieved: Tensor, documents: Tensor | None = None
 ) -> AttentionMaps:
-    """The attention to neighbors on this batch. The arguments are those of `RETRO.forward`.
+    """The attention to neighbors on this batch. The arguments are those of the model.
 
     Put the model in eval mode first: dropout would change the layers' inputs, and the weights do not include it.
     """
     retrieved_BLKR = retrieved if retrieved.dim() == 4 else retrieved[:, :, None]
-    totals: list[Tensor] = []
-    layers = [
-        cast("NeighborAttention", block.cross_attention.inner) for block in model.decoder if block.cross_attention
+    found: list[list[Tensor]] = [[] for _ in model.cross_attentions]  # for each layer, the weights of each call
+    hooks = [
+        layer.register_forward_pre_hook(partial(_append_weights, of_layer=of_layer))
+        for layer, of_layer in zip(model.cross_attentions, found, strict=True)
     ]
-    hooks = [layer.register_forward_pre_hook(partial(_append_weights, totals=totals)) for layer in layers]
     try:
-        _, stream = model.hidden_states(seq, retrieved, documents)
+        model.run_layers(seq, retrieved, documents)
     finally:
         for hook in hooks:
             hook.remove()
-    if not totals:  # the batch has no neighbors, or the model no cross-attention
+    if not any(found):  # the batch has no neighbors, or the model no cross-attention
         empty = seq.new_zeros((*seq.shape, *retrieved_BLKR.shape[2:]), dtype=torch.float32)
         return AttentionMaps(empty, empty.new_zeros(seq.shape))
-    weights_BNJ = _to_rows(torch.stack(totals).sum(0) / len(totals), stream, seq, retrieved_BLKR, model.config.pad_id)
+    weights_AMJ = torch.stack([torch.cat(of_layer) for of_layer in found]).sum(0) / len(found)
+    stream = stream_of(seq, documents, model.config.chunk_size)
+    weights_BNJ = _to_rows(weights_AMJ, stream, seq, retrieved_BLKR, model.config.pad_id)
     sinks = weights_BNJ.shape[2] - retrieved_BLKR[0, 0].numel()
     neighbors_BNKR = weights_BNJ[:, :, sinks:].reshape(*seq.shape, *retrieved_BLKR.shape[2:])
     return AttentionMaps(neighbors_BNKR, weights_BNJ[:, :, :sinks].sum(2))
 
 
 def _append_weights(
-    layer: nn.Module, arguments: tuple[Tensor, Tensor, partial[Tensor]], *, totals: list[Tensor]
+    layer: nn.Module, arguments: tuple[Tensor, Tensor, partial[Tensor]], *, of_layer: list[Tensor]
 ) -> None:
     """Append the weights of one layer, averaged over its heads: (A, M, J), with a sink (A, M, 1 + J).
 
@@ -75,7 +78,7 @@ def _append_weights(
     with torch.autocast(x_QD.device.type, enabled=False):
         scores_AHMJ = query_AHMF @ key_AHJF.mT / math.sqrt(query_AHMF.shape[-1])
     mask_AJ = attend.keywords["mask_BJ"]
-    totals.append(scores_AHMJ.masked_fill(~mask_AJ[:, None, None], -math.inf).softmax(-1).mean(1))
+    of_layer.append(scores_AHMJ.masked_fill(~mask_AJ[:, None, None], -math.inf).softmax(-1).mean(1))
 
 
 def _to_rows(weights_AMJ: Tensor, stream: Stream, seq: Tensor, retrieved_BLKR: Tensor, pad_id: int) -> Tensor:

@@ -24,7 +24,7 @@ Shape suffixes:
     A  chunks that have neighbors      H  heads                             F  features per head
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from retro_model.core.errors import ConfigError
 from retro_model.network.attention import (
@@ -47,7 +48,9 @@ from retro_model.network.attention import (
     unshift,
 )
 from retro_model.network.config import RETROConfig
+from retro_model.network.flops import step_flops
 from retro_model.network.kernels import ROWS_OF_LOGITS, linear_cross_entropy, rms_norm, rotary_attention
+from retro_model.network.language_model import LanguageModel
 
 # ---- small parts -----------------------------------------------------------------------------------
 
@@ -275,6 +278,18 @@ class Stream(NamedTuple):
     index_C: Tensor  # index of each chunk within its document, from 0
 
 
+def stream_of(seq: Tensor, documents: Tensor | None, chunk_size: int) -> Stream:
+    """The stream of a batch (B, N); `documents` (B, chunks) as in `RETRO.forward`, None: each row is one document."""
+    rows, length = seq.shape
+    chunks = -(-length // chunk_size)
+    if documents is None:
+        return stream_of_rows(rows, chunks, seq.device)
+    if documents.shape[1] < chunks:  # an incomplete chunk at the end belongs to the document before it
+        last = documents[:, -1:] if documents.shape[1] else documents.new_zeros(rows, 1)
+        documents = torch.cat([documents, last], dim=1)
+    return stream_of_documents(documents)
+
+
 def stream_of_rows(rows: int, chunks: int, device: torch.device) -> Stream:
     """The stream of a batch in which each row is one document."""
     return Stream(None, [(rows, chunks)], torch.arange(chunks, device=device).repeat(rows))
@@ -397,7 +412,7 @@ def chunked_cross_attention(cross: Residual, x_TD: Tensor, retrieval: Retrieval,
 # ---- the model -------------------------------------------------------------------------------------
 
 
-class RETRO(nn.Module):
+class RETRO(LanguageModel):
     """The decoder with retrieval. The keyword arguments are the fields of RETROConfig."""
 
     def __init__(self, **arguments: Any) -> None:
@@ -443,6 +458,37 @@ class RETRO(nn.Module):
         from retro_model.network.pretrained import save_model
 
         save_model(folder, self.config, self.state_dict())
+
+    def save_weights(self, folder: str | PathLike[str], weights: Mapping[str, Tensor]) -> None:
+        """As `save_pretrained`, with these weights."""
+        from retro_model.network.pretrained import save_model
+
+        save_model(folder, self.config, weights)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the plain decoder is frozen."""
+        return not self.embedding.weight.requires_grad
+
+    @property
+    def cross_attentions(self) -> list[NeighborAttention]:
+        """The attention to neighbors of each layer that has it, from the first to the last."""
+        return [block.cross_attention.inner for block in self.decoder if block.cross_attention]
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of each sublayer, and recompute the rest in the backward pass."""
+        for module in self.modules():
+            if isinstance(module, Residual):
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+    def step_flops(self, rows: int, length: int, neighbors: int) -> float:
+        """FLOPs of the matrix products of a training step: see flops.py."""
+        return step_flops(self.config, rows, length, neighbors)
 
     @property
     def output_weight_VD(self) -> Tensor:
@@ -504,10 +550,14 @@ class RETRO(nn.Module):
     ) -> tuple[Tensor, Stream]:
         """The final hidden states after the last norm (T, D), in stream order, and the stream."""
         check_batch(self.config, seq, retrieved, documents)
-        stream = self._stream(seq, documents)
+        stream = stream_of(seq, documents, self.config.chunk_size)
         tokens_T = self._to_stream(seq, stream, "seq", seq)
         retrieved_CKR = None if retrieved is None else self._retrieved_to_stream(retrieved, stream, seq)
         return self._decode(tokens_T, retrieved_CKR, stream), stream
+
+    def run_layers(self, seq: Tensor, retrieved: Tensor | None = None, documents: Tensor | None = None) -> None:
+        """Run all layers for hooks on them, without logits."""
+        self.hidden_states(seq, retrieved, documents)
 
     def _decode(self, tokens_T: Tensor, retrieved_CKR: Tensor | None, stream: Stream) -> Tensor:
         """Algorithm 1: run the decoder; the first layer with cross-attention calls the encoder."""
@@ -533,16 +583,6 @@ class RETRO(nn.Module):
         return normed
 
     # -- converting between rows and the stream
-
-    def _stream(self, seq: Tensor, documents: Tensor | None) -> Stream:
-        rows, length = seq.shape
-        chunks = -(-length // self.config.chunk_size)
-        if documents is None:
-            return stream_of_rows(rows, chunks, seq.device)
-        if documents.shape[1] < chunks:  # an incomplete chunk at the end belongs to the document before it
-            last = documents[:, -1:] if documents.shape[1] else documents.new_zeros(rows, 1)
-            documents = torch.cat([documents, last], dim=1)
-        return stream_of_documents(documents)
 
     def _to_stream(self, tokens_BN: Tensor, stream: Stream, name: str, seq: Tensor) -> Tensor:
         """Pad rows of tokens to whole chunks and flatten them in stream order: (T,)."""
@@ -658,9 +698,7 @@ def initialize(model: RETRO) -> None:
     if model.encoder is not None:
         initialize_encoder(config, model.encoder)
         if config.copy_tokens:
-            start_copying(
-                model.encoder, [block.cross_attention.inner for block in model.decoder if block.cross_attention]
-            )
+            start_copying(model.encoder, model.cross_attentions)
 
 
 def initialize_encoder(config: RETROConfig, encoder: Encoder) -> None:

@@ -56,22 +56,29 @@ class GatedCrossAttention(Residual):
 
 
 class Adapters(nn.Module):
-    """The encoder, and the cross-attention of each layer that has one, by the layer's number."""
+    """The encoder, and the cross-attention of each layer that has one, by the layer's number.
+
+    Without `retrieval` there are none.
+    """
 
     def __init__(self, config: RETROConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config) if config.retrieval else None
         self.cross_attention = nn.ModuleDict(
             {str(layer): GatedCrossAttention(config) for layer in sorted(config.dec_cross_attn_layers)}
         )
-        with torch.no_grad():
-            initialize_encoder(config, self.encoder)
-            if config.copy_tokens:
-                crosses = [self.of_layer(layer) for layer in config.dec_cross_attn_layers]
-                start_copying(self.encoder, [cross.inner for cross in crosses])
-                for cross in crosses:
-                    nn.init.zeros_(cast("Tensor", cross.norm.gain))
+        if self.encoder is not None:
+            self._initialize(self.encoder)
+
+    @torch.no_grad()
+    def _initialize(self, encoder: Encoder) -> None:
+        initialize_encoder(self.config, encoder)
+        if self.config.copy_tokens:
+            crosses = [self.of_layer(layer) for layer in self.config.dec_cross_attn_layers]
+            start_copying(encoder, [cross.inner for cross in crosses])
+            for cross in crosses:
+                nn.init.zeros_(cast("Tensor", cross.norm.gain))
 
     def of_layer(self, number: int) -> GatedCrossAttention:
         """The cross-attention after the base's layer `number`."""
@@ -80,7 +87,7 @@ class Adapters(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The number type of the new weights."""
-        return next(self.parameters()).dtype
+        return next((parameter.dtype for parameter in self.parameters()), torch.float32)
 
 
 class WholePass:
@@ -100,6 +107,7 @@ class WholePass:
         width, adapters = hidden_BND.shape[-1], model.adapters
         hidden_TD = F.pad(hidden_BND.to(self.embedded_TD.dtype), (0, 0, 0, self.tail)).flatten(0, 1)
         if self.retrieval is None:
+            assert adapters.encoder is not None
             chunks = len(self.retrieved_CKR) // self.rows
             index_C = torch.arange(chunks, device=hidden_TD.device).repeat(self.rows)
             self.retrieval = encode_retrieved(

@@ -5,13 +5,13 @@ Code that comes with a model is never run, and weights are never unpickled.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from retro_model.core.errors import ConfigError, SourceError
@@ -23,17 +23,24 @@ LAYER_NAMES = ("layers", "h")  # the attributes under which decoders keep their 
 NO_LIMIT = 2**30  # for models whose positions have no limit, such as Bloom
 
 
-def load_base(source: str | os.PathLike[str], dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_base(
+    source: str | os.PathLike[str], dtype: torch.dtype | None = None, revision: str | None = None
+) -> PreTrainedModel:
     """Load a causal language model from a folder or by its name on the hub, in eval mode.
 
-    `dtype` None: the one that it was saved in. Raises SourceError.
+    `dtype` None: the one that it was saved in. `revision` None: the hub's main one. Raises SourceError.
     """
     place = os.fspath(source)
     local = Path(place).is_dir()
     try:
         with quiet_transformers(show_downloads=not local):
             model, info = cast("Any", AutoModelForCausalLM).from_pretrained(
-                place, trust_remote_code=False, use_safetensors=True, dtype=dtype or "auto", output_loading_info=True
+                place,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                **({} if revision is None else {"revision": revision}),
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         tried = f"folder {place}" if local else "no such folder, and not on the hub"
@@ -97,10 +104,10 @@ def base_sizes(base: PreTrainedModel, depth: int) -> BaseSizes:
     )
 
 
-def weights_digest(base: nn.Module) -> str:
-    """The sha256 of all weights with their names, types and shapes; tied weights count once."""
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """The sha256 of a model's named parameters with their names, types and shapes; tied weights count once."""
     digest = hashlib.sha256()
-    for name, weight in sorted(base.named_parameters()):
+    for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

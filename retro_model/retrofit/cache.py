@@ -244,7 +244,7 @@ class CachedReader:
         if present:
             rows, retrieved_AKR = list(present), torch.stack(list(present.values()))
             mask_AKR = retrieved_AKR != pad_id
-            assert self.hidden_BMD is not None
+            assert self.hidden_BMD is not None and model.adapters.encoder is not None
             encoded_AJE = model.adapters.encoder(model.embed(retrieved_AKR), mask_AKR, self.hidden_BMD[rows])
             encoded = Encoded(rows, encoded_AJE, model.output_rows(retrieved_AKR), mask_AKR)
         self._keep(hidden_BSD, piece.start + 1, piece.end)

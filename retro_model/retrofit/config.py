@@ -7,6 +7,8 @@ from retro_model.core.config import Config, setting
 from retro_model.core.errors import ConfigError
 from retro_model.network.config import RETROConfig
 
+WEIGHTS_NAME = "adapters.safetensors"
+
 EVERY = 3  # by default every third layer gets cross-attention ...
 FIRST = 6  # ... from the sixth on, as in the paper
 WIDTH_STEP = 64  # the default width of the encoder is a multiple of this
@@ -24,18 +26,25 @@ class BaseSizes:
 
 
 @dataclass(frozen=True)
-class AdapterConfig(Config):
-    """The settings of the adapters. Layer numbers start at 1. None: derived from the base by `resolved`."""
+class AdapterSizes(Config):
+    """The sizes of the adapters. Layer numbers start at 1. None: derived from the base by `AdapterConfig.resolved`."""
 
-    chunk_size: int = setting(64, minimum=1)
+    cross_attn_layers: tuple[int, ...] | None = setting(None, minimum=1)  # None: every third from the sixth
     enc_dim: int | None = setting(None, minimum=1)  # None: a third of the base's width
     enc_depth: int = setting(2, minimum=1)
-    enc_cross_attn_layers: tuple[int, ...] | None = setting((), minimum=1)  # None: every layer, as in the paper
-    cross_attn_layers: tuple[int, ...] | None = setting(None, minimum=1)  # None: every third from the sixth
     heads: int | None = setting(None, minimum=1)  # None: so many that all heads have half the base's width
     dim_head: int = setting(64, minimum=2)
-    dropout: float = setting(0.0, minimum=0.0, below=1.0)  # in encoder and cross-attention
     copy_tokens: int = setting(3, minimum=0)  # as in ModelConfig
+
+
+@dataclass(frozen=True)
+class AdapterConfig(AdapterSizes):
+    """All settings of the adapters; None: derived from the base by `resolved`."""
+
+    chunk_size: int = setting(64, minimum=1)
+    retrieval: bool = setting(True)  # False: the base alone
+    enc_cross_attn_layers: tuple[int, ...] | None = setting((), minimum=1)  # None: every layer, as in the paper
+    dropout: float = setting(0.0, minimum=0.0, below=1.0)  # in encoder and cross-attention
     cross_attn_sink: bool = setting(True)  # as in ModelConfig
     pad_id: int | None = setting(None, minimum=0)  # None: the base's; if it has none, the first id that no token has
     layers: str | None = setting(None)  # where the base keeps its decoder layers; None: found by name
@@ -48,7 +57,9 @@ class AdapterConfig(Config):
         cross_attn_layers = self.cross_attn_layers
         if cross_attn_layers is None:
             cross_attn_layers = tuple(range(FIRST, base.depth + 1, EVERY)) or (base.depth,)
-        if not cross_attn_layers or max(cross_attn_layers) > base.depth:
+        if not self.retrieval:
+            cross_attn_layers = ()
+        elif not cross_attn_layers or max(cross_attn_layers) > base.depth:
             allowed = f"one or more layers from 1 to {base.depth}, the depth of the base"
             raise ConfigError(f"cross_attn_layers: found {list(cross_attn_layers)}, expected {allowed}")
         pad_id = self.pad_id
@@ -67,7 +78,8 @@ class AdapterConfig(Config):
 
     def network(self, base: BaseSizes) -> RETROConfig:
         """The network's config, with the base in the place of the decoder. For resolved settings."""
-        assert self.pad_id is not None and self.enc_dim and self.heads and self.cross_attn_layers, "not resolved"
+        assert self.pad_id is not None and self.enc_dim and self.heads, "not resolved"
+        assert self.cross_attn_layers is not None, "not resolved"
         return RETROConfig(
             num_tokens=max(base.vocab_size, self.pad_id + 1),
             max_seq_len=base.max_seq_len,
@@ -86,4 +98,5 @@ class AdapterConfig(Config):
             dec_attn_dropout=self.dropout,
             copy_tokens=self.copy_tokens,
             cross_attn_sink=self.cross_attn_sink,
+            retrieval=self.retrieval,
         )

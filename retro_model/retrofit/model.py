@@ -13,7 +13,7 @@ one batch. So attention cannot cross documents, whatever the base makes of masks
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -25,7 +25,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from retro_model.core.errors import ConfigError, SourceError
-from retro_model.network.model import check_batch, check_ids, sequence_and_labels, stream_of_documents
+from retro_model.network.attention import NeighborAttention
+from retro_model.network.flops import retrieval_flops
+from retro_model.network.language_model import LanguageModel
+from retro_model.network.model import check_batch, check_ids, sequence_and_labels, stream_of
 from retro_model.retrofit.adapters import Adapters, WholePass
 from retro_model.retrofit.bases import base_sizes, decoder_layers, load_base
 from retro_model.retrofit.config import AdapterConfig
@@ -51,11 +54,12 @@ class _Rows(NamedTuple):
     retrieved_BLKR: Tensor | None
 
 
-class Retrofit(nn.Module):
+class Retrofit(LanguageModel):
     """A causal language model with retrieval. `base` is one of transformers, or its name or folder.
 
     The other arguments are `chunk_size` and the fields of AdapterConfig. With `freeze` only the adapters are trained,
-    and the base stays in eval mode. Adapters have the base's number type, but at least float32.
+    and the base stays in eval mode. Adapters have the base's number type, but at least float32. With
+    `retrieval=False` there are no adapters: the model is the base, which reads packed documents.
 
     Raises SourceError for a base that cannot be loaded or has no decoder layers to attach to, and ConfigError.
     """
@@ -75,6 +79,7 @@ class Retrofit(nn.Module):
         self.settings = config.resolved(sizes)
         self.config = self.settings.network(sizes)
         self.vocab_size = sizes.vocab_size
+        self.base_name = self.base.name_or_path  # under which it is recorded with the adapters
         self.adapters = Adapters(self.config)
         reference = self.embedding.weight
         self.adapters.to(reference.device, torch.promote_types(reference.dtype, torch.float32))
@@ -87,6 +92,16 @@ class Retrofit(nn.Module):
     def embedding(self) -> nn.Embedding:
         """The base's embeddings of tokens, which are also those of the neighbors' tokens."""
         return cast("nn.Embedding", self.base.get_input_embeddings())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    @property
+    def cross_attentions(self) -> list[NeighborAttention]:
+        """The attention to neighbors after each layer that has it, from the first to the last."""
+        return [self.adapters.of_layer(number).inner for number in sorted(self.config.dec_cross_attn_layers)]
 
     @property
     def frozen(self) -> bool:
@@ -116,6 +131,22 @@ class Retrofit(nn.Module):
         for module in self.base.modules():
             if getattr(module, "gradient_checkpointing", False):
                 cast("Any", module).gradient_checkpointing = False
+
+    def step_flops(self, rows: int, length: int, neighbors: int) -> float:
+        """FLOPs of the matrix products of a training step: see network/flops.py.
+
+        A frozen base has no gradients of weights, and none at all below the first cross-attention.
+        """
+        config, tokens = self.config, rows * length
+        scores = 2 * tokens * length * config.dec_dim  # of a layer; causal: half of all
+        weights = [sum(weight.numel() for weight in layer.parameters() if weight.dim() > 1) for layer in self._layers]
+        forward = [2 * tokens * number + scores for number in weights]
+        head = 2 * tokens * config.dec_dim * self.vocab_size
+        retrieval = 3 * retrieval_flops(config, tokens, neighbors)
+        if not self.frozen:
+            return 3.0 * (sum(forward) + head) + retrieval
+        first = min(config.dec_cross_attn_layers, default=config.dec_depth)
+        return float(sum(forward) + head + sum(forward[first:]) + head + retrieval)
 
     @property
     def _layers(self) -> list[nn.Module]:
@@ -169,17 +200,25 @@ class Retrofit(nn.Module):
         losses = F.cross_entropy(logits_BNV[labeled_BN].float(), labels_BN[labeled_BN], reduction="none")
         return losses_BN.masked_scatter(labeled_BN, losses)
 
+    def run_layers(self, seq: Tensor, retrieved: Tensor | None = None, documents: Tensor | None = None) -> None:
+        """Run all layers for hooks on them, without logits."""
+        for each in self._rows(seq, retrieved, documents):
+            self._run(each, cast("Any", self.base).get_decoder())
+
     def _logits(self, rows: _Rows) -> Tensor:
         """The base's logits (B, N, V), with cross-attention if the rows have neighbors."""
+        logits: Tensor = self._run(rows, self.base).logits
+        return logits
+
+    def _run(self, rows: _Rows, network: Callable[..., Any]) -> Any:
+        """What the base, or its decoder without the head, makes of the rows."""
         seq_BN = self.existing(rows.seq_BN)
         if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
             self.checkpoint_activations()
         if rows.retrieved_BLKR is None or not bool((rows.retrieved_BLKR != self.config.pad_id).any()):
-            logits: Tensor = self.base(input_ids=seq_BN, use_cache=False).logits
-            return logits
+            return network(input_ids=seq_BN, use_cache=False)
         with self.attached(WholePass(self, seq_BN, rows.retrieved_BLKR)):
-            logits = self.base(input_ids=seq_BN, use_cache=False).logits
-        return logits
+            return network(input_ids=seq_BN, use_cache=False)
 
     def _rows(self, seq: Tensor, retrieved: Tensor | None, documents: Tensor | None) -> list[_Rows]:
         """Take a batch apart into rows of one document each; rows of the same length stay together."""
@@ -191,13 +230,9 @@ class Retrofit(nn.Module):
         m, pad_id = self.config.chunk_size, self.config.pad_id
         seq_CM = _pad_to_chunks(seq.long(), m, pad_id).view(-1, m)
         chunks = len(seq_CM) // len(seq)
-        if documents.shape[1] < chunks:  # an incomplete chunk at the end belongs to the document before it
-            documents = (
-                torch.cat([documents, documents[:, -1:]], dim=1) if documents.shape[1] else seq.new_zeros(len(seq), 1)
-            )
         if retrieved is not None:
             retrieved = F.pad(retrieved, (0, 0, 0, 0, 0, chunks - retrieved.shape[1]), value=pad_id).flatten(0, 1)
-        order_C, groups, _ = stream_of_documents(documents)
+        order_C, groups, _ = stream_of(seq, documents, m)
         assert order_C is not None
         rows = []
         for (count, length), order in zip(groups, torch.split(order_C, [a * b for a, b in groups]), strict=True):
@@ -282,7 +317,31 @@ class Retrofit(nn.Module):
         """Write adapters.safetensors and config.json; with `full`, or if the base is trained, also the base."""
         from retro_model.retrofit.pretrained import save
 
-        save(self, folder, full or not self.frozen)
+        save(self, folder, self.own_weights(), with_base=full or not self.frozen)
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """The adapters, and the base unless it is frozen, by their names in `named_parameters`."""
+        own = self.named_parameters()
+        return {name: weight.detach() for name, weight in own if name.startswith("adapters.") or not self.frozen}
+
+    def load_own_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """The inverse of `own_weights`."""
+        from retro_model.network.pretrained import check_names
+
+        check_names(set(weights), set(self.own_weights()), "these weights")
+        self.load_state_dict(weights, strict=False)
+
+    def describe_base(self) -> dict[str, Any]:
+        """What identifies the base: name, revision on the hub, number type, and the sha256 of its weights."""
+        from retro_model.retrofit.pretrained import describe_base
+
+        return describe_base(self)
+
+    def save_weights(self, folder: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
+        """As `save_pretrained`, with these weights."""
+        from retro_model.retrofit.pretrained import save
+
+        save(self, folder, weights, with_base=not self.frozen)
 
     @classmethod
     def from_pretrained(

@@ -24,7 +24,7 @@ from retro_model.evaluation.overlap import longest_shared_run
 from retro_model.evaluation.passages import token_texts
 from retro_model.inference.generation import Retrieve
 from retro_model.inference.text import Sampling, encode_prompt, write_text
-from retro_model.network.model import RETRO
+from retro_model.network.language_model import LanguageModel
 from retro_model.serving.live import LiveDatabase, LiveDocument, Neighbor, cut_text
 from retro_model.serving.worker import Worker
 
@@ -151,7 +151,7 @@ class Service:
     Methods raise ConfigError for unfit input, and the errors of `Worker.run`.
     """
 
-    def __init__(self, model: RETRO, database: LiveDatabase, knn: int, worker: Worker) -> None:
+    def __init__(self, model: LanguageModel, database: LiveDatabase, knn: int, worker: Worker) -> None:
         self.model, self.database, self.knn = model, database, knn
         self.worker = worker
         self._tokenizer, self._chunk_size = database.tokenizer, database.retriever.chunk_size
@@ -273,7 +273,7 @@ class Service:
     @torch.no_grad()
     def _losses(self, rows: IntArray, retrieved_LKR: Tensor | None) -> torch.Tensor:
         """The loss of each label of one document's chunk rows, (L * M,); 0 at padding."""
-        device = self.model.embedding.weight.device
+        device = self.model.device
         seq, labels = (torch.from_numpy(half.reshape(1, -1)).to(device) for half in (rows[:, :-1], rows[:, 1:]))
         retrieved = None if retrieved_LKR is None else retrieved_LKR[None].to(device)
         with fast_float32_products(device):

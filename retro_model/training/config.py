@@ -8,7 +8,8 @@ from typing import Any
 
 from retro_model.core.artifacts import Artifact
 from retro_model.core.config import Config, optional_path, setting
-from retro_model.core.errors import ConfigError
+from retro_model.core.errors import ConfigError, MismatchError
+from retro_model.retrofit.config import AdapterSizes
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,17 @@ class TrainConfig(Config, section="train"):
 
 
 @dataclass(frozen=True)
-class RetrofitConfig(Config, section="retrofit"):
+class RetrofitConfig(AdapterSizes, section="retrofit"):
     """Which trained model RETRO starts from, and the training settings for that case.
 
     `init_from` is a model's folder. If it is "" or an empty folder, RETRO trains from new weights with the
     settings of `train`. Otherwise `steps` and `lr` replace those of `train`.
+
+    `base` is the folder or hub name of a causal language model of transformers. If it is not "", adapters around that
+    model are trained in place of RETRO; the sizes are theirs, and `freeze` "decoder" freezes the base.
     """
 
+    base: str = setting("")
     init_from: str = setting("")
     freeze: str = setting("decoder", choices=("nothing", "decoder"))
     steps: int = setting(400, minimum=1)
@@ -68,10 +73,20 @@ class RetrofitConfig(Config, section="retrofit"):
     def model(self) -> Artifact | None:
         """The model to start from; None for new weights.
 
-        Raises ConfigError if the folder does not exist, MissingArtifactError if it holds no complete model.
+        Raises ConfigError if the folder does not exist, MissingArtifactError if it holds no complete model, and
+        MismatchError if it holds RETRO where `base` asks for adapters, or the other way round.
         """
         path = optional_path("retrofit.init_from", self.init_from)
-        return None if path is None else Artifact.open(path, "model")
+        if path is None:
+            return None
+        start = Artifact.open(path, "model")
+        if bool(start.facts.get("base")) != bool(self.base):
+            has = "adapters" if start.facts.get("base") else "RETRO's weights"
+            raise MismatchError(
+                f"{start.folder}: found {has}, but retrofit.base is {self.base!r}; run `dvc repro` (stage baseline), "
+                "or start from another model (retrofit.init_from)"
+            )
+        return start
 
     def applied_to(self, config: TrainConfig) -> TrainConfig:
         """`config` with the steps and learning rate for training from a trained model."""

@@ -73,7 +73,7 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
     vectors = [parameter for parameter in parameters if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     not_empty = [group for group in groups if group["params"]]
-    return AdamW(not_empty, lr=lr, betas=(0.9, 0.95), fused=True)
+    return AdamW(not_empty or groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

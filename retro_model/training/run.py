@@ -27,9 +27,10 @@ from torch import Tensor
 
 from retro_model.core.artifacts import Artifact, ArtifactWriter, whole_folder
 from retro_model.core.devices import resolve_number_type
-from retro_model.network.config import ModelConfig, RETROConfig
+from retro_model.network.config import ModelConfig
+from retro_model.network.language_model import LanguageModel
 from retro_model.network.model import RETRO
-from retro_model.network.pretrained import save_model
+from retro_model.training.base import around_base, check_train_config, start_from_adapters
 from retro_model.training.checkpoints import Checkpoints
 from retro_model.training.config import RetrofitConfig, TrainConfig
 from retro_model.training.copying import copying_potential
@@ -83,8 +84,9 @@ class TrainingRun:
     """The inputs, settings and output folders of one training.
 
     Without `neighbors_folder` it trains the baseline: the same decoder and data, no retrieval. `retrofit` may name
-    a trained model to start from; by default the weights are new. With `work_folder` a stopped run can resume, and
-    the last weights are written to `work_folder/last`.
+    a trained model to start from; by default the weights are new. It may also name a base, a language model of
+    transformers: then adapters are trained around it, and the baseline is the base as it is, scored and not trained.
+    With `work_folder` a stopped run can resume, and the last weights are written to `work_folder/last`.
     """
 
     chunks_folder: Path
@@ -109,7 +111,7 @@ class TrainingRun:
         inputs = _Inputs.open(self.chunks_folder, self.neighbors_folder, tokenizer, self.retrofit)
         training = inputs.sequences("train", self.seq_len, self.knn)
         validation = inputs.sequences("valid", self.seq_len, self.knn)
-        model = self._model(inputs)
+        model, base = self._model(inputs, world.device)
         trainer = Trainer(
             model,
             training,
@@ -117,7 +119,7 @@ class TrainingRun:
             self._settings(inputs),
             seed=self.seed,
             world=world,
-            checkpoints=self._checkpoints(inputs, world.device),
+            checkpoints=self._checkpoints(inputs, world.device, base),
         )
         title = self.out_folder.name
         if trainer.state.step and world.main:
@@ -125,7 +127,10 @@ class TrainingRun:
         elif inputs.retrieval and world.main:
             potential = copying_potential(validation, trainer.validation_rows)
             logger.info(f"{title}: {potential.line()}")
-        result = trainer.run(title, log, self.log_every, self.checkpoint_every)
+        if trainer.trains:
+            result = trainer.run(title, log, self.log_every, self.checkpoint_every)
+        else:
+            result = trainer.score(log)
         if world.main:
             facts = {
                 "retrieval": inputs.retrieval,
@@ -133,21 +138,24 @@ class TrainingRun:
                 "chunk_size": training.chunk_size,
                 "seq_len": self.seq_len,
                 "number_type": trainer.number_type,
+                **({"base": base} if base else {}),
                 **inputs.facts(),
             }
             if self.work_folder is not None:
                 last = self.work_folder / "last"
-                _write_model(last, model.config, result.last_weights, tokenizer, {**facts, **result.history[-1]})
+                _write_model(last, model, result.last_weights, tokenizer, {**facts, **result.history[-1]})
             assert trainer.state.best is not None
             best = {**facts, **trainer.state.best}
-            _write_model(self.out_folder, model.config, result.best_weights, tokenizer, best)
+            _write_model(self.out_folder, model, result.best_weights, tokenizer, best)
         return result
 
-    def _model(self, inputs: "_Inputs") -> RETRO:
-        """The network with its initial weights."""
+    def _model(self, inputs: "_Inputs", device: torch.device) -> tuple[LanguageModel, dict[str, Any]]:
+        """The model with its initial weights, and what identifies its base, if it has one."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             facts = inputs.chunks["train"].facts
+            if self.retrofit.base:
+                return self._around_base(inputs, facts, device)
             model = build_model(self.model_config, facts, self.seq_len, inputs.retrieval)
             if inputs.retrieval:  # start from the baseline's initial decoder: no difference by chance
                 torch.manual_seed(self.seed)
@@ -155,18 +163,31 @@ class TrainingRun:
                 model.load_state_dict({**model.state_dict(), **plain.state_dict()})
         if inputs.start is not None:
             start_from(model, inputs.start, self.retrofit.freeze)
-        return model
+        return model, {}
+
+    def _around_base(
+        self, inputs: "_Inputs", facts: Mapping[str, Any], device: torch.device
+    ) -> tuple[LanguageModel, dict[str, Any]]:
+        check_train_config(self.train_config)
+        number_type = resolve_number_type(self.train_config.number_type, device)
+        model = around_base(self.retrofit, facts, self.seq_len, number_type, inputs.retrieval)
+        base = model.describe_base()
+        if inputs.start is not None:
+            start_from_adapters(model, inputs.start, base)
+        return model, base
 
     def _settings(self, inputs: "_Inputs") -> TrainConfig:
-        return self.train_config if inputs.start is None else self.retrofit.applied_to(self.train_config)
+        from_trained = inputs.start is not None or (self.retrofit.base and inputs.retrieval)
+        return self.retrofit.applied_to(self.train_config) if from_trained else self.train_config
 
-    def _checkpoints(self, inputs: "_Inputs", device: torch.device) -> Checkpoints | None:
+    def _checkpoints(self, inputs: "_Inputs", device: torch.device, base: Mapping[str, Any]) -> Checkpoints | None:
         if self.work_folder is None:
             return None
         settings = {
             "model": dataclasses.asdict(self.model_config),
             "train": self._settings(inputs).identity(),
             "freeze": "nothing" if inputs.start is None else self.retrofit.freeze,
+            **({"retrofit": dataclasses.asdict(self.retrofit), "base": base} if base else {}),
             "knn": self.knn if inputs.retrieval else 0,
             "seq_len": self.seq_len,
             "seed": self.seed,
@@ -237,11 +258,11 @@ class _Inputs:
 
 
 def _write_model(
-    path: Path, config: RETROConfig, weights: dict[str, Tensor], tokenizer: Artifact, facts: Mapping[str, Any]
+    path: Path, model: LanguageModel, weights: dict[str, Tensor], tokenizer: Artifact, facts: Mapping[str, Any]
 ) -> None:
     """Write a model artifact: weights, config, a copy of the tokenizer, and `facts`."""
     with whole_folder(path) as folder, ArtifactWriter(folder, "model") as writer:
-        save_model(folder, config, weights)
+        model.save_weights(folder, weights)
         shutil.copytree(tokenizer.folder, folder / "tokenizer")
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             writer.add_file(file.relative_to(folder).as_posix())

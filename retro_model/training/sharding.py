@@ -1,38 +1,33 @@
-"""Activation checkpointing, DDP and FSDP. None of them changes what the network computes, except for rounding.
+"""DDP and FSDP. Neither changes what the network computes, except for rounding.
 
 Weights keep their names, so a checkpoint loads with any number of processes, sharded or not.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
+from retro_model.core.errors import ConfigError
 from retro_model.core.rows import NO_ROW
 from retro_model.network.attention import CrossAttention, NeighborAttention
-from retro_model.network.model import RETRO, Residual
+from retro_model.network.language_model import LanguageModel
+from retro_model.network.model import RETRO
 from retro_model.training.distributed import World
 from retro_model.training.sequences import Batch
 
 
-def checkpoint_activations(model: RETRO) -> None:
-    """Make the model keep only the inputs of each sublayer, and recompute the rest in the backward pass."""
-    for module in model.modules():
-        if isinstance(module, Residual):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
-
-
-def shard(model: RETRO, world: World) -> None:
+def shard(model: LanguageModel, world: World) -> None:
     """Shard weights, gradients and optimizer state over the processes (FSDP, `fully_shard`).
 
     Each process holds its shard, and a sublayer's weights are gathered while it runs. All processes must run the
     same sublayers in the same order: see `ensure_neighbor`.
     """
+    if not isinstance(model, RETRO):
+        raise ConfigError("train.shard: found true, expected false: the weights of a base cannot be sharded")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -61,7 +56,7 @@ def _shard_keys_and_values(attention: CrossAttention, mesh: Any) -> None:
             register_fsdp_forward_method(attention, "neighbor_context")
 
 
-def replicate(model: RETRO, world: World) -> DistributedDataParallel:
+def replicate(model: LanguageModel, world: World) -> DistributedDataParallel:
     """Wrap the model in DDP: each process has a full copy, and gradients are averaged over the processes."""
     return DistributedDataParallel(
         model,
@@ -120,6 +115,6 @@ def local_part(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, placements)  # type: ignore[attr-defined]
 
 
-def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A full copy of the model's weights in main memory. For a sharded model, all processes must call this."""
-    return {name: full_copy(tensor) for name, tensor in model.state_dict().items()}
+def full_weights(model: LanguageModel) -> dict[str, Tensor]:
+    """A full copy of the model's own weights in main memory. For a sharded model, all processes must call this."""
+    return {name: full_copy(tensor) for name, tensor in model.own_weights().items()}

@@ -1,6 +1,6 @@
 """Hardware utilization of a training step: the FLOP/s of its matrix products as a share of the peak.
 
-step_flops(config, rows=4, length=512, neighbors=2) / seconds / peak(device, "bfloat16").rate
+model.step_flops(rows=4, length=512, neighbors=2) / seconds / peak(device, "bfloat16").rate
 """
 
 import re
@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 
 from retro_model.core.devices import NumberType, fast_float32_products
-from retro_model.network.config import RETROConfig
 
 # Dense bfloat16 and float32 FLOP/s from the data sheets, by words of the chip's name; the first match counts.
 DATA_SHEETS: dict[str, tuple[float, float]] = {
@@ -38,35 +37,6 @@ class Peak(NamedTuple):
 
     rate: float
     source: str
-
-
-def step_flops(config: RETROConfig, rows: int, length: int, neighbors: int) -> float:
-    """FLOPs of one step's matrix products, forward and backward (three times the forward pass).
-
-    The step has `rows` sequences of `length` tokens, each one document, and `neighbors` neighbors per chunk, of two
-    chunks' length each. Packed sequences need less, because there is no attention across documents.
-    """
-    inner = config.heads * config.dim_head
-    tokens, m = rows * length, config.chunk_size
-    enc_tokens = tokens // m * neighbors * 2 * m
-    d, e = config.dec_dim, config.enc_dim
-
-    def layer(width: int) -> float:
-        return 2 * (4 * width * inner + 8 * width * width)  # per token: qkv and out, feed-forward
-
-    decoder = tokens * config.dec_depth * (layer(d) + 2 * inner * length)  # causal: half of all scores
-    enc_cross_layers = config.enc_depth if config.enc_cross_attn_layers is None else len(config.enc_cross_attn_layers)
-    encoder = (
-        config.enc_depth * enc_tokens * (layer(e) + 4 * inner * 2 * m)  # self-attention
-        + enc_cross_layers
-        * (enc_tokens * (4 * e * inner + 4 * inner * m) + tokens * 4 * d * inner)  # cross-attention to the chunk
-        + (enc_tokens * 2 * d * e if d != e else 0)
-    )
-    cross = len(config.dec_cross_attn_layers) * (
-        tokens * (4 * d * inner + 4 * inner * neighbors * 2 * m) + enc_tokens * 4 * e * inner
-    )
-    head = 2 * tokens * d * config.num_tokens
-    return 3.0 * (decoder + head + (encoder + cross if neighbors else 0))
 
 
 def known_chip(name: str) -> str | None:

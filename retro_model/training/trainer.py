@@ -29,7 +29,7 @@ from retro_model.core.errors import ConfigError, TrainingError
 from retro_model.core.prefetch import prefetch
 from retro_model.core.progress import Progress
 from retro_model.core.rows import NO_ROW
-from retro_model.network.model import RETRO
+from retro_model.network.language_model import LanguageModel
 from retro_model.training.checkpoints import Checkpoints, Row, Saved, TrainingState
 from retro_model.training.config import TrainConfig
 from retro_model.training.distributed import ALONE, World
@@ -49,14 +49,13 @@ from retro_model.training.optimizer import (
 )
 from retro_model.training.sequences import Batch, PackedSequences
 from retro_model.training.sharding import (
-    checkpoint_activations,
     ensure_neighbor,
     full_weights,
     replicate,
     shard,
     skip_gradient_sync,
 )
-from retro_model.training.throughput import peak, step_flops
+from retro_model.training.throughput import peak
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: RETRO,
+        model: LanguageModel,
         training: PackedSequences,
         validation: PackedSequences,
         config: TrainConfig,
@@ -112,7 +111,7 @@ class Trainer:
             keep_freed_memory()
         self.sequences_per_process = _sequences_per_process(config, world)
         self.sharded = config.shard and world.size > 1
-        self.frozen = not model.embedding.weight.requires_grad
+        self.frozen = model.frozen
         self.validation_rows = _evenly_spaced(validation.ordered_rows(), config.validate_sequences)
         self.state = TrainingState()
         self.best_weights: dict[str, Tensor] = {}
@@ -120,7 +119,7 @@ class Trainer:
         if saved is not None:
             self.state = saved.state
             self.best_weights = saved.best_weights if world.main else {}
-            model.load_state_dict(saved.weights)
+            model.load_own_weights(saved.weights)
         self.model = model.to(world.device)
         self.compute_loss = self._prepared_model()
         self.optimizer = make_optimizer(self.model, config.lr, config.weight_decay)
@@ -149,7 +148,7 @@ class Trainer:
     def _prepared_model(self) -> Callable[..., Tensor]:
         """Apply activation checkpointing, compilation and DDP or FSDP as configured; return what computes the loss."""
         if self.config.checkpoint_activations:
-            checkpoint_activations(self.model)
+            self.model.checkpoint_activations()
         if self.config.compile:
             self.model.compile()
         if self.sharded:
@@ -264,18 +263,28 @@ class Trainer:
             state.best, self.best_weights = row, self._weights()
         return row
 
-    @torch.no_grad()
     def _validation_loss(self, neighbors: Literal["own", "shuffled", "none"], suffix: str) -> Row:
         """The mean loss per label in nats, and for an empty suffix also in bits per byte of text.
 
         Raises TrainingError if the loss is not finite.
         """
+        loss, num_labels, num_bytes = self._loss_sums(self.validation, self.validation_rows, neighbors)
+        row = {f"valid_loss{suffix}": loss / num_labels}
+        if not suffix:
+            row["valid_bits_per_byte"] = loss / np.log(2) / max(num_bytes, 1)
+        return row
+
+    @torch.no_grad()
+    def _loss_sums(
+        self, sequences: PackedSequences, all_rows: IntArray, neighbors: Literal["own", "shuffled", "none"]
+    ) -> tuple[float, int, int]:
+        """Sums over the given sequences: the losses in nats, the labels, and the bytes that these stand for."""
         self.model.eval()
-        sums = torch.zeros(3, dtype=torch.float64)  # of losses, labels and bytes
-        for rows in self._validation_portions():
-            batch = self.validation.batch(rows, neighbors)
+        sums = torch.zeros(3, dtype=torch.float64)
+        for rows in self._portions_of(all_rows):
+            batch = sequences.batch(rows, neighbors)
             if self.sharded and batch.retrieved is not None:
-                batch = ensure_neighbor(batch, self.validation.pad_id)
+                batch = ensure_neighbor(batch, sequences.pad_id)
             batch = batch.to(self.world.device)
             with autocast(self.number_type, self.world.device):
                 losses = self.model.token_losses(batch.seq, batch.retrieved, batch.labels, batch.documents)
@@ -287,14 +296,11 @@ class Trainer:
                 f"validation after step {self.state.step}: loss {loss}, expected a finite number; last good "
                 f"checkpoint: {self._last_good()}; try a lower train.lr or a longer train.warmup"
             )
-        row = {f"valid_loss{suffix}": loss / num_labels}
-        if not suffix:
-            row["valid_bits_per_byte"] = loss / np.log(2) / max(num_bytes, 1)
-        return row
+        return loss, int(num_labels), int(num_bytes)
 
-    def _validation_portions(self) -> Iterator[IntArray]:
-        """This process's part of the validation sequences; every process gets the same number of portions."""
-        rows, per_round = self.validation_rows, self.sequences_per_process * self.world.size
+    def _portions_of(self, rows: IntArray) -> Iterator[IntArray]:
+        """This process's part of some sequences; every process gets the same number of portions."""
+        per_round = self.sequences_per_process * self.world.size
         if self.world.size > 1 and len(rows) % per_round:
             rows = np.concatenate([rows, np.full((-len(rows) % per_round, rows.shape[1]), NO_ROW)])
         for first in range(self.world.rank * self.sequences_per_process, len(rows), per_round):
@@ -348,6 +354,22 @@ class Trainer:
         return self._result(clock)
 
     @property
+    def trains(self) -> bool:
+        """Whether there is anything to train; the base of a Retrofit alone has nothing."""
+        return any(parameter.requires_grad for parameter in self.model.parameters())
+
+    def score(self, log: Log) -> TrainingResult:
+        """Validate the weights as they are, without a step; `train_loss` is that of as many train sequences."""
+        clock = _Clock(self.state)
+        rows = _evenly_spaced(self.training.ordered_rows(), self.config.validate_sequences)
+        with fast_float32_products(self.world.device):
+            self.state.interval_loss, self.state.interval_tokens, _ = self._loss_sums(self.training, rows, "none")
+            row = self.validate()
+        if self.world.main:
+            log(self.state.step, _without_step(row))
+        return self._result(clock)
+
+    @property
     def _done(self) -> bool:
         return self.state.step == self.config.steps
 
@@ -355,7 +377,7 @@ class Trainer:
         """The rate in labels per second, and its matrix products as a share of the hardware's peak."""
         neighbors = self.training.knn if self.training.neighbors is not None else 0
         length = self.training.seq_len
-        a_token = step_flops(self.model.config, 1, length, neighbors) / length
+        a_token = self.model.step_flops(1, length, neighbors) / length
         most = peak(self.world.device, self.number_type).rate * self.world.size
         return {"tokens_per_second": tokens_per_second, "peak_share": tokens_per_second * a_token / most}
 
@@ -366,7 +388,7 @@ class Trainer:
             **{name: value for name, value in best.items() if name != "step"},
             "best_step": best["step"],
             "tokens_seen": state.tokens,
-            "real_token_share": state.tokens / state.positions,
+            "real_token_share": state.tokens / max(state.positions, 1),
             "num_weights": sum(parameter.numel() for parameter in self.model.parameters()),
         }
         timings = {**self._speed(clock.rate()), "seconds": clock.seconds()}

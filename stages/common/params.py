@@ -5,7 +5,8 @@ A stage names the keys and sections that it reads:
     params = read_params("chunk_size", "corpus", "chunk")
     params.corpus.valid
 
-and gets nothing else. dvc.yaml declares the same names; tests/contract/test_contract.py checks that they agree.
+and gets nothing else; "retrofit.base" is one key of a section. dvc.yaml declares the same names;
+tests/contract/test_contract.py checks that they agree.
 Every stage checks the whole file first, so that a mistake stops the first stage that runs, not one that needs the
 key hours later.
 """
@@ -103,9 +104,13 @@ def parse_params(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_params(*names: str) -> SimpleNamespace:
-    """The named keys and sections of params.yaml. Checks the whole file."""
+    """The named keys and sections of params.yaml; for a dotted name, that key of a section. Checks the whole file."""
     params = parse_params(read_yaml(PARAMS_FILE))
-    return SimpleNamespace(**{name: params[name] for name in names})
+    read: dict[str, Any] = {}
+    for name in names:
+        section, _, key = name.partition(".")
+        read[section] = SimpleNamespace(**{key: getattr(params[section], key)}) if key else params[section]
+    return SimpleNamespace(**read)
 
 
 def flat_params() -> dict[str, Any]:

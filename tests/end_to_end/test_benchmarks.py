@@ -3,6 +3,7 @@
 `make torture` runs the quick form of `make bench` too, which starts a process for each.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import importlib
@@ -104,6 +105,20 @@ def test_search_is_measured_against_faiss(
     arguments(monkeypatch, "--rows 1000 --queries 64 -k 8 --turns 1 --keys Flat IVF16,Flat")
     program.main()
     assert "1,000 vectors of 384, 64 queries" in capsys.readouterr().out
+
+
+def test_adapters_are_measured_beside_all_weights(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, where peaks mean nothing."""
+    program = benchmark("adapters")
+    here = argparse.Namespace(base=None, width=64, depth=6, vocabulary=50, length=64, rows=1, steps=1)
+    monkeypatch.setattr(program, "in_a_process", lambda kind, arguments: program.measure(kind, here))
+    arguments(monkeypatch, "")
+    program.main()
+    _, adapters, everything = capsys.readouterr().out.splitlines()
+    assert adapters.startswith("adapters") and everything.split()[:2] == ["all", "weights"]
+    assert int(adapters.split()[1].replace(",", "")) < int(everything.split()[2].replace(",", ""))
 
 
 def test_the_evaluation_s_own_work_is_measured(

@@ -129,6 +129,7 @@ CHANGES = [
     ({"knn": 1}, ["train", "evaluate"]),
     ({"retrofit.steps": 4, "retrofit.lr": 2e-3}, ["train", "evaluate"]),
     ({"retrofit.init_from": "models/none"}, ["train", "evaluate"]),
+    ({"retrofit.enc_dim": 64, "retrofit.cross_attn_layers": [2], "retrofit.heads": 2}, ["train", "evaluate"]),
     ({"neighbors.stored": 6}, ["knn", "train", "evaluate"]),
     ({"seq_len": 32, "seed": 1}, LEARN),
     ({"train.lr": 1e-3, "model.dec_depth": 3}, LEARN),
@@ -136,6 +137,7 @@ CHANGES = [
     ({"index.key": "IVF2,Flat"}, ["index", "knn", "train", "evaluate"]),
     ({"embed.pooling": "cls"}, ["embed", "index", "knn", "train", "evaluate"]),
     ({"chunk_size": 8}, ["chunk", "embed", "index", "knn", *LEARN]),
+    ({"retrofit.base": "tiny/base"}, ["tokenizer", "chunk", "embed", "index", "knn", *LEARN]),
     ({"tokenizer.vocab_size": 380}, ["tokenizer", "chunk", "embed", "index", "knn", *LEARN]),
 ]
 

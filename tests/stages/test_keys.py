@@ -35,6 +35,7 @@ OTHER_PARAMS: dict[str, dict[str, object]] = {
     "model": {"model__enc_dim": 24},
     "train": {"train__lr": 1e-3},
     "retrofit": {"retrofit__lr": 1e-3},
+    "retrofit.base": {"retrofit__base": "tiny/base"},
     "evaluate": {"evaluate__passages": 1},
 }
 

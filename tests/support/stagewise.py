@@ -48,8 +48,8 @@ def run(stage: str) -> None:
     run_stage(stage, importlib.import_module(f"stages.{stage}").main)
 
 
-def run_all(folder: Path) -> Path:
-    """Runs every stage in `folder`, which it returns."""
+def run_all(folder: Path, **changes: object) -> Path:
+    """Runs every stage in `folder`, which it returns; `changes` are those of `write_params`."""
     tiny_corpus(folder / "tiny" / "documents")
     tiny_encoder(folder / "tiny" / "encoder")
     shutil.copy(ROOT / "dvc.yaml", folder)
@@ -57,7 +57,7 @@ def run_all(folder: Path) -> Path:
         (folder / name / "none").mkdir(parents=True)  # empty: no other model, no other database
     for name in ("retro_model", "stages"):
         (folder / name).symlink_to(ROOT / name)
-    write_params(folder)
+    write_params(folder, **changes)
     before = os.getcwd()
     os.chdir(folder)
     try:

@@ -2,13 +2,20 @@
 
 base = tiny_base("llama")
 texts, found = token_rows(2, 27), neighbors_for(27)
+save_base(folder)                     # with a tokenizer, for `retrofit.base`
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from retro_model import Retrofit
 
@@ -46,6 +53,24 @@ def tiny_base(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **ch
         torch.manual_seed(seed)
         base: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return base.eval()
+
+
+def save_base(folder: Path, *, seed: int = 0, named: bool = True, **changes: Any) -> Path:
+    """A folder that `retrofit.base` can name: a Llama, and its byte-level tokenizer, which has no padding token.
+
+    Unless `named`, the tokenizer does not say which of its tokens begin and end a text.
+    """
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    backend = Backend(BPE())
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    alphabet = sorted(ByteLevel.alphabet())
+    trainer = BpeTrainer(
+        vocab_size=300, special_tokens=list(tokens.values()), initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["the same words again and again, so that there are merges"] * 9, trainer)
+    tiny_base("llama", seed=seed, vocab_size=backend.get_vocab_size(), **changes).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, **(tokens if named else {})).save_pretrained(folder)
+    return folder
 
 
 def token_rows(*shape: int, seed: int = 0) -> Tensor:

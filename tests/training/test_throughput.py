@@ -5,8 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from retro_model.network.config import RETROConfig
+from retro_model.network.flops import step_flops
 from retro_model.network.model import RETRO
-from retro_model.training.throughput import DATA_SHEETS, known_chip, peak, step_flops
+from retro_model.training.throughput import DATA_SHEETS, known_chip, peak
 
 
 def test_a_known_chip_has_its_data_sheet_and_another_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

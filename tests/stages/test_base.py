@@ -1,0 +1,238 @@
+"""All stages with `retrofit.base`: a language model of transformers in place of the decoder, and adapters for it."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from stagewise import OUTS, contents, copy_of, refuse, run, run_all, write_params
+from tiny_bases import save_base
+from transformers import AutoModelForCausalLM
+
+from retro_model import cli
+from retro_model.core.artifacts import Artifact
+from retro_model.retrofit.loading import open_model, open_models
+
+pytestmark = pytest.mark.slow
+
+BASE: dict[str, object] = {"retrofit__base": "tiny/base", "retrofit__dim_head": 16, "retrofit__enc_depth": 1}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every stage has run, around a tiny base."""
+    folder = tmp_path_factory.mktemp("base")
+    save_base(folder / "tiny" / "base")
+    return run_all(folder, **BASE)
+
+
+@pytest.fixture
+def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the current folder."""
+    folder = copy_of(made, tmp_path / "copy")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def metrics(stage: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(f"metrics/{stage}.json").read_text())
+    return found
+
+
+def test_evaluate_compares_the_base_with_retrieval_off_on_and_random(work: Path) -> None:
+    found = metrics("evaluate")
+    assert found["test_bpb_off"] == found["test_bpb_baseline"] != found["test_bpb_on"] != found["test_bpb_random"]
+    assert found["gain_on_vs_off_low"] <= found["gain_on_vs_off"] <= found["gain_on_vs_off_high"]
+    assert metrics("train")["valid_loss_off"] == metrics("baseline")["valid_loss"]
+    models = open_models({name: Artifact.open(f"models/{name}", "model") for name in ("baseline", "retro")})
+    assert models["baseline"].base is models["retro"].base  # one copy in memory
+
+
+def test_the_baseline_is_the_base_as_it_is(work: Path) -> None:
+    """Scored once, with all that dvc.yaml declares; its losses are those of transformers."""
+    (row,) = csv.DictReader(Path("plots/baseline.csv").read_text().splitlines())
+    assert set(row) == {"step", "train_loss", "valid_loss", "valid_bits_per_byte"} and row["step"] == "0"
+    found = metrics("baseline")
+    assert found["tokens_seen"] == 0 and found["valid_loss"] == float(row["valid_loss"])
+    chunks = Artifact.open("data/chunks/valid", "chunks")
+    first = torch.from_numpy(chunks["tokens"][:1].astype("int64"))
+    theirs = AutoModelForCausalLM.from_pretrained("tiny/base", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(theirs(first[:, :-1]).logits[0], first[0, 1:], reduction="none")
+        losses = open_model(Artifact.open("models/baseline", "model")).token_losses(first[:, :-1], labels=first[:, 1:])
+    assert torch.equal(losses[0], expected)
+
+
+def test_the_folders_hold_adapters_and_no_copy_of_the_base(work: Path) -> None:
+    for name in ("baseline", "retro"):
+        files = {file for file in contents(work / "models" / name) if not file.startswith("tokenizer/")}
+        assert files == {"adapters.safetensors", "artifact.json", "config.json"}
+        facts = Artifact.open(f"models/{name}", "model").facts
+        assert facts["base"]["name"] == "tiny/base" and len(facts["base"]["sha256"]) == 64
+        assert str(work) not in (work / "models" / name / "config.json").read_text()
+    with safe_open("models/retro/adapters.safetensors", "pt") as saved:
+        sizes = {size for key in saved.keys() for size in saved.get_slice(key).get_shape()}  # noqa: SIM118
+    assert sizes and not sizes & {300, 301}, "the base's vocabulary, with padding"
+
+
+def test_its_own_tokenizer_is_the_default(work: Path) -> None:
+    tokenizer = Artifact.open("data/tokenizer", "tokenizer")
+    assert tokenizer.facts["name"] == "base"
+    assert tokenizer.facts["pad_id"] == json.loads(Path("tiny/base/config.json").read_text())["vocab_size"]
+
+
+def test_the_command_writes_with_neighbors(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = ["--prompt", "Some words, " * 9, "--max-new-tokens", "20", "--device", "cpu"]
+    assert cli.main(["generate", *prompt, "--show-neighbors"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("Some words, ") and "retrieved with chunk 1 of this text" in shown
+    Path("params.yaml").unlink()
+    named = ["--encoder", "tiny/encoder"]
+    assert cli.main(["generate", *prompt, *named, "--show-neighbors"]) == 0  # by the name recorded in the model
+    assert capsys.readouterr().out == shown
+    assert cli.main(["generate", *prompt, *named, "--model", "models/baseline"]) == 0
+    save_base(work / "tiny" / "other", seed=1)
+    assert cli.main(["generate", *prompt, *named, "--base", "tiny/other"]) == 1
+    line = capsys.readouterr().err
+    assert "adapters for tiny/base" in line and "load the base that they were trained with" in line
+
+
+def test_a_training_that_was_killed_goes_on_bit_for_bit(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After any step; the checkpoint has no weight of the base."""
+    before = contents(work / "models/retro"), Path("plots/train.csv").read_bytes()
+    from retro_model.training import run as runs
+    from retro_model.training.trainer import Trainer
+
+    step = Trainer.step
+
+    def killed(trainer: Trainer, data: Any) -> Any:
+        if trainer.state.step == 3:
+            trainer.save()
+            raise KeyboardInterrupt
+        return step(trainer, data)
+
+    shutil.rmtree("models/retro")
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Trainer, "step", killed)
+        with pytest.raises(SystemExit):
+            run("train")
+    (weights,) = Path(".retro/work/train").rglob("checkpoint-00000003/weights.safetensors")
+    with safe_open(weights, "pt") as saved:
+        assert all(key.startswith("adapters.") for key in saved.keys())  # noqa: SIM118
+    run("train")
+    assert (contents(work / "models/retro"), Path("plots/train.csv").read_bytes()) == before
+
+
+def test_two_processes_train_what_one_does(work: Path) -> None:
+    before = metrics("train")
+    shutil.rmtree("models/retro")
+    write_params(work, **BASE, train__processes=2)
+    run("train")
+    assert metrics("train") == pytest.approx(before, rel=2e-3)
+
+
+def test_training_goes_on_from_saved_adapters(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("models/retro", "models/before")
+    write_params(work, **BASE, retrofit__init_from="models/before")
+    shutil.rmtree("models/retro")
+    run("train")
+    assert (
+        Artifact.open("models/retro", "model").facts["init_from"] == Artifact.open("models/before", "model").fingerprint
+    )
+    write_params(work, **BASE, retrofit__init_from="models/before", retrofit__enc_dim=32)
+    assert "adapters with enc_dim 64, expected 32; set retrofit.enc_dim to 64" in refuse("train", capsys)
+
+
+def test_the_base_can_be_trained_too(work: Path) -> None:
+    """Then it lies beside the adapters, and `off` is no longer the base as it was."""
+    write_params(work, **BASE, retrofit__freeze="nothing")
+    for stage in ("train", "evaluate"):
+        shutil.rmtree(OUTS[stage])
+        run(stage)
+    assert Path("models/retro/base/model.safetensors").is_file()
+    assert metrics("evaluate")["test_bpb_off"] != metrics("evaluate")["test_bpb_baseline"]
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": torch.ones(1)}, folder / "pytorch_model.bin")
+
+
+def encoder_decoder(folder: Path) -> None:
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def another(folder: Path) -> None:
+    shutil.rmtree(folder)
+    save_base(folder, seed=1)
+
+
+def nothing(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def unchanged(folder: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "params", "message"),
+    [
+        ("tokenizer", nothing, {}, "tiny/base cannot be loaded"),
+        ("baseline", no_weights, {}, "its weights as safetensors (no pickle)"),
+        ("baseline", encoder_decoder, {}, "name a causal language model"),
+        ("baseline", unchanged, {"seq_len": 256}, "seq_len: found 256, expected at most 128, the longest text that"),
+        (
+            "baseline",
+            unchanged,
+            {"train__compile": True},
+            "train.compile: found true, expected false with retrofit.base",
+        ),
+        (
+            "train",
+            unchanged,
+            {"retrofit__cross_attn_layers": [9]},
+            "retrofit.cross_attn_layers: found [9], expected one",
+        ),
+        ("train", another, {}, "models/baseline: made with the base tiny/base (sha256"),
+        ("evaluate", another, {}, "load the base that they were trained with"),
+        ("train", unchanged, {"retrofit__base": ""}, "models/baseline: found adapters, but retrofit.base is ''"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(
+    work: Path,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    change: Callable[[Path], None],
+    params: dict[str, object],
+    message: str,
+) -> None:
+    change(work / "tiny" / "base")
+    write_params(work, **{**BASE, **params})
+    assert message in refuse(stage, capsys)
+
+
+def test_a_tokenizer_without_begin_and_end_is_refused_until_they_are_named(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree("tiny/base")
+    save_base(work / "tiny" / "base", named=False)
+
+    def again(*stages: str) -> None:
+        for stage in stages:
+            shutil.rmtree(OUTS[stage])
+            run(stage)
+
+    again("tokenizer", "chunk")
+    line = refuse("baseline", capsys)
+    assert "tokenizer.name: token ids up to" in line and "tokenizer.begin and tokenizer.end" in line
+    write_params(work, **BASE, tokenizer__begin="<s>", tokenizer__end="<|none|>")
+    assert "tokenizer.end: found '<|none|>', expected a token of tiny/base, or null" in refuse("tokenizer", capsys)
+    write_params(work, **BASE, tokenizer__begin="<s>", tokenizer__end="</s>")
+    again("tokenizer", "chunk", "baseline")
