@@ -162,7 +162,9 @@ class TrainingRun:
             start_from(model, inputs.start, self.retrofit.freeze)
         return model, {}
 
-    def _around_base(self, inputs: "_Inputs", facts: Mapping[str, Any], device: torch.device) -> tuple[LanguageModel, dict[str, Any]]:
+    def _around_base(
+        self, inputs: "_Inputs", facts: Mapping[str, Any], device: torch.device
+    ) -> tuple[LanguageModel, dict[str, Any]]:
         check_train_config(self.train_config)
         number_type = resolve_number_type(self.train_config.number_type, device)
         model = around_base(self.retrofit, facts, self.seq_len, number_type, inputs.retrieval)
