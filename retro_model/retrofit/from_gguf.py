@@ -23,6 +23,7 @@ def write_base(source: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -
     """Write model and tokenizer of a GGUF file, with the weights in `dtype`. Raises SourceError."""
     file = gguf_file(source)
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    place["trust_remote_code"] = False
     try:
         with quiet_transformers(show_downloads=False):
             loaded = cast("Any", AutoModelForCausalLM).from_pretrained(**place, dtype=dtype)
