@@ -33,6 +33,7 @@ from retro_model.network.pretrained import save_model
 from retro_model.training.checkpoints import Checkpoints
 from retro_model.training.copying import copying_potential
 from retro_model.training.distributed import World, launch, resolve_processes
+from retro_model.training.mlmodel import write_mlmodel
 from retro_model.training.sequences import PackedSequences
 from retro_model.training.trainer import Log, TrainConfig, Trainer, TrainingResult
 from retro_model.training.warm_start import RetrofitConfig, start_from
@@ -81,7 +82,8 @@ class TrainingRun:
 
     Without `neighbors_folder` it trains the baseline: the same decoder and data, no retrieval. `retrofit` may name
     a trained model to start from; by default the weights are new. With `work_folder` a stopped run can resume, and
-    the last weights are written to `work_folder/last`.
+    the last weights are written to `work_folder/last`. `history_file` is a CSV with a row for each validation so far;
+    it is written anew, and atomically, after each one.
     """
 
     chunks_folder: Path
@@ -96,6 +98,7 @@ class TrainingRun:
     seed: int
     out_folder: Path
     work_folder: Path | None = None
+    history_file: Path | None = None
     device: str = "cpu"
     log_every: int = 10  # steps
     checkpoint_every: int = 100  # steps
@@ -115,6 +118,7 @@ class TrainingRun:
             seed=self.seed,
             world=world,
             checkpoints=self._checkpoints(inputs, world.device),
+            history_file=self.history_file,
         )
         title = self.out_folder.name
         if trainer.state.step and world.main:
@@ -239,6 +243,7 @@ def _write_model(
     """Write a model artifact: weights, config, a copy of the tokenizer, and `facts`."""
     with whole_folder(path) as folder, ArtifactWriter(folder, "model") as writer:
         save_model(folder, config, weights)
+        write_mlmodel(folder, facts["knn"])
         shutil.copytree(tokenizer.folder, folder / "tokenizer")
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             writer.add_file(file.relative_to(folder).as_posix())

@@ -3,7 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-from retro_model.core.artifacts import Artifact, write_csv, write_json
+from retro_model.core.artifacts import Artifact, write_json
 from retro_model.core.devices import resolve_device
 from retro_model.training.distributed import is_main_process
 from retro_model.training.run import TrainingRun, train_model
@@ -37,6 +37,7 @@ def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int,
         seed=params.seed,
         out_folder=out,
         work_folder=work_path(stage, decisive),
+        history_file=Path(f"plots/{stage}.csv"),  # grows while the stage runs, for `dvc plots show`
         device=resolve_device(params.runtime.device).type,
     )
     if not is_main_process():
@@ -49,7 +50,6 @@ def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int,
         with training_run(stage, work.name, flat_params(), digests, Recording.of(params.runtime)) as tracked_run:
             result = train_model(run, tracked_run.log_step)
             write_json(Path(f"metrics/{stage}.json"), result.metrics)
-            write_csv(Path(f"plots/{stage}.csv"), result.history)
             tracked_run.log_metrics(result.metrics, step=int(result.history[-1]["step"]))
             if neighbors is not None:
                 tracked_run.log_metrics(_retrieval_timings(neighbors / "train"))
