@@ -35,7 +35,7 @@ def promote(metric: str, alias: str, name: str) -> str:
     for run in runs:
         model = _model_of(client, run)
         if model is not None:
-            version = _version_of(client, name, model) or register(client, name, model.model_id, run.info.run_id)
+            version = _version_of(client, name, run) or register(client, name, model.model_id, run.info.run_id)
             client.set_registered_model_alias(name, alias, version)
             value = run.data.metrics[metric]
             return f"models:/{name}@{alias} is version {version}: run {run.info.run_id}, {metric} {value:.4f}"
@@ -51,10 +51,10 @@ def _model_of(client: "MlflowClient", run: "Run") -> "LoggedModel | None":
     return next((model for model in found if model.status == "READY"), None)
 
 
-def _version_of(client: "MlflowClient", name: str, model: "LoggedModel") -> str | None:
-    """The newest version that is this model already."""
+def _version_of(client: "MlflowClient", name: str, run: "Run") -> str | None:
+    """The newest version that is this run's model already."""
     versions = client.search_model_versions(f"name = '{name}'")
-    return next((str(version.version) for version in versions if version.model_id == model.model_id), None)
+    return next((str(version.version) for version in versions if version.run_id == run.info.run_id), None)
 
 
 def main() -> None:
