@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from retro_model.core.errors import RetroError
 from retro_model.core.printable import one_line
 from stages.tracking.outbox import Outbox
-from stages.tracking.store import open_experiment, open_store, store_uri
+from stages.tracking.store import is_unreachable, open_experiment, open_store, store_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
@@ -149,16 +149,15 @@ class TrackedRun:
             )
             self._model_id = model.model_id
 
-        def finish() -> None:
+        def fill() -> None:  # in one message: a model without its files must be neither ready nor registered
+            self.client.log_model_artifacts(self._model_id, str(folder))
             self.client.finalize_logged_model(self._model_id, "READY")
             self.client.log_batch(self.run_id, metrics=_metrics(metrics, now, 0, self._model_id))
+            if registered and name:
+                register(self.client, name, self._model_id, self.run_id)
 
-        self._outbox.send("the model", tag)
-        self._outbox.send("the model", create)
-        self._outbox.send("the model", lambda: self.client.log_model_artifacts(self._model_id, str(folder)))
-        self._outbox.send("the model", finish)
-        if registered and name:
-            self._outbox.send(f"a version of {name}", lambda: register(self.client, name, self._model_id, self.run_id))
+        for write in (tag, create, fill):
+            self._outbox.send("the model", write)
 
     @contextmanager
     def running(self) -> Iterator["TrackedRun"]:
@@ -199,8 +198,8 @@ class TrackedRun:
 
         try:
             write(self.run_id)
-        except MlflowException:
-            if not self._is_deleted():
+        except MlflowException as error:
+            if is_unreachable(error) or not self._is_deleted():
                 raise
             self._continue_after_deletion()
             write(self.run_id)

@@ -173,6 +173,8 @@ def first_reason(error: BaseException) -> str:
     for cause in _chain(error):
         if isinstance(cause, ConnectionError) and cause.strerror:
             return cause.strerror
+        if isinstance(cause, TimeoutError):
+            return "no answer in time"
     return without_password((str(error).splitlines() or [type(error).__name__])[0])[:MOST_OF_A_REASON]
 
 

@@ -141,6 +141,18 @@ def test_best_effort_goes_on_without_a_server_and_required_stops(
     assert [path.name for path in Path.cwd().iterdir()] == [".retro"], "nothing went to another store"
 
 
+def test_a_server_that_does_not_answer_is_left_after_a_while(
+    nobody: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", int(nobody.rpartition(":")[2]))):  # listens, and says nothing
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        with training_run("train", "key", {}, {}, Recording("best_effort")) as tracked:
+            tracked.log_step(10, {"loss": 1.0})
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"mlflow: {nobody}: no answer in time; the stage goes on")
+    assert "not recorded: the run, params, inputs, metrics from step 10 on" in last
+
+
 @pytest.mark.usefixtures("nobody")
 def test_off_records_nothing_and_an_error_stays_the_first_one(capsys: pytest.CaptureFixture[str]) -> None:
     with training_run("train", "key", {"knn": 2}, {}, Recording("off", "retro", True)) as tracked:

@@ -17,6 +17,7 @@ from stagewise import write_params
 from tracking_server import free_port, serving, tracking_server
 
 from retro_model.core.artifacts import Artifact
+from retro_model.core.printable import printable
 from stages.promote import main as promote_as_typed
 from stages.promote import promote
 from stages.tracking import outbox
@@ -41,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(root: Path) -> str:
-    """What `retro generate` prints for the prompt."""
+    """What `retro generate` prints for the prompt, with pictures of control characters."""
     command = [sys.executable, "-m", "retro_model", "generate", "--prompt", PROMPT, "--encoder", "encoder"]
     options = [f"--{name.replace('_', '-')}={value}" for name, value in PARAMS.items()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -114,7 +115,7 @@ def test_everything_goes_to_the_server_and_comes_back_from_its_registry(
     mlflow.set_registry_uri(server)
     config = {"data": str(root / "data"), "encoder": str(root / "encoder")}
     model = mlflow.pyfunc.load_model("models:/ours@champion", model_config=config)
-    assert model.predict([{"prompt": PROMPT}], params=PARAMS) == [written]
+    assert [printable(text) for text in model.predict([{"prompt": PROMPT}], params=PARAMS)] == [written]
     assert [path.name for path in (tmp_path / "project").glob("ml*")] == [], "nothing is recorded here"
 
 
@@ -159,7 +160,8 @@ def test_a_served_model_writes_what_retro_generate_writes(
     with serving(command, f"{address}/ping", environment, tmp_path / "log"):
         if database:
             with urllib.request.urlopen(request) as answer:
-                assert json.load(answer) == {"predictions": [written]}
+                (text,) = json.load(answer)["predictions"]
+            assert printable(text) == written
         else:
             with pytest.raises(HTTPError) as caught:
                 urllib.request.urlopen(request)
