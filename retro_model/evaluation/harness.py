@@ -1,6 +1,6 @@
 """The model in EleutherAI's lm-evaluation-harness (the extra `lm-eval`), registered there as `retro`.
 
-    python -m retro_model.evaluation.harness --model retro --model_args model=models/retro,data=data \\
+    python -m retro_model.evaluation.harness --model retro --model_args model=models/retro,data=data --device auto \\
         --tasks my_task --include_path tasks
 
 Texts are read as the pipeline reads documents: a begin token first, and neighbors for each whole chunk of what was read
@@ -50,6 +50,7 @@ class HarnessModel(LM):  # type: ignore[misc,unused-ignore] # where the harness 
     ) -> None:
         """`batch_size` and `max_batch_size` are the harness's; texts are read one at a time."""
         super().__init__()
+        device = "cuda" if device == "cuda:0" else device  # what the harness passes if its user names none
         artifact = Artifact.open(model, "model")
         self.knn: int = artifact.facts["knn"] if knn is None else knn
         self.tokenizer = Tokenizer.open(Path(model) / "tokenizer")
