@@ -11,7 +11,7 @@ from retro_model.evaluation.inputs import Searching
 from stages.common.dvcignore import dvc_name_filter
 from stages.common.harness import record_timing, run_stage, work_folder
 from stages.common.params import flat_params, read_params
-from stages.tracking.runs import evaluation_run
+from stages.tracking.runs import Recording, evaluation_run
 
 
 def main() -> None:
@@ -22,7 +22,8 @@ def main() -> None:
     data, retro, baseline = Path("data"), Path("models/retro"), Path("models/baseline")
     plots, report = Path("plots/evaluate"), Path("reports/evaluate.html")
     models = [Artifact.open(folder, "model", verify=False) for folder in (retro, baseline)]
-    digests = {model.folder.as_posix(): model.fingerprint for model in models}
+    test = [Artifact.open(data / kind / "test", kind, verify=False) for kind in ("chunks", "neighbors")]
+    digests = {artifact.folder.as_posix(): artifact.fingerprint for artifact in (*models, *test)}
     searching = Searching(
         params.corpus,
         params.embed,
@@ -35,7 +36,10 @@ def main() -> None:
     )
     with (
         work_folder("evaluate", params) as work,
-        evaluation_run(models[0].fingerprint, flat_params(), digests) as (model_run, tracked),
+        evaluation_run(models[0].fingerprint, flat_params(), digests, Recording.of(params.runtime)) as (
+            model_run,
+            tracked,
+        ),
     ):
         run = EvaluationRun(
             data,

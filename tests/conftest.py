@@ -9,7 +9,7 @@ os.environ["DO_NOT_TRACK"] = "1"
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as stages/__init__.py does
 os.environ["OMP_NUM_THREADS"] = "1"  # pytest's workers share the cores, and so little work only loses by threads
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
-for name in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "RETRO_BERT"):
+for name in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "RETRO_BERT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
     os.environ.pop(name, None)
 
 import signal  # noqa: E402

@@ -35,6 +35,7 @@ from retro_model.training.checkpoints import Checkpoints
 from retro_model.training.config import RetrofitConfig, TrainConfig
 from retro_model.training.copying import copying_potential
 from retro_model.training.distributed import World, launch, resolve_processes
+from retro_model.training.mlmodel import write_mlmodel
 from retro_model.training.sequences import PackedSequences
 from retro_model.training.trainer import Log, Trainer, TrainingResult
 from retro_model.training.warm_start import start_from
@@ -86,7 +87,8 @@ class TrainingRun:
     Without `neighbors_folder` it trains the baseline: the same decoder and data, no retrieval. `retrofit` may name
     a trained model to start from; by default the weights are new. It may also name a base, a language model of
     transformers: then adapters are trained around it, and the baseline is the base as it is, scored and not trained.
-    With `work_folder` a stopped run can resume, and the last weights are written to `work_folder/last`.
+    With `work_folder` a stopped run can resume, and the last weights are written to `work_folder/last`. `history_file`
+    is a CSV with a row for each validation so far; it is written anew, and atomically, after each one.
     """
 
     chunks_folder: Path
@@ -101,6 +103,7 @@ class TrainingRun:
     seed: int
     out_folder: Path
     work_folder: Path | None = None
+    history_file: Path | None = None
     device: str = "cpu"
     log_every: int = 10  # steps
     checkpoint_every: int = 100  # steps
@@ -120,6 +123,7 @@ class TrainingRun:
             seed=self.seed,
             world=world,
             checkpoints=self._checkpoints(inputs, world.device, base),
+            history_file=self.history_file,
         )
         title = self.out_folder.name
         if trainer.state.step and world.main:
@@ -263,6 +267,7 @@ def _write_model(
     """Write a model artifact: weights, config, a copy of the tokenizer, and `facts`."""
     with whole_folder(path) as folder, ArtifactWriter(folder, "model") as writer:
         model.save_weights(folder, weights)
+        write_mlmodel(folder, facts["knn"])
         shutil.copytree(tokenizer.folder, folder / "tokenizer")
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             writer.add_file(file.relative_to(folder).as_posix())

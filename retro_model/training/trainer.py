@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from retro_model.core.arrays import BoolArray, IntArray
+from retro_model.core.artifacts import write_csv
 from retro_model.core.devices import fast_float32_products, keep_freed_memory, resolve_number_type
 from retro_model.core.errors import ConfigError, TrainingError
 from retro_model.core.prefetch import prefetch
@@ -90,7 +91,8 @@ class Trainer:
     """One training run: the network, its data, its optimizer and its progress.
 
     Without neighbors in the data it trains the plain decoder. If `checkpoints` is None, a stopped run cannot
-    resume. With several processes, each has a trainer; their arguments differ only in `world`.
+    resume. `history_file` has the rows of all validations so far, as CSV. With several processes, each has a trainer;
+    their arguments differ only in `world`.
     """
 
     def __init__(
@@ -103,9 +105,10 @@ class Trainer:
         seed: int,
         world: World = ALONE,
         checkpoints: Checkpoints | None = None,
+        history_file: Path | None = None,
     ) -> None:
         self.training, self.validation, self.config, self.seed = training, validation, config, seed
-        self.world, self.checkpoints = world, checkpoints
+        self.world, self.checkpoints, self.history_file = world, checkpoints, history_file
         self.number_type = resolve_number_type(config.number_type, world.device)
         if world.device.type == "cpu":
             keep_freed_memory()
@@ -326,6 +329,7 @@ class Trainer:
         """Train to the last step. The intervals do not affect the result."""
         config, main = self.config, self.world.main
         clock = _Clock(self.state)
+        self._write_history()  # drops the rows of validations after the checkpoint
         bar = Progress(title, config.steps, unit="step", done=self.state.step) if main else nullcontext()
         with (
             fast_float32_products(self.world.device),
@@ -339,6 +343,7 @@ class Trainer:
                 if validates:
                     with clock.paused():
                         record |= _without_step(self.validate())
+                        self._write_history()
                 if progress is not None:
                     progress.update(1, f"loss {record['loss']:.3f}, {clock.rate():,.0f} tokens/s")
                 if main and (validates or self.state.step % log_every == 0):
@@ -352,6 +357,14 @@ class Trainer:
                         logger.info(f"{title}: stops after step {self.state.step:,}, saved in {path}")
                     stop.raise_again(stopped, main)
         return self._result(clock)
+
+    def _write_history(self) -> None:
+        if self.history_file is None or not self.world.main:
+            return
+        if self.state.history:
+            write_csv(self.history_file, self.state.history)
+        else:
+            self.history_file.unlink(missing_ok=True)  # of another run
 
     @property
     def trains(self) -> bool:

@@ -3,14 +3,14 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-from retro_model.core.artifacts import Artifact, write_csv, write_json
+from retro_model.core.artifacts import Artifact, write_json
 from retro_model.core.devices import resolve_device
 from retro_model.training.config import RetrofitConfig
 from retro_model.training.distributed import is_main_process
 from retro_model.training.run import TrainingRun, train_model
 from stages.common.harness import record_timing, recorded_timings, work_folder, work_path
 from stages.common.params import flat_params
-from stages.tracking.runs import training_run
+from stages.tracking.runs import Recording, training_run
 
 
 def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int, out: Path) -> None:
@@ -37,6 +37,7 @@ def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int,
         seed=params.seed,
         out_folder=out,
         work_folder=work_path(stage, decisive),
+        history_file=Path(f"plots/{stage}.csv"),  # grows while the stage runs, for `dvc plots show`
         device=resolve_device(params.runtime.device).type,
     )
     if not is_main_process():
@@ -46,16 +47,16 @@ def learn(stage: str, params: SimpleNamespace, neighbors: Path | None, knn: int,
         digests = {
             path.as_posix(): Artifact.open(path, kind, verify=False).fingerprint for path, kind in inputs.items()
         }
-        with training_run(stage, work.name, flat_params(), digests) as tracked_run:
+        with training_run(stage, work.name, flat_params(), digests, Recording.of(params.runtime)) as tracked_run:
             result = train_model(run, tracked_run.log_step)
             write_json(Path(f"metrics/{stage}.json"), result.metrics)
-            write_csv(Path(f"plots/{stage}.csv"), result.history)
             tracked_run.log_metrics(result.metrics, step=int(result.history[-1]["step"]))
             if neighbors is not None:
                 tracked_run.log_metrics(_retrieval_timings(neighbors / "train"))
             tracked_run.log_folder(out, "best")
             tracked_run.log_folder(work / "last", "last")
-            tracked_run.log_model(out, Artifact.open(out, "model", verify=False).fingerprint, result.metrics)
+            fingerprint = Artifact.open(out, "model", verify=False).fingerprint
+            tracked_run.log_model(out, fingerprint, result.metrics, registered=neighbors is not None)
     record_timing(f"{stage}.training", **result.timings)
 
 

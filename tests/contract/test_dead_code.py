@@ -16,6 +16,8 @@ USERS = [*PACKAGES, *(ROOT / "benchmarks").glob("*.py"), ROOT / "README.md", *(R
 # Called by others than this repository's code: users' programs, or a library.
 CALLED_FROM_OUTSIDE = {
     "emit",  # by logging
+    "HarnessModel",  # by the lm-evaluation-harness, which knows it by its registered name
+    "_load_pyfunc",  # by MLflow
     "forward",  # by torch
     "get_optimizer",  # of TrainingWrapper
     "locate",  # from a chunk back to its place in its document

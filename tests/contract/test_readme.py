@@ -54,7 +54,14 @@ def test_the_readme_links_every_page() -> None:
 
 
 def test_every_python_block_is_run_by_a_test() -> None:
-    tested = ("torch.randint", "chunks_to_precalculated_knn_(", "TrainingWrapper(", 'models/retro")', "Retrofit(")
+    tested = (
+        "torch.randint",
+        "chunks_to_precalculated_knn_(",
+        "TrainingWrapper(",
+        'pretrained("models/retro")',
+        "Retrofit(",
+    )
+    tested += ("mlflow.pyfunc",)
     assert len({program(which) for which in tested}) == len(re.findall(r"^ *```python$", TEXT, flags=re.MULTILINE))
 
 
@@ -85,8 +92,21 @@ def test_a_model_writes_with_its_retriever(
     shutil.rmtree(run / "models/retro")
     write_model(run / "models/retro", run / "data", retrieval=True, seq_len=256)
     monkeypatch.chdir(run)  # the tiny encoder is no package, so here its folder has to be named
-    variables_of(program('models/retro")').replace('open("data")', 'open("data", encoder="encoder")'))
+    variables_of(program('pretrained("models/retro")').replace('open("data")', 'open("data", encoder="encoder")'))
     assert "Return the indices of the largest" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # MLflow's own
+def test_mlflow_opens_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run(tmp_path)
+    shutil.rmtree(run / "models/retro")
+    write_model(run / "models/retro", run / "data", retrieval=True, seq_len=256)
+    monkeypatch.chdir(run)
+    variables_of(program("mlflow.pyfunc").replace('{"data": "data"}', '{"data": "data", "encoder": "encoder"}'))
+    assert "['Return the indices of the largest" in capsys.readouterr().out
 
 
 def test_a_hugging_face_model_is_trained_with_neighbors_and_writes(

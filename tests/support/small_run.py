@@ -19,6 +19,7 @@ from retro_model.network.model import RETRO
 from retro_model.search.build import make_index
 from retro_model.search.keys import IndexConfig
 from retro_model.search.neighbors import NeighborsConfig, make_neighbors
+from retro_model.training.mlmodel import write_mlmodel
 
 CORPUS = CorpusConfig(valid=0.15, test=0.15)
 STORED = 12
@@ -60,6 +61,7 @@ def write_model(folder: Path, data: Path, *, retrieval: bool, seq_len: int = 32,
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     with ArtifactWriter(folder, "model") as writer:
         model.save_pretrained(folder)
+        write_mlmodel(folder, knn if retrieval else 0)
         shutil.copytree(data / "tokenizer", folder / "tokenizer")
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             writer.add_file(file.relative_to(folder).as_posix())

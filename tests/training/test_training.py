@@ -370,6 +370,34 @@ def test_a_killed_run_goes_on_bit_for_bit(woven: Woven, tmp_path: Path, undistur
     assert (result.metrics, result.history) == (undisturbed[0].metrics, undisturbed[0].history)
 
 
+def test_the_curve_grows_at_every_validation_and_a_killed_run_ends_with_the_same_one(
+    woven: Woven, tmp_path: Path
+) -> None:
+    """Validations are after steps 5, 10 and 12, checkpoints after every fourth step: a row goes and comes again."""
+    curve, whole, seen = tmp_path / "curve.csv", tmp_path / "whole.csv", dict[int, list[str]]()
+
+    def look(step: int, record: Mapping[str, float]) -> None:
+        seen[step] = [line.split(",")[0] for line in curve.read_text().splitlines()[1:]] if curve.exists() else []
+
+    def look_and_stop(step: int, record: Mapping[str, float]) -> None:
+        look(step, record)
+        stop_at(11)(step, record)
+
+    run(woven, tmp_path, work_folder=tmp_path / "undisturbed", history_file=whole)
+    curve.write_text("of another run")
+    options: dict[str, Any] = {"work_folder": tmp_path / "work", "history_file": curve, "log_every": 1}
+    with pytest.raises(Killed):
+        run(woven, tmp_path, log=look_and_stop, checkpoint_every=4, **options)
+    assert [seen[step] for step in (1, 4, 5, 9, 10)] == [[], [], ["5"], ["5"], ["5", "10"]]
+    seen.clear()
+    run(woven, tmp_path, log=look, checkpoint_every=4, **options)
+    assert seen == {9: ["5"], 10: ["5", "10"], 11: ["5", "10"], 12: ["5", "10", "12"]}
+    assert curve.read_bytes() == whole.read_bytes()
+    curve.unlink()
+    run(woven, tmp_path, checkpoint_every=4, **options)  # killed after its last step, before DVC took its outputs
+    assert curve.read_bytes() == whole.read_bytes()
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Ctrl-C raises KeyboardInterrupt, also below a shell that ignores it in background jobs."""
