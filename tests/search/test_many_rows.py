@@ -42,7 +42,7 @@ def with_holes(folder: Path, kind: str, columns: dict[str, npt.NDArray[Any]], **
             "format": f"retro/{kind}",
             "version": VERSION,
             "rows": ROWS,
-            "rows_per_shard": ROWS_PER_SHARD,
+            "shards": [min(ROWS_PER_SHARD, ROWS - start) for start in range(0, ROWS, ROWS_PER_SHARD)],
             "arrays": arrays,
             "facts": facts,
             "sha256": files,

@@ -32,7 +32,9 @@ CORPUS = CorpusConfig(valid=0.15, test=0.15)
 
 def make(stage: str, data: Path, out: Path, work: Path, config: EngineConfig) -> None:
     """Runs one stage's library call in small parts."""
-    options = {"engine": Engine(config, "cpu"), "work_folder": work}
+    engine = Engine(config, "cpu")
+    options = {"engine": engine, "work_folder": work}
+    keeping = {"engine": engine, "parts": Parts(work.parent, 1 << 40)} if work.name in ("chunks", "embeddings") else {}
     embed = EmbedConfig(encoder=str(data / "encoder"), number_type="float32")
     calls: dict[str, Callable[[], object]] = {
         "chunk": lambda: make_chunks(data / "documents", CORPUS, data / "tokenizer", 16, out, **options),
