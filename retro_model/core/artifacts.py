@@ -1,8 +1,9 @@
 """Read and write artifacts, the folders that stages exchange. docs/formats.md describes the format.
 
 An artifact is a folder with numpy shards (`tokens-00000.npy`), other files, and `artifact.json`, which is written
-last. It holds shapes, types, the sha256 of every file, and facts that later stages read instead of deciding them again. So an artifact is either complete or absent, and readers refuse one that was truncated,
-extended or changed after it was written.
+last. It holds shapes, types, the sha256 of every file, and facts that later stages read instead of deciding them again.
+So an artifact is either complete or absent, and readers refuse one that was truncated, extended or changed after it was
+written.
 
     with whole_folder(Path("data/chunks")) as folder:        # renamed into place at the end
         with ArtifactWriter(folder / "train", "chunks", rows_per_shard=65536) as writer:
@@ -346,8 +347,8 @@ class ArtifactWriter:
 class Artifact:
     """An artifact on disk, opened for reading only.
 
-    `facts` is what the writer recorded. `shards` is the number of rows of each shard. `fingerprint` is the sha256 of artifact.json; it identifies every byte,
-    because artifact.json holds the digest of each file.
+    `facts` is what the writer recorded. `shards` is the number of rows of each shard. `fingerprint` is the sha256 of
+    artifact.json; it identifies every byte, because artifact.json holds the digest of each file.
     """
 
     def __init__(self, folder: Path, kind: str, description: Mapping[str, Any], fingerprint: str) -> None:

@@ -198,7 +198,7 @@ class ChunkJob:
         What the parts `sources` hold of the documents is taken from there.
         """
         keys = _keys_of(documents)
-        found = dict(_chunked_before(sources, folder.parent, keys))
+        found: dict[int, DocumentChunks | None] = dict(_chunked_before(sources, folder.parent, keys))
         missing = [position for position in range(len(documents)) if position not in found]
         groups = list(batches([documents[position] for position in missing], BATCH_BYTES, BATCH_DOCUMENTS))
         texts = ([document.text for document in batch] for batch in groups)

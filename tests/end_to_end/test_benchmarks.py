@@ -106,6 +106,16 @@ def test_search_is_measured_against_faiss(
     assert "1,000 vectors of 384, 64 queries" in capsys.readouterr().out
 
 
+def test_a_growing_corpus_is_measured(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = benchmark("growing")
+    arguments(monkeypatch, f"--chunks 600 --folder {tmp_path}")
+    program.main()
+    out = capsys.readouterr().out
+    assert out.count("chunks and embeddings: ") == out.count("chunk to knn: ") == 2
+
+
 def test_the_evaluation_s_own_work_is_measured(
     benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
