@@ -1,7 +1,7 @@
 """Measure what 1% more documents cost: chunks made again, bytes that a DVC remote would get, seconds to neighbors.
 
     python benchmarks/growing.py                       10,000 chunks
-    python benchmarks/growing.py --chunks 100000
+    python benchmarks/growing.py --chunks 100000 --stages chunk embed
 
 Chunks a folder of made-up documents, embeds it with a tiny encoder, indexes and searches it; then adds documents,
 either all at one place of the order or scattered, and does it again with the parts that were kept. The text, the
@@ -68,10 +68,10 @@ def write_documents(folder: Path, names: list[str], seed: int) -> None:
         (folder / name).write_text(" ".join(words), encoding="utf-8")
 
 
-def run(folder: Path, out: Path, parts: Parts | None) -> Run:
-    """Make everything from chunks to neighbors of `folder`/text below `out`, with the parts that are kept."""
+def run(folder: Path, out: Path, parts: Parts | None, chosen: list[str]) -> Run:
+    """Run the chosen stages on `folder`/text, writing below `out`, with the parts that are kept."""
     chunks, embeddings, index = (out / OUT[stage] for stage in STAGES[:3])
-    tokenizer, config = folder / "tokenizer", EmbedConfig(encoder=str(folder / "encoder"), max_tokens=96)
+    tokenizer, config = folder / "tokenizer", EmbedConfig(encoder=str(folder / "encoder"), max_tokens=32)
     counts = {"tokenized": 0, "embedded": 0}
     original = chunking.chunk_texts
 
@@ -92,12 +92,12 @@ def run(folder: Path, out: Path, parts: Parts | None) -> Run:
     }
     chunking.chunk_texts = count
     try:
-        seconds = {stage: quiet(calls[stage])() for stage in STAGES}
+        seconds = {stage: quiet(calls[stage])() for stage in chosen}
     finally:
         chunking.chunk_texts = original
     files = {
         stage: {file_digest(file): file.stat().st_size for file in (out / OUT[stage]).rglob("*") if file.is_file()}
-        for stage in STAGES
+        for stage in chosen
     }
     total = sum(Artifact.open(chunks / split, "chunks", verify=False).rows for split in SPLITS)
     return Run(files, total, counts["tokenized"], counts["embedded"], seconds)
@@ -109,7 +109,7 @@ def report(title: str, before: Run, after: Run, full: Run) -> None:
     share = {"tokenized": after.tokenized / after.chunks, "embedded": after.embedded / after.chunks}
     print(f"    chunks tokenized again {share['tokenized']:.2%}, embedded again {share['embedded']:.2%}")
     pushed = {}
-    for stage in STAGES:
+    for stage in after.files:
         new = sum(size for digest, size in after.files[stage].items() if digest not in before.files[stage])
         everything = sum(after.files[stage].values())
         pushed[stage] = new, everything
@@ -120,7 +120,7 @@ def report(title: str, before: Run, after: Run, full: Run) -> None:
     new, everything = (sum(pushed[stage][place] for stage in ("chunk", "embed")) for place in (0, 1))
     times = sum(after.seconds.values()), sum(full.seconds.values())
     print(f"    chunks and embeddings: {new / everything:.2%} of the bytes pushed")
-    print(f"    chunk to knn: {times[0]:.1f} s, a full run {times[1]:.1f} s ({times[0] / times[1]:.0%})")
+    print(f"    {' + '.join(after.files)}: {times[0]:.1f} s, a full run {times[1]:.1f} s ({times[0] / times[1]:.0%})")
     what = f"1% more documents, {title}: "
     record_result(f"{what}share of chunks embedded", ratio=share["embedded"], at_most=0.02)
     if title == "together":
@@ -131,6 +131,7 @@ def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=10_000)
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--folder", type=Path, help="where to work; by default a temporary folder")
     arguments = parser.parse_args()
     from fixtures import tiny_encoder
@@ -144,15 +145,15 @@ def main() -> None:
         write_documents(text, [f"{number:08d}.txt" for number in range(num_documents)], 0)
         tiny_encoder(folder / "encoder")
         quiet(lambda: make_tokenizer(text, CORPUS, TokenizerConfig(), folder / "tokenizer"))()
-        before = run(folder, folder / "before", parts)
+        before = run(folder, folder / "before", parts, arguments.stages)
         places = {
             "together": [f"{num_documents // 2:08d}-{number:06d}.txt" for number in range(num_new)],
             "scattered": [f"{number * num_documents // num_new:08d}-new.txt" for number in range(num_new)],
         }
         for seed, (title, names) in enumerate(places.items(), start=1):
             write_documents(text, names, seed)
-            after = run(folder, folder / title, parts)
-            full = run(folder, folder / f"{title}-full", None)
+            after = run(folder, folder / title, parts, arguments.stages)
+            full = run(folder, folder / f"{title}-full", None, arguments.stages)
             assert after.files == full.files, "a run with parts and a clean run write the same bytes"
             report(title, before, after, full)
             for file in names:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retro_model.core.arrays import BoolArray, Float32Array, IntArray
-from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, numbered, save_array, whole_folder
+from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, numbered, whole_folder
 from retro_model.core.errors import SourceError
 from retro_model.core.prefetch import prefetch
 from retro_model.core.printable import say
@@ -44,8 +44,6 @@ ROWS_PER_BLOCK = 64  # chunks that are read, tokenized and reported at once
 # What decides the bytes of a vector, besides its tokens and the encoder: how tokens become text, and text a vector.
 CODE = ("retro_model.embedding", "retro_model.corpus.chunks", "retro_model.corpus.tokenizer")
 LIBRARIES = ("numpy", "tokenizers", "torch", "transformers")
-
-TRUNCATED = "truncated.npy"  # of a part: whether each chunk was longer than the encoder reads
 
 
 def embed_rows(
@@ -131,7 +129,7 @@ class EmbedJob:
         missing[:] = True
         for part, source in intact(sources, folder.parent, self.kind, keys):
             vectors[source.places] = part["vectors"][source.items]
-            truncated[source.places] = np.load(part.folder / TRUNCATED)[source.items]
+            truncated[source.places] = part["truncated"][source.items]
             missing[source.places] = False
         places, done = np.flatnonzero(missing), 0
         for made, longer in embed_rows(encoder, tokenizer, splits[split], start + places):
@@ -140,9 +138,7 @@ class EmbedJob:
             done += len(made)
             yield len(made)
         with ArtifactWriter(folder, self.kind, max(len(vectors), 1)) as writer:
-            writer.append(vectors=vectors)
-            save_array(folder / TRUNCATED, truncated)
-            writer.add_file(TRUNCATED)
+            writer.append(vectors=vectors, truncated=truncated)
             write_keys(writer, keys)
             writer.facts.update(**self.facts(opened), **facts, truncated_chunks=int(truncated.sum()))
 
@@ -191,10 +187,11 @@ def make_embeddings(
         kept = KeptParts(work, job.kind, settings_digest(CODE, LIBRARIES, settings))
         for split, chunks in splits.items():
             with ArtifactWriter(folder / split, job.kind) as writer:
-                writer.append(vectors=np.empty((0, facts["dim"]), dtype=np.float16))  # the array is there without rows
+                no_rows = np.empty(0, dtype=np.bool_)  # an artifact without rows has its arrays
+                writer.append(vectors=np.empty((0, facts["dim"]), dtype=np.float16), truncated=no_rows)
                 truncated = 0
                 for part in running.make(_parts(kept, split, chunks, bar), work, bar):
-                    writer.adopt(part, ["vectors"])
+                    writer.adopt(part)
                     truncated += part.facts["truncated_chunks"]
                 writer.facts.update(chunks=chunks.fingerprint, **facts, truncated_chunks=truncated)
                 num_truncated += truncated

@@ -129,7 +129,7 @@ def damage_keys(part: Path) -> None:
 
 
 def damage_flags(part: Path) -> None:
-    rewrite(part / "truncated.npy", lambda content: content[:-1] + b"\x01")
+    rewrite(part / "truncated-00000.npy", lambda content: content[:-1] + b"\x02")
 
 
 def lose_keys(part: Path) -> None:

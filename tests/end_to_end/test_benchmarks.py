@@ -113,7 +113,7 @@ def test_a_growing_corpus_is_measured(
     arguments(monkeypatch, f"--chunks 600 --folder {tmp_path}")
     program.main()
     out = capsys.readouterr().out
-    assert out.count("chunks and embeddings: ") == out.count("chunk to knn: ") == 2
+    assert out.count("chunks and embeddings: ") == out.count("chunk + embed + index + knn: ") == 2
 
 
 def test_the_evaluation_s_own_work_is_measured(
