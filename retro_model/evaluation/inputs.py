@@ -97,8 +97,8 @@ def search_other_database(documents: Path, data: Path, searching: Searching, wor
     """Find neighbors for the held-out chunks in `documents`; count the documents kept and dropped.
 
     Drops documents that equal or nearly equal a held-out one (`corpus.near_duplicates`): queries would find their
-    own text. The index type is chosen for this number of chunks (`index.key` auto). Embeddings finished before an
-    interruption are reused from `work`.
+    own text. The index type is chosen for this number of chunks (`index.key` auto). Embeddings that are in
+    `searching.parts` are reused.
 
     Raises DocumentError if no document is left.
     """

@@ -87,13 +87,16 @@ def _delete_oldest(parts: Parts) -> None:
     for part in parts.folder.glob("*/*"):
         if (part / DESCRIPTION).is_file():
             found.append((part.stat().st_mtime_ns, part, sum(file.stat().st_size for file in part.iterdir())))
-    total = sum(size for _, _, size in found)
+    total, deleted = sum(size for _, _, size in found), 0
     for _, part, size in sorted(found):
         if total <= parts.most_bytes:
             break
         doomed = part.rename(part.with_name(f"{part.name}.partial"))  # a kill leaves no half of a part
         shutil.rmtree(doomed)
-        total -= size
+        total, deleted = total - size, deleted + size
+    if deleted:
+        gigabytes = f"{deleted / 1e9:.2g} GB of parts, to keep {parts.most_bytes / 1e9:g} GB"
+        say(f"{parts.folder}: deleted {gigabytes} (runtime.parts_gb)")
 
 
 # ---- what a part is made from ----------------------------------------------------------------------------------------
