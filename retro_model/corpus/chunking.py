@@ -41,10 +41,12 @@ from retro_model.corpus.tokenizer import Encoded, Tokenizer, utf8_size
 from retro_model.jobs.engine import Engine
 from retro_model.jobs.job import Part
 from retro_model.jobs.parts import (
+    SETTINGS,
     KeptParts,
     Keys,
     Parts,
     Source,
+    code_digest,
     intact,
     keys_of,
     open_parts,
@@ -65,6 +67,7 @@ MOST_BLOCKS = 1 << 10
 # What decides the bytes of a part, besides its documents.
 CODE = ("retro_model.corpus",)
 LIBRARIES = ("tokenizers", "numpy")
+CODE_DIGEST = code_digest(*CODE)
 
 COLUMNS = ("tokens", "documents", "bytes")
 
@@ -183,7 +186,8 @@ class ChunkJob:
 
     def facts(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """Return what readers of the rows need: chunk size, special ids, vocabulary size, tokenizer fingerprint."""
-        return {"chunk_size": self.chunk_size, **tokenizer.facts(), "tokenizer": tokenizer.fingerprint}
+        facts = {"chunk_size": self.chunk_size, **tokenizer.facts(), "tokenizer": tokenizer.fingerprint}
+        return {**facts, SETTINGS: settings_digest(CODE_DIGEST, LIBRARIES, facts)}
 
     def make(
         self,
@@ -321,10 +325,11 @@ def make_chunks(
         (engine or Engine()).open(job) as running,
         report_elapsed("chunk"),  # a part reports nothing while it encodes a long document
     ):
-        kept = KeptParts(work, job.kind, settings_digest(CODE, LIBRARIES, running.facts))
+        facts = {name: fact for name, fact in running.facts.items() if name != SETTINGS}
+        kept = KeptParts(work, job.kind, running.facts[SETTINGS])
         splits: deque[str] = deque()  # of the parts that are being made, in their order
         made = running.make(prefetch(_parts(corpus, kept, splits)), work)
-        totals = _write_splits(((splits.popleft(), part) for part in made), whole, running.facts)
+        totals = _write_splits(((splits.popleft(), part) for part in made), whole, facts)
         for split, counts in totals.items():
             if not counts["chunks"]:
                 raise DocumentError(

@@ -28,10 +28,12 @@ from retro_model.embedding.encoder import ROWS_PER_BATCH, EmbedConfig, Encoder, 
 from retro_model.jobs.engine import Engine
 from retro_model.jobs.job import Outcome, Part
 from retro_model.jobs.parts import (
+    SETTINGS,
     KeptParts,
     Keys,
     Parts,
     Source,
+    code_digest,
     intact,
     keys_of,
     open_parts,
@@ -44,6 +46,7 @@ ROWS_PER_BLOCK = 64  # chunks that are read, tokenized and reported at once
 # What decides the bytes of a vector, besides its tokens and the encoder: how tokens become text, and text a vector.
 CODE = ("retro_model.embedding", "retro_model.corpus.chunks", "retro_model.corpus.tokenizer")
 LIBRARIES = ("numpy", "tokenizers", "torch", "transformers")
+CODE_DIGEST = code_digest(*CODE)
 
 
 def embed_rows(
@@ -109,7 +112,9 @@ class EmbedJob:
     def facts(self, opened: _Opened) -> dict[str, Any]:
         """Return all that determines a vector: the encoder's facts, and, for the rounding, device and batch shape."""
         encoder = opened.encoder
-        return {**encoder.facts(), "device": encoder.device.type, "rows_alike": encoder.rows_alike}
+        facts = {**encoder.facts(), "device": encoder.device.type, "rows_alike": encoder.rows_alike}
+        tokenizer = opened.tokenizer.fingerprint
+        return {**facts, SETTINGS: settings_digest(CODE_DIGEST, LIBRARIES, {**facts, "tokenizer": tokenizer})}
 
     def make(
         self,
@@ -176,15 +181,14 @@ def make_embeddings(
         (engine or Engine(device=device)).open(job) as running,
         Progress("embed", total, "chunk") as bar,
     ):
-        facts = running.facts
+        facts = {name: fact for name, fact in running.facts.items() if name != SETTINGS}
         rows_per_batch = batch_size or ROWS_PER_BATCH[facts["device"]]
         say(
             f"embed: {facts['encoder_name']}, {facts['dim']} dimensions, on {facts['device']} in "
             f"{facts['number_type']}, {facts['max_tokens']} tokens a chunk, {rows_per_batch} chunks a batch"
         )
         started = time.perf_counter()
-        settings = {**facts, "tokenizer": splits["train"].facts["tokenizer"]}
-        kept = KeptParts(work, job.kind, settings_digest(CODE, LIBRARIES, settings))
+        kept = KeptParts(work, job.kind, running.facts[SETTINGS])
         for split, chunks in splits.items():
             with ArtifactWriter(folder / split, job.kind) as writer:
                 no_rows = np.empty(0, dtype=np.bool_)  # an artifact without rows has its arrays

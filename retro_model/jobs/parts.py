@@ -4,9 +4,9 @@
         lock                                      held shared by every run that uses the folder
         embeddings/<settings>-<content>/          a part of a job of this kind, an artifact
 
-`settings` is a digest of all that the parts of a job have in common: its facts, its code, its libraries. `content` is
-a digest of what this part was made from. A killed run continues from the parts that it finished, because they are
-kept here while it runs.
+`settings` is a digest of all that the parts of a job have in common: its facts, its code, its libraries. Each process
+that makes parts computes it for itself. `content` is a digest of what this part was made from. A killed run continues
+from the parts that it finished, because they are kept here while it runs.
 
 A part consists of items, such as the chunks of an embeddings part, and `keys.npy` holds a digest of each. If a part is
 not here, because a document was added to it, most of its items are in other parts with the same settings: `KeptParts`
@@ -15,6 +15,7 @@ finds them, and only the others are made.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -35,6 +36,7 @@ from retro_model.core.printable import say
 from retro_model.jobs.job import Part, delete_leftovers, work_or_temporary
 
 KEYS = "keys.npy"
+SETTINGS = "settings"
 
 Keys = npt.NDArray[np.uint64]  # (items, 2): 128-bit digests
 
@@ -102,22 +104,30 @@ def _delete_oldest(parts: Parts) -> None:
 # ---- what a part is made from ----------------------------------------------------------------------------------------
 
 
-def settings_digest(code: Iterable[str], libraries: Iterable[str], facts: dict[str, Any]) -> str:
-    """Return a digest of what all parts of a job have in common.
+def settings_digest(code: str, libraries: Iterable[str], facts: dict[str, Any]) -> str:
+    """Return a digest of what all parts of a job have in common; the job's facts hold it under SETTINGS.
 
-    `code` names our modules and packages that decide the bytes of a part, `libraries` installed distributions whose
-    versions do.
+    `code` is a `code_digest`, `libraries` names installed distributions whose versions decide the bytes of a part.
     """
-    versions = {name: importlib.metadata.version(name) for name in libraries}
-    return _digest({"facts": facts, "code": {name: _code_digest(name) for name in code}, "libraries": versions})
+    return _digest({"facts": facts, "code": code, "libraries": {name: _version(name) for name in libraries}})
 
 
-def _code_digest(name: str) -> str:
-    spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.origin is not None, name
-    file = Path(spec.origin)
-    files = sorted(file.parent.rglob("*.py")) if spec.submodule_search_locations else [file]
-    return _digest([(path.relative_to(file.parent).as_posix(), file_digest(path)) for path in files])
+_version = functools.cache(importlib.metadata.version)  # it reads a file
+
+
+def code_digest(*names: str) -> str:
+    """Return a digest of the source files of modules and packages of ours.
+
+    Compute it when the code is imported: the files may change while the process runs.
+    """
+    listed = []
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None, name
+        file = Path(spec.origin)
+        files = sorted(file.parent.rglob("*.py")) if spec.submodule_search_locations else [file]
+        listed += [(name, path.relative_to(file.parent).as_posix(), file_digest(path)) for path in files]
+    return _digest(listed)
 
 
 def _digest(value: object) -> str:
@@ -192,7 +202,7 @@ class KeptParts:
         The job's `make` gets `arguments`, then where items of the part are found (a list of Source), then facts for the
         part to record.
         """
-        facts = {"settings": self._settings, "content": content}
+        facts = {"content": content}
         name = _part_name(self._settings, content)
         sources: list[Source] = []
         self.wanted += num_items

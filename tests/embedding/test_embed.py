@@ -314,7 +314,7 @@ def test_facts_hold_what_shapes_a_batch(device: str, expected: list[int], data: 
     for batch_size in (24, 512):
         encoder = Encoder(config, model, None, "-", device=torch.device(device), batch_size=batch_size)
         job = EmbedJob(data / "chunks", data / "tokenizer", config, device, batch_size)
-        opened = SimpleNamespace(encoder=encoder)
+        opened = SimpleNamespace(encoder=encoder, tokenizer=SimpleNamespace(fingerprint="-"))
         found.append(job.facts(opened)["rows_alike"])  # type: ignore[arg-type]
     assert found == expected
 
