@@ -170,7 +170,7 @@ def embed(folder: Path, turns: int, rows: int) -> None:
     sizes = (8, 16, 32, 64, 128, 256)
     tasks = {f"forward pass alone, batch {size}": quiet(forward(size)) for size in sizes}
     whole = "the stage's way"
-    tasks[whole] = quiet(lambda: drain(embed_rows(encoder, tokenizer, chunks, 0, rows)))
+    tasks[whole] = quiet(lambda: drain(embed_rows(encoder, tokenizer, chunks, np.arange(rows))))
     took = in_turns(tasks, turns)
     for name, seconds in took.items():
         print(f"    {name:34} {seconds:7.2f} s  {rows / seconds:7.1f} chunks/s")

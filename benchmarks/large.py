@@ -22,6 +22,7 @@ from retro_model.corpus.documents import CorpusConfig
 from retro_model.corpus.tokenizer_training import TokenizerConfig, make_tokenizer
 from retro_model.embedding.config import EmbedConfig
 from retro_model.embedding.embed import make_embeddings
+from retro_model.jobs.parts import Parts
 from retro_model.network.config import ModelConfig
 from retro_model.sample import STANDARD_LIBRARY, SampleConfig, find_package, write_sample
 from retro_model.search.build import make_index
@@ -92,7 +93,7 @@ def prepare(work: Path, setting: Setting) -> None:
         make_chunks(text, corpus, work / "tokenizer", setting.chunk_size, chunks)
     if not (work / "embeddings").exists():
         embed = EmbedConfig(encoder=setting.encoder)
-        make_embeddings(chunks, work / "tokenizer", embed, work / "embeddings", work_folder=work / "parts")
+        make_embeddings(chunks, work / "tokenizer", embed, work / "embeddings", parts=Parts(work / "parts", 1 << 40))
     if not (work / "index").exists():
         make_index(work / "embeddings", IndexConfig(), work / "index")
     if not (work / "neighbors").exists():

@@ -5,7 +5,7 @@ from pathlib import Path
 from retro_model.core.artifacts import write_json
 from retro_model.corpus.chunking import make_chunks
 from stages.common.dvcignore import dvc_name_filter
-from stages.common.harness import run_stage, work_folder
+from stages.common.harness import project_root, run_stage, work_folder
 from stages.common.params import read_params
 
 
@@ -13,7 +13,7 @@ def main() -> None:
     """Reads documents and tokenizer, writes the chunks and their counts."""
     params = read_params("documents", "corpus", "chunk_size", "runtime")
     tokenizer = Path("data/tokenizer")
-    with work_folder("chunk", params) as work:
+    with work_folder("chunk", params):  # another process that makes the same is waited for
         metrics = make_chunks(
             Path(params.documents),
             params.corpus,
@@ -21,7 +21,7 @@ def main() -> None:
             params.chunk_size,
             Path("data/chunks"),
             engine=params.runtime.make_engine(),
-            work_folder=work,
+            parts=params.runtime.kept_parts(project_root()),
             name_filter=dvc_name_filter(),
         )
     write_json(Path("metrics/chunk.json"), metrics)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from retro_model.core.artifacts import Artifact, write_json
 from retro_model.embedding.embed import make_embeddings
-from stages.common.harness import record_timing, run_stage, work_folder
+from stages.common.harness import project_root, record_timing, run_stage, work_folder
 from stages.common.params import read_params
 
 
@@ -12,7 +12,7 @@ def main() -> None:
     """Reads chunks and tokenizer, writes the vectors and their metrics."""
     params = read_params("embed", "runtime")
     chunks, tokenizer = Path("data/chunks"), Path("data/tokenizer")
-    with work_folder("embed", params) as work:
+    with work_folder("embed", params):  # another process that makes the same is waited for
         outcome = make_embeddings(
             chunks,
             tokenizer,
@@ -21,7 +21,7 @@ def main() -> None:
             batch_size=params.runtime.embed_batch_size or None,
             device=params.runtime.device,
             engine=params.runtime.make_engine(),
-            work_folder=work,
+            parts=params.runtime.kept_parts(project_root()),
         )
     write_json(Path("metrics/embed.json"), outcome.metrics)
     made = Artifact.open(Path("data/embeddings/train"), "embeddings", verify=False).fingerprint

@@ -9,7 +9,7 @@ from retro_model.core.printable import say
 from retro_model.evaluation.evaluate import EvaluationRun, evaluate_models, time_retrieval
 from retro_model.evaluation.inputs import Searching
 from stages.common.dvcignore import dvc_name_filter
-from stages.common.harness import record_timing, run_stage, work_folder
+from stages.common.harness import project_root, record_timing, run_stage, work_folder
 from stages.common.params import flat_params, read_params
 from stages.tracking.runs import Recording, evaluation_run
 
@@ -32,6 +32,7 @@ def main() -> None:
         device=params.runtime.device,
         embed_batch_size=params.runtime.embed_batch_size or None,
         engine=params.runtime.make_engine(),
+        parts=params.runtime.kept_parts(project_root()),
         name_filter=dvc_name_filter(),
     )
     with (

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from retro_model.core.artifacts import write_json
+from retro_model.core.artifacts import Artifact, write_json
+from retro_model.core.printable import say
 from retro_model.corpus.tokenizer_training import make_tokenizer
 from stages.common.dvcignore import dvc_name_filter
-from stages.common.harness import run_stage
+from stages.common.harness import last_made, record_timing, run_stage
 from stages.common.params import read_params
 
 
@@ -20,6 +21,14 @@ def main() -> None:
         name_filter=dvc_name_filter(),
     )
     write_json(Path("metrics/tokenizer.json"), metrics)
+    made = Artifact.open(Path("data/tokenizer"), "tokenizer").fingerprint
+    before = last_made("tokenizer.made")
+    if before is not None and before != made:
+        say(
+            "tokenizer: it is not the one of the last run, so every document is tokenized and embedded again; if only "
+            "documents were added, tokenizer.train_on keeps it as it is: see docs/growing.md"
+        )
+    record_timing("tokenizer.made", made)
 
 
 if __name__ == "__main__":

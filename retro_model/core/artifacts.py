@@ -1,9 +1,9 @@
 """Read and write artifacts, the folders that stages exchange. docs/formats.md describes the format.
 
-An artifact is a folder with numpy shards of equal length (`tokens-00000.npy`), other files, and `artifact.json`,
-which is written last. It holds shapes, types, the sha256 of every file, and facts that later stages read instead
-of deciding them again. So an artifact is either complete or absent, and readers refuse one that was truncated,
-extended or changed after it was written.
+An artifact is a folder with numpy shards (`tokens-00000.npy`), other files, and `artifact.json`, which is written
+last. It holds shapes, types, the sha256 of every file, and facts that later stages read instead of deciding them again.
+So an artifact is either complete or absent, and readers refuse one that was truncated, extended or changed after it was
+written.
 
     with whole_folder(Path("data/chunks")) as folder:        # renamed into place at the end
         with ArtifactWriter(folder / "train", "chunks", rows_per_shard=65536) as writer:
@@ -24,7 +24,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -37,7 +37,8 @@ from retro_model.core.arrays import IntArray
 from retro_model.core.errors import ArtifactError, DamagedArtifactError, MismatchError, MissingArtifactError
 
 DESCRIPTION = "artifact.json"
-VERSION = 2
+VERSION = 3
+READABLE_VERSIONS = (2, VERSION)  # version 2 differs in that all shards but the last have equally many rows
 ROWS_PER_SHARD = 1 << 18
 
 # Limits for shards that are computed one by one and are the units of resuming and distributing: small, but not too
@@ -224,6 +225,8 @@ class _Shard:
 class ArtifactWriter:
     """Writes an artifact into a new folder, shard by shard; memory holds at most the rows of one call.
 
+    `append` begins a new shard after `rows_per_shard` rows; `adopt` takes over a part as a shard of its own.
+
     Use it as a context manager: `artifact.json` is written when the block ends without an error.
     """
 
@@ -235,7 +238,8 @@ class ArtifactWriter:
         self.rows_per_shard = rows_per_shard
         self.facts: dict[str, Any] = {}
         self._open: dict[str, _Shard] = {}
-        self._rows = 0
+        self._filled = 0  # rows of the open shard
+        self._shards: list[int] = []  # rows of each finished shard
         self._arrays: dict[str, dict[str, Any]] = {}
         self._files: dict[str, str] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -243,46 +247,64 @@ class ArtifactWriter:
 
     @property
     def rows(self) -> int:
-        """Number of rows appended so far."""
-        return self._rows
+        """Number of rows written so far."""
+        return sum(self._shards) + self._filled
 
     def append(self, **columns: npt.NDArray[Any]) -> None:
         """Append rows; every call passes the same arrays, all of the same length."""
         lengths = {name: len(column) for name, column in columns.items()}
         assert len(set(lengths.values())) == 1, lengths
         for name, column in columns.items():
-            known = self._arrays.setdefault(name, {"dtype": column.dtype.str, "row_shape": list(column.shape[1:])})
-            assert known == {"dtype": column.dtype.str, "row_shape": list(column.shape[1:])}, (name, known, column)
+            known = self._arrays.setdefault(name, _type_of(column))
+            assert known == _type_of(column), (name, known, column)
         assert columns.keys() == self._arrays.keys(), (columns.keys(), self._arrays.keys())
         start, total = 0, next(iter(lengths.values()))
         while start < total:
-            number, filled = divmod(self._rows, self.rows_per_shard)
-            stop = min(total, start + self.rows_per_shard - filled)
+            stop = min(total, start + self.rows_per_shard - self._filled)
             for name, column in columns.items():
-                if not filled:
-                    self._open[name] = _Shard(self.folder / _shard_name(name, number), **self._arrays[name])
+                if not self._filled:
+                    self._open[name] = _Shard(
+                        self.folder / numbered(f"{name}.npy", len(self._shards)), **_type_of(column)
+                    )
                 self._open[name].append(column[start:stop])
-            self._rows += stop - start
+            self._filled += stop - start
             start = stop
-            if self._rows % self.rows_per_shard == 0:
+            if self._filled == self.rows_per_shard:
                 self._close_shard()
 
-    def adopt(self, part: "Artifact") -> None:
-        """Append all rows of a one-shard artifact, by hard links to its files if the file system can link them.
+    def adopt(
+        self,
+        part: "Artifact",
+        arrays: Iterable[str] | None = None,
+        *,
+        files: Iterable[str] = (),
+        offsets: Mapping[str, int] | None = None,
+    ) -> None:
+        """Append a one-shard artifact as a shard, by hard links to its files if the file system can link them.
 
-        Every adopted part but the last must have `rows_per_shard` rows.
+        Takes over the named `arrays`, by default all, and the named `files`, which get the shard's number. Readers add
+        `offsets`, by array, to what is stored, so that a part's numbers can be local to it; with all parts or none.
+        A part without rows adds no shard.
         """
-        assert self._rows % self.rows_per_shard == 0, "only the last shard may be shorter"
-        assert part.kind == self.kind and part.rows <= self.rows_per_shard, (part.kind, part.rows)
-        number = self._rows // self.rows_per_shard
-        for name, array in part.arrays.items():
-            known = self._arrays.setdefault(name, array)
-            assert known == array, (name, known, array)
-            for path in part[name].paths:  # one path, or none if the part has no rows
-                file = _shard_name(name, number)
-                link_or_copy(path, self.folder / file)
-                self._files[file] = part.files[path.name]
-        self._rows += part.rows
+        assert not self._filled and part.kind == self.kind and len(part.shards) <= 1, (part.kind, part.shards)
+        if not part.arrays:
+            return
+        names = list(part.arrays) if arrays is None else list(arrays)
+        for name in names:
+            known = self._arrays.setdefault(name, dict(part.arrays[name]))
+            assert {**known, **part.arrays[name]} == known, (name, known, part.arrays[name])
+        if not part.rows:
+            return
+        for name, offset in (offsets or {}).items():
+            shard_offsets = self._arrays[name].setdefault("offsets", [])
+            assert len(shard_offsets) == len(self._shards), (name, shard_offsets)
+            shard_offsets.append(offset)
+        number = len(self._shards)
+        taken = {numbered(f"{name}.npy", 0): numbered(f"{name}.npy", number) for name in names}
+        for source, target in {**taken, **{name: numbered(name, number) for name in files}}.items():
+            link_or_copy(part.folder / source, self.folder / target)
+            self._files[target] = part.files[source]
+        self._shards.append(part.rows)
 
     def add_file(self, name: str) -> None:
         """Record the digest of a file that the caller wrote below the folder; `name` is relative, with `/`."""
@@ -292,7 +314,8 @@ class ArtifactWriter:
         for shard in self._open.values():
             shard.close()
             self._files[shard.path.name] = file_digest(shard.path)
-        self._open = {}
+        self._shards += [self._filled] if self._filled else []
+        self._open, self._filled = {}, 0
 
     def __enter__(self) -> "ArtifactWriter":
         return self
@@ -312,8 +335,8 @@ class ArtifactWriter:
             {
                 "format": f"retro/{self.kind}",
                 "version": VERSION,
-                "rows": self._rows,
-                "rows_per_shard": self.rows_per_shard,
+                "rows": self.rows,
+                "shards": self._shards,
                 "arrays": self._arrays,
                 "facts": self.facts,
                 "sha256": dict(sorted(self._files.items())),
@@ -324,8 +347,8 @@ class ArtifactWriter:
 class Artifact:
     """An artifact on disk, opened for reading only.
 
-    `facts` is what the writer recorded. `fingerprint` is the sha256 of artifact.json; it identifies every byte,
-    because artifact.json holds the digest of each file.
+    `facts` is what the writer recorded. `shards` is the number of rows of each shard. `fingerprint` is the sha256 of
+    artifact.json; it identifies every byte, because artifact.json holds the digest of each file.
     """
 
     def __init__(self, folder: Path, kind: str, description: Mapping[str, Any], fingerprint: str) -> None:
@@ -334,12 +357,10 @@ class Artifact:
         self.fingerprint = fingerprint
         self.facts: Mapping[str, Any] = description["facts"]
         self.rows: int = description["rows"]
+        self.shards: list[int] = _rows_of_shards(description)
         self.files: Mapping[str, str] = description["sha256"]
-        self.arrays: Mapping[str, dict[str, Any]] = description["arrays"]  # name -> dtype and row_shape
-        self._arrays = {
-            name: ShardedArray(folder, name, self.rows, description["rows_per_shard"], array)
-            for name, array in self.arrays.items()
-        }
+        self.arrays: Mapping[str, dict[str, Any]] = description["arrays"]  # name -> dtype, row_shape and any offsets
+        self._arrays = {name: ShardedArray(folder, name, self.shards, array) for name, array in self.arrays.items()}
 
     @classmethod
     def open(cls, folder: Path | str, kind: str, verify: bool = True) -> "Artifact":
@@ -367,7 +388,7 @@ class Artifact:
             raise _damaged(file, f"is no description of an artifact ({error!r})") from error
         if found_kind != f"retro/{kind}":
             raise MismatchError(f"{folder}: expected retro/{kind}, found {found_kind}; is the path right?")
-        if found_version != VERSION:
+        if found_version not in READABLE_VERSIONS:
             raise MismatchError(
                 f"{folder}: format version {found_version}, expected {VERSION}; run `dvc repro` to write it anew"
             )
@@ -402,36 +423,50 @@ class Artifact:
         return self
 
 
+def _rows_of_shards(description: Mapping[str, Any]) -> list[int]:
+    if description["version"] == VERSION:
+        shards: list[int] = description["shards"]
+        assert sum(shards) == description["rows"], "only a faulty program writes another sum"
+        return shards
+    rows, size = description["rows"], description["rows_per_shard"]
+    return [min(size, rows - start) for start in range(0, rows, size)]
+
+
 class ShardedArray:
     """An array stored as rows in one or more `.npy` files, read through read-only memory maps.
+
+    Shard i holds the rows `starts[i]` to `starts[i + 1]`. If the array has `offsets`, offset i is added to what shard i
+    stores.
 
     Indexing returns new arrays. An index that is negative or too large raises IndexError: in this project -1 means
     "none", never "the last".
     """
 
-    def __init__(self, folder: Path, name: str, rows: int, rows_per_shard: int, array: Mapping[str, Any]) -> None:
-        self.shape: tuple[int, ...] = (rows, *array["row_shape"])
-        self.dtype = np.dtype(array["dtype"])
-        self._rows_per_shard = rows_per_shard
-        num_shards = -(-rows // rows_per_shard)
-        self.paths = [folder / _shard_name(name, number) for number in range(num_shards)]
+    def __init__(self, folder: Path, name: str, shards: Sequence[int], array: Mapping[str, Any]) -> None:
+        self.starts = np.concatenate([[0], np.cumsum(shards, dtype=np.int64)])
+        self.shape: tuple[int, ...] = (int(self.starts[-1]), *array["row_shape"])
+        self.paths = [folder / numbered(f"{name}.npy", number) for number in range(len(shards))]
+        self.offsets: list[int] | None = array.get("offsets")
+        self._stored = np.dtype(array["dtype"])
         self._maps: list[npt.NDArray[Any]] | None = None
+        # Wide enough for the largest value: what a shard stores is smaller than twice the largest offset, or 2^30.
+        wide = self.offsets is not None and max(self.offsets, default=0) >= 1 << 30
+        self.dtype = np.dtype(np.int64) if wide else self._stored
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def shards(self) -> list[npt.NDArray[Any]]:
-        """Return the shards in order, each a read-only memory map."""
+        """Return the shards in order as they are stored, without offsets, each a read-only memory map."""
         if self._maps is None:
             maps = []
-            for number, path in enumerate(self.paths):
-                rows = min(self._rows_per_shard, len(self) - number * self._rows_per_shard)
+            for path, rows in zip(self.paths, np.diff(self.starts).tolist(), strict=True):
                 try:
                     shard = np.load(path, mmap_mode="r", allow_pickle=False)
                 except (ValueError, EOFError) as error:
                     raise _damaged(path, f"cannot be read ({error})") from error
-                if shard.shape != (rows, *self.shape[1:]) or shard.dtype != self.dtype:
-                    expected = f"{(rows, *self.shape[1:])} {self.dtype}"
+                if shard.shape != (rows, *self.shape[1:]) or shard.dtype != self._stored:
+                    expected = f"{(rows, *self.shape[1:])} {self._stored}"
                     raise _damaged(path, f"holds {shard.shape} {shard.dtype}, expected {expected}")
                 maps.append(shard)
             self._maps = maps
@@ -440,35 +475,66 @@ class ShardedArray:
     def __getitem__(self, rows: "int | slice | IntArray") -> npt.NDArray[Any]:
         """Return rows as an array in memory: one for a number, several for a slice or an integer array."""
         if isinstance(rows, slice):
-            return self._slice(*rows.indices(len(self)))
+            start, stop, step = rows.indices(len(self))
+            assert step == 1, "a slice of rows has no step"
+            return self._slice(start, max(start, stop))
         ids = np.asarray(rows)
         if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
             raise IndexError(f"rows {ids.min()} to {ids.max()} of {len(self)}")
         shards = self.shards()
         if len(shards) == 1:
-            return np.array(shards[0][ids])
-        gathered = np.empty((*ids.shape, *self.shape[1:]), dtype=self.dtype)
-        numbers, places = ids // self._rows_per_shard, ids % self._rows_per_shard
-        for number in np.unique(numbers):
-            here = numbers == number
-            gathered[here] = shards[number][places[here]]
-        return gathered
+            return self._with_offset(np.array(shards[0][ids]), 0)
+        gathered = np.empty((ids.size, *self.shape[1:]), dtype=self.dtype)
+        order = np.argsort(ids, axis=None, kind="stable")
+        ordered = ids.reshape(-1)[order]
+        for number, first, start, stop in self.parts_of(ordered):
+            found = shards[number][ordered[start:stop] - first]
+            gathered[order[start:stop]] = self._with_offset(found, number)
+        return gathered.reshape((*ids.shape, *self.shape[1:]))
 
-    def _slice(self, start: int, stop: int, step: int) -> npt.NDArray[Any]:
-        assert step == 1, "a slice of rows has no step"
-        size = self._rows_per_shard
-        parts = [
-            self.shards()[number][max(start - number * size, 0) : stop - number * size]
-            for number in range(start // size, -(-stop // size))
-        ]
-        return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), dtype=self.dtype)
+    def parts_of(self, ordered: IntArray) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (shard, its first row, start, stop) for each shard that holds some of the sorted row numbers `ordered`.
+
+        It holds `ordered[start:stop]`.
+        """
+        if not len(ordered):
+            return
+        first, last = np.searchsorted(self.starts, [ordered[0], ordered[-1]], side="right") - 1
+        stops = np.searchsorted(ordered, self.starts[first + 1 : last + 2])
+        start = 0
+        for number, stop in enumerate(stops.tolist(), start=int(first)):
+            if stop > start:
+                yield number, int(self.starts[number]), start, stop
+            start = stop
+
+    def _slice(self, start: int, stop: int) -> npt.NDArray[Any]:
+        rows = np.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        if stop > start:
+            first, last = np.searchsorted(self.starts, [start, stop - 1], side="right") - 1
+            for number in range(first, last + 1):
+                begin = int(self.starts[number])
+                found = self.shards()[number][max(start - begin, 0) : stop - begin]
+                place = max(begin, start) - start
+                rows[place : place + len(found)] = self._with_offset(found, number)
+        return rows
+
+    def _with_offset(self, rows: npt.NDArray[Any], number: int) -> npt.NDArray[Any]:
+        if not self.offsets:
+            return rows
+        return np.asarray(np.add(rows, self.offsets[number], dtype=self.dtype))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": None}  # a worker process opens its own maps
 
 
-def _shard_name(name: str, number: int) -> str:
-    return f"{name}-{number:05d}.npy"
+def numbered(name: str, number: int) -> str:
+    """Return the name of a shard's file: ("tokens.npy", 3) is tokens-00003.npy."""
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}-{number:05d}.{suffix}"
+
+
+def _type_of(column: npt.NDArray[Any]) -> dict[str, Any]:
+    return {"dtype": column.dtype.str, "row_shape": list(column.shape[1:])}
 
 
 def _damaged(path: Path, what: str) -> DamagedArtifactError:

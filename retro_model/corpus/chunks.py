@@ -1,7 +1,8 @@
 """Map the rows of a chunk artifact to their documents and text.
 
-`documents.jsonl` has a line for each document: its number, source, record in that source, first chunk, and number
-of chunks, tokens and bytes. Only this module writes and reads the file.
+`documents.jsonl`, or a file `documents-00000.jsonl` for each shard, has a line for each document: its number, source,
+record in that source, and number of chunks, tokens and bytes. A shard's numbers are local to it, and readers add the
+shard's offset. Only this module writes and reads these files.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from retro_model.core.arrays import IntArray
-from retro_model.core.artifacts import Artifact
+from retro_model.core.artifacts import Artifact, numbered
 from retro_model.core.errors import DamagedArtifactError
 from retro_model.core.printable import one_line
 from retro_model.corpus.tokenizer import Tokenizer
@@ -46,9 +47,17 @@ class DocumentTable:
 
 
 def read_documents(chunks: Artifact) -> Iterator[dict[str, Any]]:
-    """Yield the entries of documents.jsonl, in order."""
-    with (chunks.folder / DOCUMENTS).open(encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
+    """Yield the entries of all documents, in order, each with its number in the artifact and its `first_chunk`."""
+    tables = [(DOCUMENTS, 0)]
+    if DOCUMENTS not in chunks.files:
+        offsets = chunks["documents"].offsets or []
+        tables = [(numbered(DOCUMENTS, number), offset) for number, offset in enumerate(offsets)]
+    first = 0
+    for name, offset in tables:
+        with (chunks.folder / name).open(encoding="utf-8") as lines:
+            for entry in map(json.loads, lines):
+                yield {**entry, "document": entry["document"] + offset, "first_chunk": first}
+                first += entry["chunks"]
 
 
 class SourceText(NamedTuple):

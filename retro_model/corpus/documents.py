@@ -141,6 +141,7 @@ class Corpus:
         self.report.add_files(found)
         self._files = found.files
         self._num_in_file = np.zeros(len(self._files), np.int64)  # readable documents
+        self.num_bytes = 0  # of all readable documents, in UTF-8
         digests, identities = self._scan()
         self._statuses = self._assign(digests, identities)
         self._near_duplicates_known = not config.near_duplicates
@@ -204,7 +205,9 @@ class Corpus:
                 for entry in self.report.usable_entries(file, source, options):
                     bar.update()
                     self._num_in_file[position] += 1
-                    digest = hashlib.blake2b(entry.text.encode(), digest_size=16).digest()
+                    text = entry.text.encode()
+                    self.num_bytes += len(text)
+                    digest = hashlib.blake2b(text, digest_size=16).digest()
                     digests += digest
                     path = hashlib.blake2b(entry.source.encode(), digest_size=8).digest()
                     identities += path if entry.record is None else digest[:8]

@@ -24,7 +24,7 @@ from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
 from retro_model.core.artifacts import whole_folder
-from retro_model.core.config import Config, setting
+from retro_model.core.config import Config, optional_path, setting
 from retro_model.core.errors import ConfigError
 from retro_model.core.progress import report_elapsed
 from retro_model.corpus.documents import Corpus, CorpusConfig
@@ -44,13 +44,15 @@ class TokenizerConfig(Config, section="tokenizer"):
     """`name` is `bpe` to train a tokenizer of `vocab_size` tokens, or a folder or hub name to load one.
 
     `begin` and `end` are the tokens around each document, if a named tokenizer's special tokens are for other uses, as
-    those of chat models are.
+    those of chat models are. `train_on` is a folder or file of documents to train on, so that the tokenizer stays as it
+    is when the corpus grows. If it is "" or an empty folder, the tokenizer is trained on the corpus.
     """
 
     name: str = TRAINED
     vocab_size: int = setting(4096, minimum=256 + 3, below=2**31)
     begin: str | None = None  # tokens of a named tokenizer; None: derived from its special tokens
     end: str | None = None
+    train_on: str = setting("")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,12 +77,14 @@ def make_tokenizer(
 ) -> dict[str, float]:
     """Write the configured tokenizer into `folder` and return metrics.
 
-    It is trained on the train split alone, or loaded by name without reading the documents. Equal documents give
-    equal bytes. Raises DocumentError, or SourceError if the named tokenizer cannot be loaded.
+    It is trained on the train split of `documents`, or of `config.train_on` instead, or loaded by name without reading
+    documents. Equal documents give equal bytes. Raises DocumentError, ConfigError if `config.train_on` is not there, or
+    SourceError if the named tokenizer cannot be loaded.
     """
     metrics: dict[str, float] = {}
     if config.name == TRAINED:
-        corpus = Corpus(documents, corpus_config, name_filter)
+        trained_on = optional_path("tokenizer.train_on", config.train_on) or documents
+        corpus = Corpus(trained_on, corpus_config, name_filter)
         backend, special = train(_count_texts(corpus, metrics), config.vocab_size)
     else:
         backend, special = load(config.name, config.begin, config.end)

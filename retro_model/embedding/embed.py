@@ -1,20 +1,24 @@
 """Embed all chunks: the stage `embed`, part by part (section 2.2 of the paper).
 
-The vectors are stored in half precision, in which the search compares them.
+The vectors are stored in half precision, in which the search compares them. The shards are those of the chunks: each is
+made from one shard of tokens and kept by its content (retro_model.jobs.parts), so only new chunks are embedded. That
+gives the bytes of a run that embeds everything, because a vector is bitwise independent of the rest of its batch.
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from retro_model.core.arrays import Float32Array
-from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, rows_per_part, whole_folder
+from retro_model.core.arrays import BoolArray, Float32Array, IntArray
+from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, numbered, whole_folder
 from retro_model.core.errors import SourceError
 from retro_model.core.prefetch import prefetch
 from retro_model.core.progress import Progress
@@ -23,17 +27,35 @@ from retro_model.corpus.tokenizer import Tokenizer
 from retro_model.embedding.config import EmbedConfig
 from retro_model.embedding.encoder import ROWS_PER_BATCH, Encoder, Tokenized
 from retro_model.jobs.engine import Engine
-from retro_model.jobs.job import Outcome, row_parts, work_or_temporary
+from retro_model.jobs.job import Outcome, Part
+from retro_model.jobs.parts import (
+    SETTINGS,
+    KeptParts,
+    Keys,
+    Parts,
+    Source,
+    code_digest,
+    intact,
+    keys_of,
+    open_parts,
+    settings_digest,
+    write_keys,
+)
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_BLOCK = 256  # chunks that are read, tokenized and reported at once
+ROWS_PER_BLOCK = 64  # chunks that are read, tokenized and reported at once
+
+# What decides the bytes of a vector, besides its tokens and the encoder: how tokens become text, and text a vector.
+CODE = ("retro_model.embedding", "retro_model.corpus.chunks", "retro_model.corpus.tokenizer")
+LIBRARIES = ("numpy", "tokenizers", "torch", "transformers")
+CODE_DIGEST = code_digest(*CODE)
 
 
 def embed_rows(
-    encoder: Encoder, tokenizer: Tokenizer, chunks: Artifact, start: int, stop: int
-) -> Iterator[tuple[npt.NDArray[np.float16], int]]:
-    """Embed the chunk rows `start` to `stop`, in order; yield (vectors, number of truncated texts) for each block.
+    encoder: Encoder, tokenizer: Tokenizer, chunks: Artifact, rows: IntArray
+) -> Iterator[tuple[npt.NDArray[np.float16], BoolArray]]:
+    """Embed the given chunk rows, in order; yield (vectors, which texts were truncated) for each block.
 
     The next block is read and tokenized while the encoder works on this one.
     """
@@ -41,10 +63,10 @@ def embed_rows(
     size = encoder.batch_size * max(1, ROWS_PER_BLOCK // encoder.batch_size)
 
     def prepare(first: int) -> Tokenized:
-        return encoder.tokenize(chunk_text(tokenizer, tokens[first : min(first + size, stop)][:, :-1]))
+        return encoder.tokenize(chunk_text(tokenizer, tokens[rows[first : first + size]][:, :-1]))
 
-    for tokenized in prefetch(map(prepare, range(start, stop, size))):
-        yield stored_vectors(encoder.vectors(tokenized), encoder), tokenized.num_truncated
+    for tokenized in prefetch(map(prepare, range(0, len(rows), size))):
+        yield stored_vectors(encoder.vectors(tokenized), encoder), tokenized.truncated
 
 
 def stored_vectors(vectors: Float32Array, encoder: Encoder) -> npt.NDArray[np.float16]:
@@ -93,20 +115,44 @@ class EmbedJob:
     def facts(self, opened: _Opened) -> dict[str, Any]:
         """Return all that determines a vector: the encoder's facts, and, for the rounding, device and batch shape."""
         encoder = opened.encoder
-        return {**encoder.facts(), "device": encoder.device.type, "rows_alike": encoder.rows_alike}
+        facts = {**encoder.facts(), "device": encoder.device.type, "rows_alike": encoder.rows_alike}
+        tokenizer = opened.tokenizer.fingerprint
+        return {**facts, SETTINGS: settings_digest(CODE_DIGEST, LIBRARIES, {**facts, "tokenizer": tokenizer})}
 
-    def make(self, opened: _Opened, folder: Path, split: str, start: int, stop: int) -> Iterator[int]:
-        """Write the vectors of chunks `start` to `stop` of a split."""
+    def make(
+        self,
+        opened: _Opened,
+        folder: Path,
+        split: str,
+        start: int,
+        stop: int,
+        sources: list[Source],
+        facts: dict[str, Any],
+    ) -> Iterator[int]:
+        """Write the vectors of chunks `start` to `stop` of a split; those that the parts `sources` hold are copied."""
         encoder, tokenizer, splits = opened
-        num_truncated = 0
-        with ArtifactWriter(folder, self.kind, max(stop - start, 1)) as writer:
-            for vectors, truncated in embed_rows(encoder, tokenizer, splits[split], start, stop):
-                writer.append(vectors=vectors)
-                num_truncated += truncated
-                yield len(vectors)
-            if start == stop:  # a split without chunks still has an array, with no rows
-                writer.append(vectors=np.empty((0, encoder.dim), dtype=np.float16))
-            writer.facts.update(chunks=splits[split].fingerprint, **self.facts(opened), truncated_chunks=num_truncated)
+        keys = _keys_of(splits[split], start, stop)
+        vectors = np.empty((stop - start, encoder.dim), dtype=np.float16)
+        truncated, missing = np.zeros((2, stop - start), dtype=np.bool_)
+        missing[:] = True
+        for part, source in intact(sources, folder.parent, self.kind, keys):
+            vectors[source.places] = part["vectors"][source.items]
+            truncated[source.places] = part["truncated"][source.items]
+            missing[source.places] = False
+        places, done = np.flatnonzero(missing), 0
+        for made, longer in embed_rows(encoder, tokenizer, splits[split], start + places):
+            here = places[done : done + len(made)]
+            vectors[here], truncated[here] = made, longer
+            done += len(made)
+            yield len(made)
+        with ArtifactWriter(folder, self.kind, max(len(vectors), 1)) as writer:
+            writer.append(vectors=vectors, truncated=truncated)
+            write_keys(writer, keys)
+            writer.facts.update(**self.facts(opened), **facts, truncated_chunks=int(truncated.sum()))
+
+
+def _keys_of(chunks: Artifact, start: int, stop: int) -> Keys:
+    return keys_of(row.tobytes() for row in chunks["tokens"][start:stop][:, :-1])
 
 
 def make_embeddings(
@@ -118,13 +164,13 @@ def make_embeddings(
     batch_size: int | None = None,
     device: str = "auto",
     engine: Engine | None = None,
-    work_folder: Path | None = None,
+    parts: Parts | None = None,
 ) -> Outcome:
     """Write the embeddings of every split's chunks below `out_folder` and return metrics and timings.
 
     `batch_size` is in chunks (None: the default for the device). It and `engine` change speed only, except that on a
-    GPU another batch size may change the last bits. Parts in `work_folder` that an earlier run finished are reused,
-    unless their batches rounded differently.
+    GPU another batch size may change the last bits. Chunks whose vectors are in `parts` are not embedded again, unless
+    those were made by other code or libraries, on another kind of device or in batches that round differently.
 
     Raises MismatchError if the chunks were made with another tokenizer; SourceError and ConfigError like
     `Encoder.open`.
@@ -133,28 +179,31 @@ def make_embeddings(
     job = EmbedJob(chunks_folder.absolute(), tokenizer_folder.absolute(), config, device, batch_size)
     total, num_truncated = sum(chunks.rows for chunks in splits.values()), 0
     with (
-        work_or_temporary(work_folder, out_folder) as work,
+        open_parts(parts, job.kind, out_folder) as work,
         whole_folder(out_folder) as folder,
         (engine or Engine(device=device)).open(job) as running,
         Progress("embed", total, "chunk") as bar,
     ):
-        facts = running.facts
+        facts = {name: fact for name, fact in running.facts.items() if name != SETTINGS}
         rows_per_batch = batch_size or ROWS_PER_BATCH[facts["device"]]
         logger.info(
             f"embed: {facts['encoder_name']}, {facts['dim']} dimensions, on {facts['device']} in "
             f"{facts['number_type']}, {facts['max_tokens']} tokens a chunk, {rows_per_batch} chunks a batch"
         )
         started = time.perf_counter()
+        kept = KeptParts(work, job.kind, running.facts[SETTINGS])
         for split, chunks in splits.items():
-            size, truncated = rows_per_part(chunks.rows), 0
-            with ArtifactWriter(folder / split, "embeddings", size) as writer:
-                parts = row_parts(split, chunks.rows, size, chunks=chunks.fingerprint)
-                for part in running.make(parts, work, bar):
+            with ArtifactWriter(folder / split, job.kind) as writer:
+                no_rows = np.empty(0, dtype=np.bool_)  # an artifact without rows has its arrays
+                writer.append(vectors=np.empty((0, facts["dim"]), dtype=np.float16), truncated=no_rows)
+                truncated = 0
+                for part in running.make(_parts(kept, split, chunks, bar), work, bar):
                     writer.adopt(part)
                     truncated += part.facts["truncated_chunks"]
                 writer.facts.update(chunks=chunks.fingerprint, **facts, truncated_chunks=truncated)
                 num_truncated += truncated
         seconds = time.perf_counter() - started
+    logger.info(f"embed: {kept.made:,} of {total:,} chunks embedded, the others were there")
     metrics = {
         "vectors": total,
         "dim": facts["dim"],
@@ -162,4 +211,14 @@ def make_embeddings(
         "truncated_chunks": num_truncated,
         "truncated_share": num_truncated / max(total, 1),
     }
-    return Outcome(metrics, {"chunks_per_second": bar.num_new / seconds, "chunks_per_batch": float(rows_per_batch)})
+    timings = {"chunks_per_second": bar.num_new / seconds, "chunks_per_batch": float(rows_per_batch)}
+    return Outcome(metrics, {**timings, "chunks_embedded": float(kept.made)})
+
+
+def _parts(kept: KeptParts, split: str, chunks: Artifact, bar: Progress) -> Iterator[Part]:
+    starts = chunks["tokens"].starts.tolist()
+    for number, (start, stop) in enumerate(itertools.pairwise(starts)):
+        content, before = chunks.files[numbered("tokens.npy", number)], kept.found
+        part = kept.part(content, (split, start, stop), stop - start, partial(_keys_of, chunks, start, stop))
+        bar.skip(kept.found - before)
+        yield part

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from retro_model.core.arrays import Float32Array
+from retro_model.core.arrays import BoolArray, Float32Array
 from retro_model.core.devices import resolve_device, resolve_number_type
 from retro_model.core.errors import ConfigError, SourceError
 from retro_model.core.hub import first_line, quiet_transformers
@@ -78,10 +78,15 @@ class Tokenized:
 
     ids: npt.NDArray[np.int64]  # (n, max_tokens), padded on the right
     lengths: npt.NDArray[np.int64]  # (n,), numbers of tokens without padding
-    num_truncated: int  # number of texts that were longer
+    truncated: BoolArray  # (n,), whether the text was longer
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def num_truncated(self) -> int:
+        """Number of texts that were longer."""
+        return int(self.truncated.sum())
 
 
 def pool(states_BTD: Tensor, mask_BT: Tensor, pooling: str, has_cls_B: Tensor | None = None) -> Tensor:
@@ -176,7 +181,8 @@ class Encoder:
         ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
         lengths = np.array([sum(encoding.attention_mask) for encoding in encodings], dtype=np.int64)
         ids = ids.reshape(len(encodings), self.config.max_tokens)  # (0, max_tokens) for no texts
-        return Tokenized(ids, lengths, sum(bool(encoding.overflowing) for encoding in encodings))
+        truncated = np.array([bool(encoding.overflowing) for encoding in encodings], dtype=np.bool_)
+        return Tokenized(ids, lengths, truncated)
 
     def vectors(self, tokenized: Tokenized) -> Float32Array:
         """Compute the vectors (n, dim) of tokenized texts, batch by batch."""

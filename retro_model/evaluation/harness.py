@@ -113,7 +113,7 @@ class HarnessModel(LM):  # type: ignore[misc,unused-ignore] # where the harness 
     @torch.no_grad()
     def _read(self, ids: list[int]) -> Tensor:
         """The log-probabilities (N, V) of what follows each of N tokens, with neighbors of each whole chunk."""
-        seq_1N = torch.tensor([ids], device=self.model.embedding.weight.device)
+        seq_1N = torch.tensor([ids], device=self.model.device)
         chunks = len(ids) // self.chunk_size
         retrieved = None
         if self.retriever is not None and chunks:

@@ -30,6 +30,7 @@ from retro_model.corpus.tokenizer import Tokenizer
 from retro_model.embedding.config import EmbedConfig
 from retro_model.embedding.embed import make_embeddings
 from retro_model.jobs.engine import Engine
+from retro_model.jobs.parts import Parts
 from retro_model.search.build import make_index
 from retro_model.search.keys import IndexConfig
 from retro_model.search.neighbors import NeighborsConfig, make_neighbors
@@ -50,6 +51,7 @@ class Searching:
     device: str = "auto"
     embed_batch_size: int | None = None
     engine: Engine | None = None
+    parts: Parts | None = None  # of embeddings, also those of the stage embed
     name_filter: NameFilter | None = None  # leaves out files and folders of another database
 
 
@@ -97,8 +99,8 @@ def search_other_database(documents: Path, data: Path, searching: Searching, wor
     """Find neighbors for the held-out chunks in `documents`; count the documents kept and dropped.
 
     Drops documents that equal or nearly equal a held-out one (`corpus.near_duplicates`): queries would find their
-    own text. The index type is chosen for this number of chunks (`index.key` auto). Embeddings finished before an
-    interruption are reused from `work`.
+    own text. The index type is chosen for this number of chunks (`index.key` auto). Embeddings that are in
+    `searching.parts` are reused.
 
     Raises DocumentError if no document is left.
     """
@@ -185,7 +187,7 @@ def _search(chunks: Path, tokenizer: Path, searching: Searching, work: Path) -> 
         batch_size=searching.embed_batch_size,
         device=device,
         engine=engine,
-        work_folder=work / "parts" / "embeddings",
+        parts=searching.parts,
     )
     embeddings, index = work / "embeddings", work / "index"
     # A key chosen for another number of chunks may not fit these.

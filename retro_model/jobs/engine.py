@@ -14,6 +14,7 @@ the driver of a cluster may have no GPU and would resolve `auto` differently.
 
 import contextlib
 import logging
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -94,8 +95,6 @@ class Running(Generic[Opened]):
         """
         work = work.absolute()
         work.mkdir(parents=True, exist_ok=True)
-        for leftover in work.glob("*.partial"):
-            shutil.rmtree(leftover)
         results: deque[Callable[[], Artifact]] = deque()
         for part in parts:
             folder, facts = work / part.name, {**self.facts, **part.facts}
@@ -115,11 +114,13 @@ class Running(Generic[Opened]):
                 shutil.rmtree(folder)  # a kill interrupted its deletion
             return None
         try:
-            return Artifact.open(folder, self.job.kind).require(**facts)
+            found = Artifact.open(folder, self.job.kind).require(**facts)
         except (DamagedArtifactError, MismatchError) as error:
             logger.warning(f"{folder.name}: made again, what was there is of no use ({error})")
             shutil.rmtree(folder)
             return None
+        os.utime(folder)  # kept parts are deleted in the order of their last use: see jobs.parts
+        return found
 
     def _wait(self, pending: "Pending", folder: Path, facts: dict[str, Any], bar: Progress | None) -> Artifact:
         for num in pending:

@@ -47,13 +47,23 @@ def row_parts(split: str, rows: int, size: int, **facts: Any) -> Iterator[Part]:
 
 @contextlib.contextmanager
 def work_or_temporary(work: Path | None, out: Path) -> Iterator[Path]:
-    """Yield `work`, or for None a temporary folder beside `out` that is deleted after the block."""
+    """Yield `work`, or for None a temporary folder beside `out` that is deleted after the block.
+
+    Two processes must not use the same work folder at a time.
+    """
     if work is not None:
+        delete_leftovers(work)
         yield work
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         yield Path(folder)
+
+
+def delete_leftovers(folder: Path) -> None:
+    """Delete the unfinished parts that a kill left in the folder."""
+    for leftover in folder.glob("*.partial"):
+        shutil.rmtree(leftover)
 
 
 class Job(Protocol[Opened]):
@@ -88,6 +98,8 @@ def make_part(job: Job[Opened], opened: Opened, folder: Path, arguments: tuple[A
     unfinished.mkdir()
     try:
         yield from job.make(opened, unfinished, *arguments)
+        for file in unfinished.iterdir():
+            file.chmod(0o444)  # outputs are hard links to it
         try:
             unfinished.rename(folder)
         except OSError:

@@ -182,11 +182,10 @@ def _take_rows(vectors: Vectors, rows: IdArray, into: npt.NDArray[Any]) -> None:
         return
     assert rows[0] >= 0 and rows[-1] < len(vectors), (rows[0], rows[-1])
     shards = vectors.shards() if isinstance(vectors, ShardedArray) else [vectors]
-    size = len(shards[0])
-    for number in range(rows[0] // size, rows[-1] // size + 1):
-        start, stop = np.searchsorted(rows, [number * size, (number + 1) * size])
+    parts = vectors.parts_of(rows) if isinstance(vectors, ShardedArray) else [(0, 0, 0, len(rows))]
+    for number, first, start, stop in parts:
         # The assertion above checks the bounds; the default mode "raise" would make another copy.
-        np.take(shards[number], rows[start:stop] - number * size, axis=0, out=into[start:stop], mode="clip")
+        np.take(shards[number], rows[start:stop] - first, axis=0, out=into[start:stop], mode="clip")
 
 
 def smallest(distances: Float32Array, ids: IdArray, k: int) -> tuple[Float32Array, IdArray]:

@@ -150,6 +150,12 @@ def recorded_timings(made: str) -> dict[str, float]:
     }
 
 
+def last_made(stage: str) -> str | None:
+    """The fingerprint of what the stage made when it last recorded a timing; None if it never did here."""
+    made = [record.get("made") for record in read_timings() if record["stage"] == stage]
+    return made[-1] if made else None
+
+
 @contextmanager
 def work_folder(stage: str, params: SimpleNamespace) -> Iterator[Path]:
     """Yields the folder for a stage's work in progress with the current code, inputs and params.

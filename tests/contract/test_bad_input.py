@@ -160,7 +160,7 @@ PARAMS_FILES: list[tuple[str, Callable[[str], str], str]] = [
         lambda text: text + "\nknn: 3\n",
         'params.yaml: a key stands twice (line …): found duplicate key "knn" with value "3" (original value: "2")',
     ),
-    ("a tab", lambda text: text.replace("  steps:", "\tsteps:"), "params.yaml: not valid YAML: …line 70, column 1"),
+    ("a tab", lambda text: text.replace("  steps:", "\tsteps:"), "params.yaml: not valid YAML: …line 71, column 1"),
     ("no YAML", lambda text: "train: [1, 2\n", "params.yaml: not valid YAML: …line 2, column 1"),
     ("an empty file", lambda text: "", "params.yaml: found NoneType, expected keys and values"),
     ("a list", lambda text: "- knn\n", "params.yaml: found list, expected keys and values"),
@@ -177,6 +177,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_params(tmp_path)
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    (tmp_path / "data" / "none").mkdir(parents=True)  # as in the repository
     return tmp_path
 
 

@@ -9,10 +9,14 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
 from paths import ROOT
+
+from retro_model.corpus import chunking
+from retro_model.embedding import embed
 
 STAGES: dict[str, dict[str, list[object]]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PACKAGES = ("retro_model", "stages")
@@ -52,7 +56,12 @@ def imports(file: Path) -> frozenset[Path]:
 
 def closure(stage: str) -> set[str]:
     """All first-party files that run when the stage runs."""
-    todo, found = [ROOT / "stages" / "__init__.py", ROOT / "stages" / f"{stage}.py"], set()
+    return files_behind(ROOT / "stages" / "__init__.py", ROOT / "stages" / f"{stage}.py")
+
+
+def files_behind(*files: Path) -> set[str]:
+    """The files and all first-party files that they import, at any depth."""
+    todo, found = list(files), set()
     while todo:
         file = todo.pop()
         if file not in found:
@@ -110,6 +119,16 @@ def test_the_declared_params_are_those_that_are_read(stage: str) -> None:
 def test_a_stage_has_a_description_and_a_constant_command(stage: str) -> None:
     assert STAGES[stage]["desc"]
     assert STAGES[stage]["cmd"] == f"python -m stages.{stage}"
+
+
+@pytest.mark.parametrize("job", [chunking, embed], ids=["chunk", "embed"])
+def test_kept_parts_are_named_by_all_code_that_decides_their_bytes(job: ModuleType) -> None:
+    """All of it but core and jobs, which carry and store bytes and do not make them."""
+    behind = {file for file in files_behind(Path(str(job.__file__))) if not file.endswith("__init__.py")}
+    makers = {file for file in behind if file.split("/")[1] not in ("core", "jobs")}
+    named = [name.replace(".", "/") for name in job.CODE]
+    assert makers and all(any(file == f"{name}.py" or file.startswith(f"{name}/") for name in named) for file in makers)
+    assert all(any(file == f"{name}.py" or file.startswith(f"{name}/") for file in makers) for name in named)
 
 
 def test_documents_of_the_repository_are_no_dependency_twice() -> None:

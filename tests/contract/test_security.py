@@ -152,6 +152,7 @@ def rewritten(folder: Path, name: str) -> None:
 
 def test_an_array_of_objects_is_no_shard(pipeline: Path, tmp_path: Path, fuse: Path) -> None:
     folder = Path(shutil.copytree(pipeline / "data/chunks/train", tmp_path / "chunks"))
+    (folder / "tokens-00000.npy").unlink()  # it is read-only
     np.save(folder / "tokens-00000.npy", np.array([Bomb(fuse)], dtype=object), allow_pickle=True)
     rewritten(folder, "tokens-00000.npy")
     with pytest.raises(DamagedArtifactError, match=r"tokens-00000.npy cannot be read"):

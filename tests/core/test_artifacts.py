@@ -22,6 +22,7 @@ from retro_model.core.artifacts import (
     file_digest,
     rows_per_part,
     whole_folder,
+    write_description,
     write_json,
 )
 from retro_model.core.errors import DamagedArtifactError, MismatchError, MissingArtifactError
@@ -297,14 +298,52 @@ def test_adopted_parts_are_the_bytes_of_appended_rows(
     assert not rows or shard.stat().st_nlink == (2 if linked else 1)
 
 
+def test_parts_of_any_size_become_shards_with_numbers_of_their_own(tmp_path: Path) -> None:
+    parts = []
+    for name, rows in (("a", 3), ("b", 0), ("c", 5), ("d", 1)):
+        with ArtifactWriter(tmp_path / name, "chunks") as writer:
+            writer.append(tokens=np.full((rows, 2), 7, np.uint16), documents=np.arange(rows, dtype=np.int32))
+            (tmp_path / name / "table.jsonl").write_text(name)
+            writer.add_file("table.jsonl")
+        parts.append(Artifact.open(tmp_path / name, "chunks"))
+    for offsets, expected in (((0, 9, 10, 20), np.int32), ((5, 6, 1 << 40, 7), np.int64)):
+        with ArtifactWriter(tmp_path / f"of {offsets}", "chunks") as writer:
+            for part, offset in zip(parts, offsets, strict=True):
+                writer.adopt(part, ["documents"], files=["table.jsonl"], offsets={"documents": offset})
+        whole = Artifact.open(tmp_path / f"of {offsets}", "chunks")
+        numbers = np.concatenate([np.arange(part.rows) + offset for part, offset in zip(parts, offsets, strict=True)])
+        assert whole.shards == [3, 5, 1] and list(whole.arrays) == ["documents"] and whole.rows == 9
+        documents = whole["documents"]
+        assert documents.dtype == documents[:].dtype == documents[np.array([4])].dtype == expected
+        assert documents[:].tolist() == numbers.tolist() and documents[2:7].tolist() == numbers[2:7].tolist()
+        shuffled = np.array([[8, 0, 3], [3, 7, 2]])
+        assert documents[shuffled].tolist() == numbers[shuffled].tolist() and documents[5] == numbers[5]
+        assert [whole.folder.joinpath(f"table-{n:05d}.jsonl").read_text() for n in range(3)] == ["a", "c", "d"]
+
+
 def test_a_part_that_does_not_fit_is_a_mistake_in_the_program(tmp_path: Path) -> None:
-    short, following = parts_of(tmp_path, np.arange(30, dtype=np.uint16).reshape(10, 3)[:8], 5)
+    (short,) = parts_of(tmp_path, np.arange(15, dtype=np.uint16).reshape(5, 3), 5)
     with ArtifactWriter(tmp_path / "a", "chunks", 5) as writer:
-        writer.adopt(following)
-        with pytest.raises(AssertionError, match="only the last shard"):
+        writer.append(tokens=np.zeros((1, 3), np.uint16), documents=np.zeros(1, np.uint16))
+        with pytest.raises(AssertionError):  # within a shard
             writer.adopt(short)
-    with ArtifactWriter(tmp_path / "b", "chunks", 2) as writer, pytest.raises(AssertionError):
-        writer.adopt(short)
+    write(tmp_path / "two shards")
+    with ArtifactWriter(tmp_path / "b", "chunks") as writer, pytest.raises(AssertionError):
+        writer.adopt(Artifact.open(tmp_path / "two shards", "chunks"))
+
+
+def test_version_2_is_read(tmp_path: Path) -> None:
+    tokens = write(tmp_path / "a")
+    description = json.loads((tmp_path / "a" / DESCRIPTION).read_text())
+    assert (description.pop("version"), description.pop("shards"), description.pop("digest")[:0]) == (
+        3,
+        [10, 10, 5],
+        "",
+    )
+    write_description(tmp_path / "a", {**description, "version": 2, "rows_per_shard": 10})
+    artifact = Artifact.open(tmp_path / "a", "chunks")
+    assert artifact.shards == [10, 10, 5]
+    np.testing.assert_array_equal(artifact["tokens"][:], tokens)
 
 
 def test_a_disk_that_fails_while_linking_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

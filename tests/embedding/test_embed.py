@@ -22,6 +22,7 @@ from retro_model.embedding import encoder as encoders
 from retro_model.embedding.config import EmbedConfig
 from retro_model.embedding.embed import EmbedJob, make_embeddings, stored_vectors
 from retro_model.embedding.encoder import Encoder, derived_max_tokens, find_encoder, pool
+from retro_model.jobs.parts import Parts
 
 LONG = "batufu verpa " * 40  # more word pieces than any max_tokens here
 TEXTS = [
@@ -314,7 +315,7 @@ def test_facts_hold_what_shapes_a_batch(device: str, expected: list[int], data: 
     for batch_size in (24, 512):
         encoder = Encoder(config, model, None, "-", device=torch.device(device), batch_size=batch_size)
         job = EmbedJob(data / "chunks", data / "tokenizer", config, device, batch_size)
-        opened = SimpleNamespace(encoder=encoder)
+        opened = SimpleNamespace(encoder=encoder, tokenizer=SimpleNamespace(fingerprint="-"))
         found.append(job.facts(opened)["rows_alike"])  # type: ignore[arg-type]
     assert found == expected
 
@@ -329,13 +330,13 @@ def test_parts_of_batches_that_round_differently_are_not_mixed(
         return embed_rows(encoder, *rest)
 
     monkeypatch.setattr(embedding, "embed_rows", count)
-    work, config = tmp_path / "work", config_for(encoder_folder, max_tokens=24)
+    config = config_for(encoder_folder, max_tokens=24)
     for rows_alike in (8, 8, 16):
         monkeypatch.setattr(encoders, "ROWS_ALIKE_ON_CPU", rows_alike)  # as batch sizes are on a GPU
         out = tmp_path / f"out-{rows_alike}"
         shutil.rmtree(out, ignore_errors=True)
-        make_embeddings(data / "chunks", data / "tokenizer", config, out, work_folder=work)
-    assert made == [8] * 3 + [16] * 3, "a part a split, and what was there was used again"
+        make_embeddings(data / "chunks", data / "tokenizer", config, out, parts=Parts(tmp_path / "parts", 1 << 40))
+    assert made == [8] * (len(made) // 2) + [16] * (len(made) // 2), "what was there was used again"
 
 
 def test_chunks_of_another_tokenizer_are_refused(encoder_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -121,6 +121,16 @@ def test_adapters_are_measured_beside_all_weights(
     assert int(adapters.split()[1].replace(",", "")) < int(everything.split()[2].replace(",", ""))
 
 
+def test_a_growing_corpus_is_measured(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = benchmark("growing")
+    arguments(monkeypatch, f"--chunks 600 --folder {tmp_path}")
+    program.main()
+    out = capsys.readouterr().out
+    assert out.count("chunks and embeddings: ") == out.count("chunk + embed + index + knn: ") == 2
+
+
 def test_the_evaluation_s_own_work_is_measured(
     benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

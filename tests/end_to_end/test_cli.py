@@ -92,10 +92,11 @@ def test_names_of_documents_reach_the_terminal_as_one_printable_line(
     """Also those of chunks that were made elsewhere, whatever wrote them."""
     monkeypatch.chdir(shutil.copytree(finished, tmp_path / "copy"))
     for split in ("train", "valid"):
-        table = Path(f"data/chunks/{split}/documents.jsonl")
-        entries = [json.loads(line) for line in table.read_text().splitlines()]
-        hostile = [json.dumps({**entry, "source": "a\x1b[31m\x07\nforged: b.txt"}) for entry in entries]
-        table.write_text("\n".join(hostile) + "\n")
+        for table in Path(f"data/chunks/{split}").glob("documents-*.jsonl"):
+            entries = [json.loads(line) for line in table.read_text().splitlines()]
+            hostile = [json.dumps({**entry, "source": "a\x1b[31m\x07\nforged: b.txt"}) for entry in entries]
+            table.unlink()
+            table.write_text("\n".join(hostile) + "\n")
     out = said(capsys, "neighbors", "--split", "valid", "--chunk", "3", "--knn", "2")
     assert out.startswith("valid chunk 3: a\u241b[31m\u2407\u240aforged: b.txt, chunk ")
     assert re.search(r"^1\. distance [\d.]+, a\u241b\[31m\u2407\u240aforged: b.txt, chunk", out, flags=re.MULTILINE)

@@ -83,12 +83,12 @@ def test_they_are_those_of_brute_force(split: str, data: Path) -> None:
 
 def test_from_any_chunk_one_gets_to_its_place_in_its_document(data: Path) -> None:
     params = SimpleNamespace(**parse_params(committed_params()))
-    texts = {document.number: document.text for document in Corpus(data / "sample", params.corpus).documents()}
+    texts = {document.source: document.text for document in Corpus(data / "sample", params.corpus).documents()}
     for split in SPLITS:
         chunks = opened(data, "chunks", "chunks", split)
         ids = range(0, chunks.rows, 97)
         for chunk, place in zip(ids, locate(chunks, ids), strict=True):
             assert place.document == chunks["documents"][chunk]
-            assert 0 <= place.start <= place.stop <= len(texts[place.document].encode())
+            assert 0 <= place.start <= place.stop <= len(texts[place.source].encode())
             assert place.stop - place.start == chunks["bytes"][chunk]
-            assert (data / "sample" / place.source).read_bytes() == texts[place.document].encode()
+            assert (data / "sample" / place.source).read_bytes() == texts[place.source].encode()

@@ -214,7 +214,12 @@ class Torture:
         with (self.root / "dvc.lock").open("w") as stream:
             yaml.dump(lock, stream)
         shutil.rmtree(self.root / ".dvc" / "cache" / "runs", ignore_errors=True)
-        shutil.rmtree(self.root / ".retro" / "work" / stage, ignore_errors=True)
+        shutil.rmtree(self.work_of(stage), ignore_errors=True)
+
+    def work_of(self, stage: str) -> Path:
+        """Where a stage keeps what it has finished."""
+        kind = {"chunk": "chunks", "embed": "embeddings"}.get(stage)
+        return self.root / ".retro" / ("work" if kind is None else "parts") / (kind or stage)
 
     def any_file(self, folder: Path) -> Path:
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
@@ -241,10 +246,10 @@ class Torture:
 
     def shown(self, path: Path) -> str:
         """The file's name without what no one would look for: a key of work in progress, a hash."""
-        work = self.root / ".retro" / "work"
-        if path.is_relative_to(work):
-            stage, _, *inside = path.relative_to(work).parts
-            return f"{stage}'s {'/'.join(inside)}"
+        for work in (self.root / ".retro" / "work", self.root / ".retro" / "parts"):
+            if path.is_relative_to(work):
+                stage, _, *inside = path.relative_to(work).parts
+                return f"{stage}'s {'/'.join(inside)}"
         return re.sub(r"md5/(..)/[0-9a-f]+", r"md5/\1/…", path.relative_to(self.root).as_posix())
 
     # ---- the faults --------------------------------------------------------------------------------
@@ -341,7 +346,7 @@ class Torture:
         point = self.random.randint(self.steps[stage] * 2 // 3, self.steps[stage])
         done = self.repro({"stage": stage, "action": "kill", "point": point})
         self.must_have_failed(done, stage)
-        path, how = self.any_file(self.root / ".retro" / "work" / stage), self.random.choice(DAMAGES)
+        path, how = self.any_file(self.work_of(stage)), self.random.choice(DAMAGES)
         self.damage(path, how)
         return f"work {how}", f"{self.shown(path)}, killed at {point} of {self.steps[stage]}"
 

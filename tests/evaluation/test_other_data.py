@@ -277,9 +277,8 @@ def test_texts_come_back_from_their_tokens(run: Path) -> None:
     for split in SPLITS:
         found = list(document_texts(Artifact.open(run / "data/chunks" / split, "chunks"), tokenizer))
         expected = list(Corpus(run / "documents", CORPUS).documents(split))
-        assert [(item.number, item.source, item.text) for item in found] == [
-            (item.number, item.source, item.text) for item in expected
-        ]
+        assert [(item.source, item.text) for item in found] == [(item.source, item.text) for item in expected]
+        assert [item.number for item in found] == list(range(SPLITS.index(split), 3 * len(found), 3))
 
 
 def lay_slowly(losses: list[float], ends: list[int], bounds: list[int], whole: bool) -> list[float]:

@@ -72,6 +72,7 @@ def test_a_part_of_another_job_or_damaged_is_made_again(
     work = tmp_path / "work"
     run(SquareJob(diary), work)
     shard = work / "p-10" / "squares-00000.npy"
+    shard.chmod(0o644)
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
     assert run(SquareJob(diary), work) == [x * x for x in range(50)]
     assert times_made(diary) == [1, 2, 1, 1, 1]

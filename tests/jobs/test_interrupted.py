@@ -24,17 +24,17 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(stage: str, data: Pa
         process.kill()
         process.communicate()
         assert reached, f"{stage} never came to {point}"
-        assert bool(list(work.glob("*.partial"))) == point.startswith("inside")
+        assert bool(list(work.rglob("*.partial"))) == point.startswith("inside")
         assert not out.exists(), "whole or absent"
         for path, time in made.items():
             assert path.stat().st_mtime_ns == time, "a finished part was made again"
-        made = {path: path.stat().st_mtime_ns for path in work.glob("*/artifact.json")}
+        made = {path: path.stat().st_mtime_ns for path in work.rglob("artifact.json")}
         assert len(made) == int(point.split()[1]) if point != "the end" else len(made) > 5
     process = start(stage, data, out, work)
     process.communicate(timeout=600)
     assert process.returncode == 0
     assert files_of(out) == files_of(data / OUT[stage])
-    assert {path: path.stat().st_mtime_ns for path in work.glob("*/artifact.json")} == made, "nothing was left to make"
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("artifact.json")} == made, "nothing was left to make"
     assert not list(tmp_path.glob("**/*.partial"))
 
 

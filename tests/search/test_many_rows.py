@@ -9,9 +9,6 @@ import pytest
 
 from retro_model.core.artifacts import VERSION, Artifact, write_description
 from retro_model.core.rows import retrieved_tokens
-from retro_model.corpus.chunking import ChunkJob
-from retro_model.corpus.documents import CorpusConfig, Document
-from retro_model.corpus.tokenizer_training import TokenizerConfig, make_tokenizer
 from retro_model.search.distances import import_faiss, pair_distances, smallest, stored_distances
 from retro_model.search.index import Centroids, Searcher
 
@@ -42,7 +39,7 @@ def with_holes(folder: Path, kind: str, columns: dict[str, npt.NDArray[Any]], **
             "format": f"retro/{kind}",
             "version": VERSION,
             "rows": ROWS,
-            "rows_per_shard": ROWS_PER_SHARD,
+            "shards": [min(ROWS_PER_SHARD, ROWS - start) for start in range(0, ROWS, ROWS_PER_SHARD)],
             "arrays": arrays,
             "facts": facts,
             "sha256": files,
@@ -90,19 +87,3 @@ def test_neighbors_and_their_continuations_beyond_32_bits(tmp_path: Path) -> Non
     found = retrieved_tokens(chunks, np.array([[LIMIT - 1, LIMIT], [ROWS - 1, -1]]))
     assert found[0].tolist() == [[*tokens[5, :-1], *tokens[6, :-1]], [*tokens[6, :-1], *tokens[7, :-1]]]
     assert found[1].tolist() == [[*tokens[8, :-1], 0, 0, 0, 0], [0] * 8]
-
-
-@pytest.mark.parametrize(("num_documents", "expected"), [(LIMIT - 1, np.int32), (LIMIT + 1, np.int64)])
-def test_document_numbers_are_of_64_bits_where_32_do_not_do(
-    tmp_path: Path, num_documents: int, expected: type[np.signedinteger[Any]]
-) -> None:
-    (tmp_path / "texts").mkdir()
-    for number in range(20):
-        (tmp_path / "texts" / f"{number}.txt").write_text(f"text number {number}")
-    make_tokenizer(tmp_path / "texts", CorpusConfig(), TokenizerConfig(vocab_size=300), tmp_path / "tokenizer")
-    job = ChunkJob(tmp_path / "tokenizer", 4, num_documents)
-    document = Document(num_documents - 1, "a.txt", None, "train", "some text")
-    (tmp_path / "part").mkdir()
-    assert sum(job.make(job.open(), tmp_path / "part", [document], "digest")) == 1
-    written = Artifact.open(tmp_path / "part", "chunks")["documents"][:]
-    assert written.dtype == expected and set(written.tolist()) == {num_documents - 1}

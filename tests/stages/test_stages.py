@@ -18,6 +18,7 @@ from stagewise import OUTS, STAGES, contents, copy_of, refuse, run, write_params
 
 from retro_model.core.artifacts import Artifact
 from retro_model.core.errors import MismatchError
+from retro_model.corpus.chunks import read_documents
 from stages import summary
 
 
@@ -293,7 +294,6 @@ def test_bad_documents_are_counted_and_short_ones_kept(documents: Path) -> None:
     assert metrics["dropped_not_utf8"] == metrics["dropped_empty"] == 1
     sources = {}
     for split in ("train", "valid", "test"):
-        for line in Path(f"data/chunks/{split}/documents.jsonl").read_text().splitlines():
-            record = json.loads(line)
-            sources[record["source"]] = record
+        for entry in read_documents(Artifact.open(f"data/chunks/{split}", "chunks")):
+            sources[entry["source"]] = entry
     assert sources["short.txt"]["chunks"] == 1 and sources["short.txt"]["bytes"] == 2

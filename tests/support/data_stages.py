@@ -20,6 +20,7 @@ from retro_model.embedding.config import EmbedConfig
 from retro_model.embedding.embed import make_embeddings
 from retro_model.jobs import local
 from retro_model.jobs.engine import Engine, EngineConfig
+from retro_model.jobs.parts import Parts
 from retro_model.search import build as index_building
 from retro_model.search.build import make_index
 from retro_model.search.keys import IndexConfig
@@ -33,10 +34,11 @@ CORPUS = CorpusConfig(valid=0.15, test=0.15)
 def make(stage: str, data: Path, out: Path, work: Path, config: EngineConfig) -> None:
     """Runs one stage's library call in small parts."""
     options = {"engine": Engine(config, "cpu"), "work_folder": work}
+    keeping = {"engine": Engine(config, "cpu"), "parts": Parts(work, 1 << 40)}
     embed = EmbedConfig(encoder=str(data / "encoder"), number_type="float32")
     calls: dict[str, Callable[[], object]] = {
-        "chunk": lambda: make_chunks(data / "documents", CORPUS, data / "tokenizer", 16, out, **options),
-        "embed": lambda: make_embeddings(data / "chunks", data / "tokenizer", embed, out, device="cpu", **options),
+        "chunk": lambda: make_chunks(data / "documents", CORPUS, data / "tokenizer", 16, out, **keeping),
+        "embed": lambda: make_embeddings(data / "chunks", data / "tokenizer", embed, out, device="cpu", **keeping),
         "index": lambda: make_index(data / "embeddings", IndexConfig(key="IVF16,Flat"), out, **options),
         "knn": lambda: make_neighbors(
             data / "embeddings", data / "index", data / "chunks", NeighborsConfig(stored=8), out, **options
@@ -48,7 +50,7 @@ def make(stage: str, data: Path, out: Path, work: Path, config: EngineConfig) ->
 def small_parts(set_attribute: Callable[[object, str, int], None] = setattr) -> None:
     """Makes parts so small that there are many; in a test, with monkeypatch.setattr."""
     set_attribute(artifacts, "LEAST_ROWS_PER_PART", 256)
-    set_attribute(chunking, "PART_BYTES", 10_000)
+    set_attribute(chunking, "LEAST_BLOCK_BYTES", 5_000)
     set_attribute(index_building, "ROWS_PER_ADDED_PART", 128)
 
 
@@ -106,4 +108,4 @@ def start(stage: str, data: Path, out: Path, work: Path, point: str = "") -> "su
 
 
 def finished(work: Path) -> set[str]:
-    return {path.parent.name for path in work.glob("*/artifact.json") if path.parent.suffix != ".partial"}
+    return {path.parent.name for path in work.rglob("artifact.json") if path.parent.suffix != ".partial"}

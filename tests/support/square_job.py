@@ -13,7 +13,7 @@ import numpy as np
 from retro_model.core.artifacts import ArtifactWriter
 from retro_model.core.errors import ConfigError, RetroError
 from retro_model.jobs.engine import Engine, EngineConfig
-from retro_model.jobs.job import Part
+from retro_model.jobs.job import Part, work_or_temporary
 
 
 def wait_until(happened: Callable[[], object]) -> None:
@@ -70,7 +70,7 @@ LOCAL = EngineConfig()
 
 
 def run(job: SquareJob, work: Path, config: EngineConfig = LOCAL, parts: list[Part] = PARTS) -> list[int]:
-    with Engine(config, "cpu").open(job) as running:
+    with work_or_temporary(work, work), Engine(config, "cpu").open(job) as running:
         assert running.facts == {"offset": job.offset}
         made = [part["squares"][:] for part in running.make(parts, work)]
     return [int(x) for x in np.concatenate(made)]

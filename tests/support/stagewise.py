@@ -71,7 +71,10 @@ def run_all(folder: Path, **changes: object) -> Path:
 def copy_of(pipeline: Path, folder: Path) -> Path:
     """A copy of a folder in which all stages have run, without what their work left behind."""
     ignored = shutil.ignore_patterns("mlartifacts", ".retro")
-    return Path(shutil.copytree(pipeline, folder, symlinks=True, ignore=ignored))
+    copy = Path(shutil.copytree(pipeline, folder, symlinks=True, ignore=ignored))
+    for path in filter(Path.is_file, copy.rglob("*")):
+        path.chmod(path.stat().st_mode | 0o200)  # shards are links to kept parts, which are read-only
+    return copy
 
 
 def contents(folder: Path) -> dict[str, bytes]:

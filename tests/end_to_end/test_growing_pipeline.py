@@ -1,0 +1,67 @@
+"""`dvc repro` after documents were added: it makes what is new, and a clone without parts writes the same bytes."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from project import Project
+
+pytestmark = pytest.mark.slow
+STAGES = ["tokenizer", "chunk", "embed"]
+NEW = "Gaba fuco di mi, stoba nor lem. " * 40
+
+
+def repro(project: Project, *arguments: str) -> str:
+    done = project.run("dvc", *arguments)
+    return done.stdout + done.stderr
+
+
+def made(output: str) -> list[tuple[int, int]]:
+    """(made, wanted) of documents tokenized and of chunks embedded."""
+    counts = re.findall(r"(?:chunk|embed): ([\d,]+) of ([\d,]+) (?:documents tokenized|chunks embedded)", output)
+    return [(int(new.replace(",", "")), int(every.replace(",", ""))) for new, every in counts]
+
+
+def hashes(project: Project) -> list[str]:
+    lock = yaml.safe_load((project.root / "dvc.lock").read_text())["stages"]
+    return [out["md5"] for stage in STAGES for out in lock[stage]["outs"] if out["path"].startswith("data/")]
+
+
+def test_a_new_document_costs_itself_where_the_tokenizer_is_kept(tmp_path: Path) -> None:
+    project = Project.create(tmp_path / "project")
+    shutil.copytree(project.root / "tiny/documents", project.root / "tiny/first")
+    project.set(**{"tokenizer.train_on": "tiny/first", "runtime.parts": str(tmp_path / "parts")})
+    project.commit("a tokenizer that stays")
+    (documents, _), (chunks, _) = made(repro(project, "repro", "embed"))
+    assert documents > 30 and chunks > 300
+
+    (project.root / "tiny/documents/document-020b.txt").write_text(NEW)
+    project.commit("a new document")
+    output = repro(project, "repro", "embed")
+    (new_documents, _), (new_chunks, all_chunks) = made(output)
+    assert new_documents == 1 and 5 < new_chunks < 0.2 * all_chunks
+    assert "tokenizer: it is not the one of the last run" not in output
+
+    clone = project.clone(tmp_path / "clone")
+    (clone.root / "dvc.lock").unlink(missing_ok=True)
+    clone.set(**{"runtime.parts": ".retro/parts"})
+    assert made(repro(clone, "repro", "embed"))[1] == (all_chunks, all_chunks), "it has no parts"
+    assert hashes(clone) == hashes(project)
+
+    clone.set(**{"runtime.parts": str(tmp_path / "parts"), "chunk_size": 8})
+    assert made(repro(clone, "repro", "embed"))[1][0] > 0
+    (clone.root / "tiny/documents/one-more.txt").write_text(NEW + "And some more.")
+    clone.commit("one more document, and other chunks here")
+    shared = made(repro(clone, "exp", "run", "--temp", "-S", "chunk_size=16", "embed"))
+    assert shared[0][0] == 1 and shared[1][0] < 0.2 * shared[1][1], "a temporary checkout uses the other clone's parts"
+
+
+def test_a_tokenizer_that_is_trained_on_the_corpus_says_what_a_new_document_costs(tmp_path: Path) -> None:
+    project = Project.create(tmp_path / "project")
+    repro(project, "repro", "chunk")
+    (project.root / "tiny/documents/new.txt").write_text("Quite another word: xylophone, xylophones. " * 60)
+    output = repro(project, "repro", "chunk")
+    assert "tokenizer: it is not the one of the last run, so every document is tokenized" in output
+    assert made(output)[0][0] == made(output)[0][1]
