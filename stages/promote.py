@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from retro_model.core.errors import ConfigError, RetroError
-from retro_model.core.printable import one_line
+from retro_model.core.printable import one_line, say
 from stages.common.params import read_params
 from stages.tracking.runs import MODEL_TAG, STAGE_TAG, register
 from stages.tracking.store import experiment_name, explain_store_errors, open_store, store_name
@@ -69,7 +69,7 @@ def main() -> None:
     try:
         name = options.name or read_params("runtime").runtime.registered_model or "retro"
         with explain_store_errors():
-            print(one_line(promote(options.by, options.alias, name)))
+            say(promote(options.by, options.alias, name))
     except RetroError as error:
         sys.exit(f"promote: {one_line(str(error))}")
 

@@ -147,11 +147,6 @@ class Corpus:
         self._near_duplicates_known = not config.near_duplicates
         self._update_counts()
 
-    @property
-    def num_readable(self) -> int:
-        """Number of documents that have text; every `Document.number` is below it."""
-        return len(self._statuses)
-
     def documents(self, *splits: str) -> Iterator[Document]:
         """Yield the documents of the given splits (default: all) in reading order.
 

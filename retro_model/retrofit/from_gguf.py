@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from retro_model.core.artifacts import whole_folder
 from retro_model.core.errors import RetroError, SourceError
 from retro_model.core.hub import first_line, quiet_transformers
+from retro_model.core.printable import say
 
 
 def write_base(source: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -59,13 +60,13 @@ def main() -> None:
         sys.exit("usage: python -m retro_model.retrofit.from_gguf FILE-OR-PACKAGE FOLDER")
     source, folder = sys.argv[1], Path(sys.argv[2])
     if folder.is_dir():
-        print(f"{folder} is there already")
+        say(f"{folder} is there already")
         return
     try:
         write_base(source, folder)
     except RetroError as error:
         sys.exit(f"from_gguf: {error}")
-    print(f"wrote {source} to {folder}")
+    say(f"wrote {source} to {folder}")
 
 
 if __name__ == "__main__":
