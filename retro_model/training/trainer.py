@@ -378,6 +378,7 @@ class Trainer:
         with fast_float32_products(self.world.device):
             self.state.interval_loss, self.state.interval_tokens, _ = self._loss_sums(self.training, rows, "none")
             row = self.validate()
+        self._write_history()
         if self.world.main:
             log(self.state.step, _without_step(row))
         return self._result(clock)

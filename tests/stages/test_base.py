@@ -71,7 +71,7 @@ def test_the_baseline_is_the_base_as_it_is(work: Path) -> None:
 def test_the_folders_hold_adapters_and_no_copy_of_the_base(work: Path) -> None:
     for name in ("baseline", "retro"):
         files = {file for file in contents(work / "models" / name) if not file.startswith("tokenizer/")}
-        assert files == {"adapters.safetensors", "artifact.json", "config.json"}
+        assert files == {"adapters.safetensors", "artifact.json", "config.json", "MLmodel"}
         facts = Artifact.open(f"models/{name}", "model").facts
         assert facts["base"]["name"] == "tiny/base" and len(facts["base"]["sha256"]) == 64
         assert str(work) not in (work / "models" / name / "config.json").read_text()
