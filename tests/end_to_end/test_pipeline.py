@@ -272,22 +272,22 @@ def experiment_rows(project: Project) -> list[dict[str, str]]:
 def test_experiments_here_and_two_at_a_time_in_the_queue(project: Project, tmp_path: Path) -> None:
     """From one commit, with nothing of the first run committed yet, in values that no other test has tried.
 
-    Two of the queue have each seed: their baselines are the same stage, and no evaluation is the same as another.
+    The two of the queue have one seed: their baselines are the same stage, and their evaluations are not.
     """
     fresh = as_after_the_first_run(project, tmp_path / "fresh")
     done = fresh.run("dvc", "exp", "run", "-S", "knn=3", "-n", "here")
     assert sorted(stages_run(done.stdout)) == ["evaluate", "train"]
-    fresh.run("dvc", "exp", "run", "-S", "knn=1,4", "-S", "seed=21,22", "--queue")
+    fresh.run("dvc", "exp", "run", "-S", "knn=1,4", "-S", "seed=21", "--queue")
     fresh.run("dvc", "queue", "start", "-j", "2")
     deadline = time.monotonic() + 1500  # it waits for an end, not for speed
     while "Queued" in (status := fresh.run("dvc", "queue", "status").stdout) or "Running" in status:
         assert time.monotonic() < deadline, status
         time.sleep(5)
-    assert status.count("Success") == 4, status
+    assert status.count("Success") == 2, status
     rows = [row for row in experiment_rows(fresh) if row["Experiment"]]
     queued = {(row["knn"], row["seed"]) for row in rows if row["Experiment"] != "here"}
-    assert queued == {("1", "21"), ("1", "22"), ("4", "21"), ("4", "22")}
-    assert len(rows) == len({row["test_bpb_on"] for row in rows}) == 5
+    assert queued == {("1", "21"), ("4", "21")}
+    assert len(rows) == len({row["test_bpb_on"] for row in rows}) == 3
     names = {run["tags"].get("dvc.experiment") for run in mlflow_runs(fresh)}  # type: ignore[attr-defined]
     assert {row["Experiment"] for row in rows} <= names, "those of the queue too, in this store"
 
