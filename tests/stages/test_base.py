@@ -121,7 +121,7 @@ def test_a_training_that_was_killed_goes_on_bit_for_bit(work: Path, monkeypatch:
         patch.setattr(runs.Trainer, "step", killed)
         with pytest.raises(SystemExit):
             run("train")
-    (weights,) = Path(".retro/work/train").rglob("checkpoint-00000003/weights.safetensors")
+    (weights,) = Path(".retro", "work", "train").rglob("checkpoint-00000003/weights.safetensors")
     with safe_open(weights, "pt") as saved:
         assert all(key.startswith("adapters.") for key in saved.keys())  # noqa: SIM118
     run("train")
