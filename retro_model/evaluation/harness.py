@@ -21,7 +21,7 @@ from torch import Tensor
 from retro_model.core.artifacts import Artifact
 from retro_model.core.devices import fast_float32_products, resolve_device
 from retro_model.core.errors import ConfigError
-from retro_model.core.progress import Progress
+from retro_model.core.progress import progress
 from retro_model.corpus.tokenizer import Tokenizer
 from retro_model.evaluation.scoring import Span, sliding_windows
 from retro_model.inference.retriever import Retriever
@@ -69,12 +69,8 @@ class HarnessModel(LM):  # type: ignore[misc,unused-ignore] # where the harness 
 
         A context that is too long loses its beginning. Raises ConfigError if the continuation alone is too long.
         """
-        answers = []
-        with Progress("loglikelihood", len(requests), unit="text") as progress:
-            for request in requests:
-                answers.append(self._score_continuation(*request.args))
-                progress.update(1)
-        return answers
+        shown = progress(requests, "loglikelihood", len(requests), "text")
+        return [self._score_continuation(*request.args) for request in shown]
 
     def _score_continuation(self, context: str, continuation: str) -> tuple[float, bool]:
         ids = [self.tokenizer.begin_id, *self.tokenizer.encode(context + continuation).tolist()]
@@ -92,12 +88,8 @@ class HarnessModel(LM):  # type: ignore[misc,unused-ignore] # where the harness 
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """For each text the log-likelihood in nats of all its tokens and of its end, whatever its length."""
-        answers = []
-        with Progress("loglikelihood_rolling", len(requests), unit="text") as progress:
-            for request in requests:
-                answers.append(self._score_document(*request.args))
-                progress.update(1)
-        return answers
+        shown = progress(requests, "loglikelihood_rolling", len(requests), "text")
+        return [self._score_document(*request.args) for request in shown]
 
     def _score_document(self, text: str) -> float:
         tokenizer, size = self.tokenizer, self.chunk_size
@@ -128,12 +120,8 @@ class HarnessModel(LM):  # type: ignore[misc,unused-ignore] # where the harness 
 
         A context that leaves no room for `max_gen_toks` tokens loses its beginning.
         """
-        answers = []
-        with Progress("generate_until", len(requests), unit="text") as progress:
-            for request in requests:
-                answers.append(self._continue(*request.args))
-                progress.update(1)
-        return answers
+        shown = progress(requests, "generate_until", len(requests), "text")
+        return [self._continue(*request.args) for request in shown]
 
     def _continue(self, context: str, settings: dict[str, Any]) -> str:
         until = settings.get("until") or []

@@ -72,7 +72,7 @@ def load(
     path = Path(folder) / CONFIG_NAME
     values = read_config(folder)
     made_for = _base_of(values.pop("base", None), path)
-    config = _parse(values, path)
+    config = _parse({"retrieval": True, **values}, path)  # the first folders did not have it
     if chunk_size not in (None, config.chunk_size):
         raise MismatchError(
             f"{folder}: adapters for chunks of {config.chunk_size} tokens, expected {chunk_size}; use chunks of that "
@@ -93,10 +93,11 @@ def load(
     return model.eval()
 
 
-def _base_of(made_for: Any, path: Path) -> dict[str, Any]:
-    """The description of the base in config.json, checked."""
+def _base_of(found: Any, path: Path) -> dict[str, Any]:
+    """The description of the base in config.json, checked; the first folders had no revision."""
+    made_for = {"revision": None, **found} if isinstance(found, dict) else None
     if not (
-        isinstance(made_for, dict)
+        made_for is not None
         and made_for.keys() == _BASE_KEYS
         and all(isinstance(value, str) for name, value in made_for.items() if name != "revision")
         and isinstance(made_for["revision"], str | None)

@@ -85,13 +85,18 @@ def test_the_network_in_ten_lines_runs() -> None:
     assert 9.0 < variables_of(program("torch.randint"))["loss"].item() < 11.0  # ln 20,000 = 9.9
 
 
+def enter_small_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with a model for longer texts; its tiny encoder is no package, so its folder has to be named."""
+    run = small_run(folder)
+    shutil.rmtree(run / "models/retro")
+    write_model(run / "models/retro", run / "data", retrieval=True, seq_len=256)
+    monkeypatch.chdir(run)
+
+
 def test_a_model_writes_with_its_retriever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = small_run(tmp_path)
-    shutil.rmtree(run / "models/retro")
-    write_model(run / "models/retro", run / "data", retrieval=True, seq_len=256)
-    monkeypatch.chdir(run)  # the tiny encoder is no package, so here its folder has to be named
+    enter_small_run(tmp_path, monkeypatch)
     variables_of(program('pretrained("models/retro")').replace('open("data")', 'open("data", encoder="encoder")'))
     assert "Return the indices of the largest" in capsys.readouterr().out
 
@@ -101,10 +106,7 @@ def test_a_model_writes_with_its_retriever(
 def test_mlflow_opens_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = small_run(tmp_path)
-    shutil.rmtree(run / "models/retro")
-    write_model(run / "models/retro", run / "data", retrieval=True, seq_len=256)
-    monkeypatch.chdir(run)
+    enter_small_run(tmp_path, monkeypatch)
     variables_of(program("mlflow.pyfunc").replace('{"data": "data"}', '{"data": "data", "encoder": "encoder"}'))
     assert "['Return the indices of the largest" in capsys.readouterr().out
 

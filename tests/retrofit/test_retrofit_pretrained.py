@@ -87,6 +87,16 @@ def change(folder: Path, **values: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **values}))
 
 
+def test_a_folder_that_was_saved_before_there_was_a_revision_loads(saved: Path) -> None:
+    expected = Retrofit.from_pretrained(saved)
+    config = json.loads((saved / "config.json").read_text())
+    del config["retrieval"], config["base"]["revision"]
+    (saved / "config.json").write_text(json.dumps(config))
+    again = Retrofit.from_pretrained(saved)
+    assert again.settings == expected.settings
+    assert torch.equal(again(SEQ, RETRIEVED), expected(SEQ, RETRIEVED))
+
+
 def without_name(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     change(folder, base={**config["base"], "name": ""})
