@@ -78,7 +78,10 @@ def process_pool(job: Job[Any], num_workers: int, num_gpus: int) -> Iterator[_Po
         try:
             yield _Pool(executor, num_workers)
         except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
+            # They would go on with their parts, beside the workers of the next run. What is half made is of no use.
+            for worker in list((executor._processes or {}).values()):  # Python 3.14 has `kill_workers`
+                worker.kill()
+            executor.shutdown(cancel_futures=True)
             raise
 
 

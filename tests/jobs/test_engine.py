@@ -1,6 +1,7 @@
 """Whoever makes the parts, the parts are the same, and a finished one is never made twice."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -101,6 +102,7 @@ def test_a_users_fault_in_a_part_is_told_as_it_is_and_costs_no_finished_part(
 ) -> None:
     with pytest.raises(ConfigError, match="^numbers: found 20, expected another$"):
         run(SquareJob(diary, broken="user"), tmp_path / "work", config)
+    assert multiprocessing.active_children() == [], "no worker goes on, and none meets those of the next run"
     with pytest.raises(KeyError, match="a bug"):
         run(SquareJob(diary, broken="bug"), tmp_path / "work", config)
     with pytest.raises(RetroError, match="the settings are off"):
