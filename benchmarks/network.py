@@ -8,6 +8,7 @@ dependencies (this project's environment has those that it needs):
     python benchmarks/network.py --theirs /tmp/retro-pytorch --device cuda   # a larger network, bfloat16
 
 Both sides take turns in one run, so that other load on the machine affects both; results are medians over the turns.
+`--load 2 --only training` measures the steps beside two programs of one thread that compute without pause.
 Without --theirs only this project is measured. Takes five minutes on two cores. If the processor has no bfloat16
 products, that type is skipped, because it would take hours.
 """
@@ -22,8 +23,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -156,6 +157,27 @@ def in_turns(tasks: Mapping[str, Callable[[], object]], turns: int, device: str)
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+@contextmanager
+def other_programs(number: int) -> Iterator[None]:
+    """Keep `number` processes busy with matrix products, each in one thread."""
+    processes = [get_context("spawn").Process(target=compute_forever, daemon=True) for _ in range(number)]
+    for process in processes:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def compute_forever() -> None:
+    """Multiply matrices without end."""
+    torch.set_num_threads(1)
+    matrix = torch.randn(512, 512)
+    while True:
+        matrix @ matrix
 
 
 def matrix_limit(setting: Setting, dtype: torch.dtype) -> float:
@@ -430,6 +452,7 @@ def main() -> None:
     parser.add_argument("--device", choices=sorted(SETTINGS), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--load", type=int, default=0, help="other programs that compute meanwhile, each in one thread")
     parser.add_argument("--compile", action="store_true", help="measure a compiled model too (with cuda: always)")
     parser.add_argument("--only", choices=["training", "memory", "writing"])
     parser.add_argument(
@@ -457,7 +480,8 @@ def main() -> None:
     print(f"{chip_of(setting.device)}, {arguments.threads} threads, torch {torch.__version__}")
     print("network:", ", ".join(f"{key} {value}" for key, value in setting.network.items()))
     if arguments.only in (None, "training"):
-        training(setting, arguments.theirs, arguments.turns)
+        with other_programs(arguments.load):
+            training(setting, arguments.theirs, arguments.turns)
     if arguments.only in (None, "memory"):
         memory(setting, arguments.theirs, arguments.threads)
     if arguments.only in (None, "writing"):

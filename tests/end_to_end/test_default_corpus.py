@@ -1,6 +1,6 @@
-"""On a third of the default corpus: no neighbor of its own document, none held out, none wrong.
+"""On a tenth of the default corpus: no neighbor of its own document, none held out, none wrong.
 
-The settings are the defaults; like all of the corpus, a third of it is searched exactly. The encoder is a small one,
+The settings are the defaults; like all of the corpus, a tenth of it is searched exactly. The encoder is a small one,
 whose vectors differ in what is near and not in what may be a neighbor: the default one takes minutes.
 """
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("default")
     params = SimpleNamespace(**parse_params(committed_params()))
-    write_sample(folder / "sample", dataclasses.replace(params.sample, max_bytes=params.sample.max_bytes // 3))
+    write_sample(folder / "sample", dataclasses.replace(params.sample, max_bytes=params.sample.max_bytes // 10))
     make_tokenizer(folder / "sample", params.corpus, params.tokenizer, folder / "tokenizer")
     make_chunks(folder / "sample", params.corpus, folder / "tokenizer", params.chunk_size, folder / "chunks")
     embed = dataclasses.replace(params.embed, encoder=str(tiny_encoder(folder / "encoder")))

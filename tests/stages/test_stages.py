@@ -61,7 +61,11 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "processes"), [([], 2), (TORCHRUN, 0)], ids=["stage", "torchrun"])
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [([], 2), pytest.param(TORCHRUN, 0, marks=pytest.mark.torture)],
+    ids=["stage", "torchrun"],
+)
 def test_a_stage_in_two_processes(work: Path, launcher: list[str], processes: int) -> None:
     """Started by the stage itself or by torchrun; the first process alone writes, logs and holds the lock."""
 
