@@ -730,7 +730,7 @@ def test_a_frozen_decoder_s_batch_without_neighbors_changes_nothing(woven: Woven
 
 def test_without_freezing_all_of_it_is_trained(woven: Woven, tmp_path: Path, baseline: Path) -> None:
     records: dict[int, Mapping[str, float]] = {}
-    retrofit = RetrofitConfig(init_from=str(baseline), freeze="nothing", lr=1e-6)
+    retrofit = RetrofitConfig(init_from=str(baseline), freeze="nothing", steps=3, lr=1e-6)
     train = dataclasses.replace(TRAIN, neighbor_dropout=1.0)
     run(woven, tmp_path, train, retrofit=retrofit, log=records.__setitem__, log_every=1)
     assert records[1]["loss"] < math.log(VOCABULARY) - 0.1, "it begins where the baseline ended"
