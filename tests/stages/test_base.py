@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from retro_model import cli
 from retro_model.core.artifacts import Artifact
+from retro_model.evaluation.names import ModelNames
 from retro_model.retrofit.loading import open_model, open_models
+from stages import summary
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +53,20 @@ def test_evaluate_compares_the_base_with_retrieval_off_on_and_random(work: Path)
     assert metrics("train")["valid_loss_off"] == metrics("baseline")["valid_loss"]
     models = open_models({name: Artifact.open(f"models/{name}", "model") for name in ("baseline", "retro")})
     assert models["baseline"].base is models["retro"].base  # one copy in memory
+
+
+def test_the_report_and_the_last_table_name_what_was_compared(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base and its adapters: nowhere a plain decoder or RETRO, which this run has not."""
+    names = ModelNames.of("tiny/base")
+    assert names.column("baseline") == "base: base as it is" and ModelNames.of("A/b-1").column("baseline")[6:9] == "b-1"
+    page = Path("reports/evaluate.html").read_text()
+    summary.main()
+    table = capsys.readouterr().out.partition("look next")[0]
+    for column in ("baseline", "mixed", "off", "on", "random"):
+        assert f"<small>{names.column(column)}</small>" in page and f"  {names.column(column)}" in table
+    assert "  the base with adapters, retrieval on: saves " in table and "% of the base (95%" in table
+    for text in (page, table):
+        assert "plain decoder" not in text and "RETRO" not in text
 
 
 def test_the_baseline_is_the_base_as_it_is(work: Path) -> None:
