@@ -285,13 +285,14 @@ def _open_retriever(options: argparse.Namespace, verify: bool = False) -> "Retri
 
 
 def _open_retriever_of(model: Artifact, options: argparse.Namespace, verify: bool = False) -> "Retriever":
-    """The retriever, whose tokenizer must be the model's."""
+    """The retriever, whose tokenizer and chunk size must be the model's."""
     retriever = _open_retriever(options, verify)
     if retriever.tokenizer.fingerprint != model.facts["tokenizer"]:
         raise MismatchError(
             f"{options.model}: its tokenizer is not that of {options.data}; run `dvc repro`, or name the data that it "
             "was trained on (--data)"
         )
+    model.require(chunk_size=retriever.chunk_size)
     return retriever
 
 
@@ -485,7 +486,6 @@ def _serve(options: argparse.Namespace) -> None:
 
     with listen(options.host, options.port) as listening:
         retriever = _open_retriever_of(artifact, options, verify=True)
-        artifact.require(chunk_size=retriever.chunk_size)
         from retro_model.serving.live import LiveDatabase
         from retro_model.serving.service import Service
         from retro_model.serving.worker import Worker

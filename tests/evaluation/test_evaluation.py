@@ -15,11 +15,12 @@ import pytest
 import torch
 from browser import PHONE, needs_browser, show
 from copying_reference import slow_rule
+from fixtures import change_fact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_scores import scores_of
 
-from retro_model.core.artifacts import Artifact, ArtifactWriter, write_description
+from retro_model.core.artifacts import Artifact, ArtifactWriter
 from retro_model.core.errors import ConfigError, DocumentError, MismatchError, TrainingError
 from retro_model.core.rows import NO_ROW, retrieved_tokens
 from retro_model.corpus.documents import CorpusConfig
@@ -201,14 +202,6 @@ def write_model(folder: Path, tokenizer: Tokenizer, train_chunks: Artifact, retr
         writer.add_file("model.safetensors")
         writer.facts.update(retrieval=retrieval, chunk_size=CHUNK_SIZE, seq_len=SEQ_LEN, index="index")
         writer.facts.update(tokenizer=tokenizer.fingerprint, chunks=train_chunks.fingerprint)
-
-
-def change_fact(folder: Path, name: str, value: object) -> None:
-    """Writes another fact into an artifact's description, which is then one of another run."""
-    content = json.loads((folder / "artifact.json").read_text())
-    content["facts"][name] = value
-    del content["digest"]
-    write_description(folder, content)
 
 
 @pytest.fixture(scope="module")
