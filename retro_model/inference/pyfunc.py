@@ -5,8 +5,8 @@
 
 The folder with the database is never part of a model. It is named by `data` of the model config or by the environment
 variable RETRO_DATA, as `retro generate` has it in `--data`. `encoder` or RETRO_ENCODER names the encoder if it is not
-found by its recorded name, and `base` or RETRO_BASE the base of a model that is adapters. A model that retrieves refuses
-to write while no database is named, unless it is asked for no neighbors (`knn` 0).
+found by its recorded name, and `base` or RETRO_BASE the base of a model that is adapters. A model that retrieves
+refuses to write while no database is named, unless it is asked for no neighbors (`knn` 0).
 """
 
 import os
