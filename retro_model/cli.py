@@ -12,13 +12,14 @@ imported after arguments and files have been checked.
 """
 
 import argparse
+import errno
 import io
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from retro_model.core.artifacts import SPLITS, Artifact
 from retro_model.core.errors import ConfigError, MismatchError, RetroError
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 
 COLUMNS = 100  # width of wrapped text
 PARAMS_FILE = Path("params.yaml")
+SEARCHED = (
+    ("index", "index"),
+    ("embeddings", "embeddings/train"),
+    ("chunks", "chunks/train"),
+    ("tokenizer", "tokenizer"),
+)
 
 DESCRIPTION = "Look at what the pipeline made: a chunk's neighbors, and what the model writes; or serve it."
 EPILOG = """\
@@ -62,11 +69,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter flushes the streams again at exit and would report the closed pipe.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())
+        _discard_output(sys.stdout, sys.stderr)
         return 141
+    except OSError as error:  # no command writes a file, so an error that names none is standard output's
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        _discard_output(sys.stdout)
+        print(f"retro: standard output: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _discard_output(*streams: TextIO) -> None:
+    """Lead streams nowhere: the interpreter flushes them again at exit and would report what is wrong with them."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _run_command(arguments: Sequence[str] | None) -> int:
@@ -275,23 +293,24 @@ def _print(text: str) -> None:
     print(text, flush=True)
 
 
-def _open_retriever(options: argparse.Namespace, verify: bool = False) -> "Retriever":
-    for kind, folder in (("index", "index"), ("embeddings", "embeddings/train"), ("chunks", "chunks/train")):
+def _open_retriever(options: argparse.Namespace) -> "Retriever":
+    for kind, folder in SEARCHED:
         Artifact.open(options.data / folder, kind, verify=False)  # fail before the heavy imports if missing
     encoder = options.encoder or _of_params("embed", "encoder")
     from retro_model.inference.retriever import Retriever
 
-    return Retriever.open(options.data, encoder=encoder, device=options.device, verify=verify)
+    return Retriever.open(options.data, encoder=encoder, device=options.device, verify=False)
 
 
-def _open_retriever_of(model: Artifact, options: argparse.Namespace, verify: bool = False) -> "Retriever":
-    """The retriever, whose tokenizer must be the model's."""
-    retriever = _open_retriever(options, verify)
+def _open_retriever_of(model: Artifact, options: argparse.Namespace) -> "Retriever":
+    """The retriever, whose tokenizer and chunk size must be the model's."""
+    retriever = _open_retriever(options)
     if retriever.tokenizer.fingerprint != model.facts["tokenizer"]:
         raise MismatchError(
             f"{options.model}: its tokenizer is not that of {options.data}; run `dvc repro`, or name the data that it "
             "was trained on (--data)"
         )
+    model.require(chunk_size=retriever.chunk_size)
     return retriever
 
 
@@ -478,21 +497,25 @@ def _port(text: str) -> int:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    artifact = Artifact.open(options.model, "model", verify=True)  # once, for a long time of use
+    artifact = Artifact.open(options.model, "model", verify=False)
     if not artifact.facts["retrieval"]:
         raise ConfigError(f"--model: {options.model} has no retrieval; expected a model that retrieves")
     from retro_model.serving.server import listen, serve
 
     with listen(options.host, options.port) as listening:
-        retriever = _open_retriever_of(artifact, options, verify=True)
-        artifact.require(chunk_size=retriever.chunk_size)
+        from retro_model.serving.watched import WatchedFiles
+
+        data = (Artifact.open(options.data / folder, kind, verify=False) for kind, folder in SEARCHED)
+        files = WatchedFiles([artifact, *data])
+        files.check()
+        retriever = _open_retriever_of(artifact, options)
         from retro_model.serving.live import LiveDatabase
         from retro_model.serving.service import Service
         from retro_model.serving.worker import Worker
 
         model = _open_model(artifact, options)
         worker = Worker(options.queue, options.wait, options.timeout)
-        service = Service(model, LiveDatabase(retriever), artifact.facts["knn"], worker)
+        service = Service(model, LiveDatabase(retriever), artifact.facts["knn"], worker, files)
         host = f"[{options.host}]" if ":" in options.host else options.host
         _print(f"serving {options.model} at http://{host}:{listening.getsockname()[1]}/ (Ctrl-C ends it)")
         serve(service, listening, options.host, options.allow_host)

@@ -5,7 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from retro_model.evaluation.names import ModelNames
+from retro_model.evaluation.statistics import COLUMNS
 from stages.common.harness import read_timings
+from stages.common.params import read_params
 
 # (stage, format string for the metrics in metrics/<stage>.json)
 LINES = (
@@ -16,15 +19,6 @@ LINES = (
     ("knn", "{train_missing_share:.1%} of the train chunks' neighbors missing"),
     ("baseline", "validation loss {valid_loss:.3f}, {num_weights:,} weights"),
     ("train", "validation loss {valid_loss:.3f}, without retrieval {valid_loss_off:.3f}"),
-)
-TEST_LINES = (
-    ("plain decoder", "test_bpb_baseline"),
-    ("plain decoder mixed with the bigram rule over the same neighbors", "test_bpb_mixed"),
-    ("RETRO, retrieval off", "test_bpb_off"),
-    ("RETRO, retrieval on", "test_bpb_on"),
-    ("RETRO, random neighbors", "test_bpb_random"),
-    ("RETRO, neighbors from the train chunks", "test_bpb_on_train"),
-    ("the compared model", "test_bpb_compared"),
 )
 NEXT = """
 look next:
@@ -44,19 +38,20 @@ def main() -> None:
     for stage, text in LINES:
         print(f"{stage:<10} {seconds.get(stage, '-'):>7}  {text.format(**metrics[stage])}")
     print(f"{'evaluate':<10} {seconds.get('evaluate', '-'):>7}  bits per byte of held-out documents:")
-    for title, name in TEST_LINES:
-        if name in metrics["evaluate"]:
-            saved = f": {_saved(metrics['evaluate'])}" if name == "test_bpb_on" else ""
-            print(f"{'':<19} {metrics['evaluate'][name]:.4f}  {title}{saved}")
+    names = ModelNames.of(read_params("retrofit.base").retrofit.base)
+    for column in COLUMNS:
+        if (bits := metrics["evaluate"].get(f"test_bpb_{column}")) is not None:
+            saved = f": {_saved(metrics['evaluate'], names)}" if column == "on" else ""
+            print(f"{'':<19} {bits:.4f}  {names.column(column)}{saved}")
     print(NEXT)
 
 
-def _saved(metrics: dict[str, Any]) -> str:
-    """The share of the plain decoder's bits that retrieval saves, with its interval and the number of documents."""
+def _saved(metrics: dict[str, Any], names: ModelNames) -> str:
+    """The share of the baseline's bits that retrieval saves, with its interval and the number of documents."""
     share, low, high = (metrics[f"saved_share_vs_baseline{end}"] for end in ("", "_low", "_high"))
     documents = metrics["test_documents"]
     return (
-        f"saves {share:.1%} of the plain decoder (95%: {low:.1%} to {high:.1%}; "
+        f"saves {share:.1%} of the {names.plain} (95%: {low:.1%} to {high:.1%}; "
         f"{documents:,} test document{'' if documents == 1 else 's'})"
     )
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from retro_model.core.artifacts import Artifact, write_json
+from retro_model.core.bases import check_base
 from retro_model.core.printable import say
 from retro_model.corpus.tokenizer_training import make_tokenizer
 from stages.common.dvcignore import dvc_name_filter
@@ -13,6 +14,8 @@ from stages.common.params import read_params
 def main() -> None:
     """Reads the documents, writes the tokenizer and its metrics."""
     params = read_params("documents", "corpus", "tokenizer", "retrofit.base")
+    if params.retrofit.base:
+        check_base(params.retrofit.base)  # before hours of work: without it, the stage baseline is the first to load it
     metrics = make_tokenizer(
         Path(params.documents),
         params.corpus,

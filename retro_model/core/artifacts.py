@@ -398,15 +398,23 @@ class Artifact:
             artifact = cls(folder, kind, description, hashlib.sha256(content).hexdigest())
         except (KeyError, TypeError, AttributeError) as error:
             raise _damaged(file, f"is incomplete ({error!r})") from error
-        for name, digest in artifact.files.items():
+        for name in artifact.files:
             path = folder / name
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise _damaged(file, f"names {name}, which lies outside its folder")
             if not path.is_file():
                 raise _damaged(path, "is missing")
-            if verify and file_digest(path) != digest:
-                raise _damaged(path, "does not have the bytes that were written (sha256 differs)")
+            if verify:
+                artifact.verify(name)
         return artifact
+
+    def verify(self, name: str) -> None:
+        """Read a file and raise DamagedArtifactError unless it has the bytes that were written."""
+        path = self.folder / name
+        if not path.is_file():
+            raise _damaged(path, "is missing")
+        if file_digest(path) != self.files[name]:
+            raise _damaged(path, "does not have the bytes that were written (sha256 differs)")
 
     def __getitem__(self, name: str) -> "ShardedArray":
         return self._arrays[name]

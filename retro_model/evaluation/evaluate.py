@@ -42,6 +42,7 @@ from retro_model.evaluation.by_overlap import SharedRuns, find_shared_runs, read
 from retro_model.evaluation.comparison import Compared, Comparison
 from retro_model.evaluation.config import EvaluateConfig
 from retro_model.evaluation.inputs import Inputs, Searching, search_other_database
+from retro_model.evaluation.names import ModelNames
 from retro_model.evaluation.passages import attention_of_rows, build_passages, choose_passages
 from retro_model.evaluation.passes import (
     VALID,
@@ -85,6 +86,7 @@ class EvaluationResult:
     metrics: Mapping[str, float | int]
     curves: Mapping[str, Curve]
     timings: Mapping[str, float]
+    names: ModelNames
 
     def lines(self) -> Iterator[str]:
         """Yield lines that summarize the result for a terminal."""
@@ -94,7 +96,7 @@ class EvaluationResult:
         for name, title in (("gain_on_vs_off", "off"), ("gain_on_vs_baseline", "baseline")):
             low, high = self.metrics[f"{name}_low"], self.metrics[f"{name}_high"]
             yield f"evaluate: on saves {self.metrics[name]:+.4f} against {title} ({low:+.4f} to {high:+.4f})"
-        yield f"evaluate: {rule_in_words(self.metrics)}"
+        yield f"evaluate: {rule_in_words(self.metrics, self.names)}"
         speeds = ", ".join(f"{self.timings[f'tokens_per_second_{name}']:,.0f} {name}" for name in ("off", "on"))
         yield f"evaluate: tokens a second: {speeds}"
         if lossy := self.metrics["test_lossy_documents"]:
@@ -158,7 +160,9 @@ def evaluate_models(run: EvaluationRun) -> EvaluationResult:
     for name, drawing in drawings.items():
         write_whole(run.out_plots / f"evaluate_{name}.png", drawing.png)
     write_whole(run.out_report, render(page, drawings))
-    return EvaluationResult(metrics, curves, {**scored.timings, "seconds": time.perf_counter() - started})
+    return EvaluationResult(
+        metrics, curves, {**scored.timings, "seconds": time.perf_counter() - started}, background.names
+    )
 
 
 @dataclass(frozen=True)
@@ -232,7 +236,7 @@ class _OpenInputs:
             documents=None if self.documents is None else self.documents.name,
             counts=self.counts,
             compared=self.compared,
-            **_start_facts(self.run.retro_folder, self.run.baseline_folder, self.train),
+            **_facts_of_models(self.run.retro_folder, self.run.baseline_folder, self.train),
         )
 
 
@@ -285,11 +289,13 @@ def _rule_metrics(mixed: RuleMixture, metrics: Mapping[str, float | int]) -> dic
 # ---- inputs ----------------------------------------------------------------------------------------
 
 
-def _start_facts(retro_folder: Path, baseline_folder: Path, train: Inputs) -> dict[str, bool]:
-    """Whether RETRO started from a trained model, from this baseline, and from one trained on other chunks."""
+def _facts_of_models(retro_folder: Path, baseline_folder: Path, train: Inputs) -> dict[str, Any]:
+    """The models' names; whether RETRO started from a trained model, this baseline, one trained on other chunks."""
     retro, baseline = (Artifact.open(folder, "model", verify=False) for folder in (retro_folder, baseline_folder))
     before = retro.facts.get("init_from_chunks", [])
+    base = retro.facts.get("base")
     return {
+        "names": ModelNames.of(base["name"] if base else ""),
         "started": bool(before),
         "started_from_baseline": retro.facts.get("init_from") == baseline.fingerprint,
         "started_elsewhere": bool(set(before) - {train.database.fingerprint}),

@@ -35,6 +35,8 @@ DEFAULT_NEW_TOKENS = 256  # as other models of the harness
 class HarnessModel(LM):  # type: ignore[misc,unused-ignore] # where the harness is not installed, LM is Any
     """A trained model with its database. `knn` is the number of neighbors, by default as in training; 0: none.
 
+    `base` is the place of the base if the model is adapters, by default the recorded name.
+
     Raises MismatchError if the database was made with another tokenizer than the model's.
     """
 
@@ -44,6 +46,7 @@ class HarnessModel(LM):  # type: ignore[misc,unused-ignore] # where the harness 
         data: str = "data",
         encoder: str | None = None,
         knn: int | None = None,
+        base: str = "",
         device: str = "auto",
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
@@ -60,7 +63,7 @@ class HarnessModel(LM):  # type: ignore[misc,unused-ignore] # where the harness 
             artifact.require(
                 retrieval=True, tokenizer=self.retriever.tokenizer.fingerprint, chunk_size=self.retriever.chunk_size
             )
-        self.model = open_model(artifact, device=resolve_device(device))
+        self.model = open_model(artifact, base, resolve_device(device))
         self.chunk_size, self.most = self.model.config.chunk_size, self.model.config.max_seq_len
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:

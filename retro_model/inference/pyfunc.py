@@ -4,9 +4,9 @@
     model.predict([{"prompt": "Return the indices"}], params={"seed": 1})       # what `retro generate` prints
 
 The folder with the database is never part of a model. It is named by `data` of the model config or by the environment
-variable RETRO_DATA, as `retro generate` has it in `--data`; `encoder` or RETRO_ENCODER names the encoder if it is not
-found by its recorded name. A model that retrieves refuses to write while no database is named, unless it is asked for
-no neighbors (`knn` 0).
+variable RETRO_DATA, as `retro generate` has it in `--data`. `encoder` or RETRO_ENCODER names the encoder if it is not
+found by its recorded name, and `base` or RETRO_BASE the base of a model that is adapters. A model that retrieves
+refuses to write while no database is named, unless it is asked for no neighbors (`knn` 0).
 """
 
 import os
@@ -18,7 +18,7 @@ from typing import Any
 
 from retro_model.core.artifacts import Artifact
 from retro_model.core.devices import resolve_device
-from retro_model.core.errors import ConfigError
+from retro_model.core.errors import ConfigError, SourceError
 from retro_model.corpus.tokenizer import Tokenizer
 from retro_model.inference.retriever import Retriever
 from retro_model.inference.text import Sampling, encode_prompt, write_text
@@ -28,12 +28,13 @@ NO_DATABASE = (
     "data: no database is named, and this model retrieves; set the environment variable RETRO_DATA or the model config "
     '{"data": ...} to the folder that holds chunks, embeddings and index, or ask for knn 0'
 )
+NO_BASE = 'set the environment variable RETRO_BASE or the model config {"base": ...} to the place of the base'
 
 
 class TextModel:
     """What MLflow calls: a model with its tokenizer and, if a database is named, its retriever."""
 
-    def __init__(self, folder: Path, data: str, encoder: str, device: str) -> None:
+    def __init__(self, folder: Path, data: str, encoder: str, base: str, device: str) -> None:
         artifact = Artifact.open(folder, "model")
         self.retrieval, self.knn = artifact.facts["retrieval"], artifact.facts["knn"]
         self.tokenizer = Tokenizer.open(folder / "tokenizer")
@@ -43,7 +44,10 @@ class TextModel:
             artifact.require(tokenizer=self.retriever.tokenizer.fingerprint, chunk_size=self.retriever.chunk_size)
         elif self.retrieval:
             print(f"retro: {NO_DATABASE}", file=sys.stderr, flush=True)  # once a server answers, its log has no errors
-        self.model = open_model(artifact, device=resolve_device(device))
+        try:
+            self.model = open_model(artifact, base, resolve_device(device))
+        except SourceError as error:
+            raise SourceError(f"{error}; {NO_BASE}") from error
         self._one_at_a_time = threading.Lock()  # a server calls from several threads
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> list[str]:
@@ -81,4 +85,5 @@ def _load_pyfunc(data_path: str, model_config: Mapping[str, Any] | None = None) 
     config = model_config or {}
     data = config.get("data") or os.environ.get("RETRO_DATA", "")
     encoder = config.get("encoder") or os.environ.get("RETRO_ENCODER", "")
-    return TextModel(Path(data_path), data, encoder, config.get("device") or "auto")
+    base = config.get("base") or os.environ.get("RETRO_BASE", "")
+    return TextModel(Path(data_path), data, encoder, base, config.get("device") or "auto")

@@ -116,7 +116,9 @@ def load_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
     if not path.is_file():
         raise MissingArtifactError(f"{path} is not there, though {CONFIG_NAME} is; save the model again")
     try:
-        weights = load_file(path)
+        # Copied, because `load_file` maps the file: if that is changed or cut later, so are the weights, or a signal
+        # ends the process.
+        weights = {name: tensor.clone() for name, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise DamagedArtifactError(f"{path} cannot be read: {error}; save the model again") from error
     check_names(set(weights), set(expected), str(path))

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from retro_model.core.bases import decoder_layers
 from retro_model.core.errors import ConfigError, SourceError
 from retro_model.network.attention import NeighborAttention
 from retro_model.network.flops import retrieval_flops
 from retro_model.network.language_model import LanguageModel
 from retro_model.network.model import check_batch, check_ids, sequence_and_labels, stream_of
 from retro_model.retrofit.adapters import Adapters, WholePass
-from retro_model.retrofit.bases import base_sizes, decoder_layers, load_base
+from retro_model.retrofit.bases import base_sizes, load_base
 from retro_model.retrofit.config import AdapterConfig
 
 # Changes the output of a decoder layer: (its number, its hidden states (B, N, D)) -> hidden states; None: leaves them.

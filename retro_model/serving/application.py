@@ -7,7 +7,8 @@
     GET  /documents          the live documents        DELETE /documents/{id}  remove one
 
 Errors are {"detail": one line}: 403 a foreign Host or Origin, 404 no such document, 413 and 422 too large or unfit
-input, 429 the queue is full (Retry-After in seconds), 503 waited too long or the server ends, 504 ran too long.
+input, 429 the queue is full (Retry-After in seconds), 503 waited too long, the server ends or its files were changed,
+504 ran too long.
 """
 
 import asyncio
@@ -29,6 +30,7 @@ from retro_model.core.errors import ConfigError, RetroError
 from retro_model.inference.text import Sampling
 from retro_model.serving.live import LiveDocument, TooLargeError, UnknownDocumentError
 from retro_model.serving.service import End, Event, Health, Neighbors, Retrieved, Scores, Service, Start, Token
+from retro_model.serving.watched import FilesChangedError
 from retro_model.serving.worker import ClosedError, QueueFullError, RanTooLongError, WaitedTooLongError
 
 Result = TypeVar("Result")
@@ -40,6 +42,7 @@ STATUSES: dict[type[RetroError], int] = {
     QueueFullError: 429,
     WaitedTooLongError: 503,
     ClosedError: 503,
+    FilesChangedError: 503,
     RanTooLongError: 504,
 }
 FILES = {"/": ("page.html", "text/html"), "/style.css": ("style.css", "text/css")}

@@ -1,6 +1,6 @@
 """What `retro serve` answers, without HTTP: generation, neighbors, scores and live documents of one model in memory.
 
-    service = Service(model, LiveDatabase(Retriever.open("data")), knn=2)
+    service = Service(model, LiveDatabase(Retriever.open("data")), 2, Worker(8, 60, 300), WatchedFiles(artifacts))
     async with aclosing(service.generate("Return the", Sampling(seed=1), knn=2)) as events:
         async for event in events: ...
 
@@ -26,6 +26,7 @@ from retro_model.inference.generation import Retrieve
 from retro_model.inference.text import Sampling, encode_prompt, write_text
 from retro_model.network.language_model import LanguageModel
 from retro_model.serving.live import LiveDatabase, LiveDocument, Neighbor, cut_text
+from retro_model.serving.watched import WatchedFiles
 from retro_model.serving.worker import Worker
 
 Result = TypeVar("Result")
@@ -148,12 +149,15 @@ class Health:
 class Service:
     """One model and one database for many callers. `knn` is the default number of neighbors, as in training.
 
-    Methods raise ConfigError for unfit input, and the errors of `Worker.run`.
+    Methods raise ConfigError for unfit input, the errors of `Worker.run`, and FilesChangedError if one of the `files`
+    that model and database are read from was changed.
     """
 
-    def __init__(self, model: LanguageModel, database: LiveDatabase, knn: int, worker: Worker) -> None:
+    def __init__(
+        self, model: LanguageModel, database: LiveDatabase, knn: int, worker: Worker, files: WatchedFiles
+    ) -> None:
         self.model, self.database, self.knn = model, database, knn
-        self.worker = worker
+        self.worker, self.files = worker, files
         self._tokenizer, self._chunk_size = database.tokenizer, database.retriever.chunk_size
 
     def health(self) -> Health:
@@ -175,7 +179,7 @@ class Service:
 
     def generate(self, prompt: str, sampling: Sampling, knn: int) -> AsyncGenerator[Event, None]:
         """Continue a prompt: Start, then Token and Retrieved in the order they come, then End. knn 0: no retrieval."""
-        return self.worker.run(lambda: self._generate(prompt, sampling, knn))
+        return self._run(lambda: self._generate(prompt, sampling, knn))
 
     async def neighbors(self, text: str, knn: int) -> Neighbors:
         """The `knn` nearest chunks of a text."""
@@ -197,8 +201,19 @@ class Service:
 
     async def _last(self, work: Callable[[], Iterator[Result]]) -> Result:
         """The last result of the work."""
-        async with aclosing(self.worker.run(work)) as results:
+        async with aclosing(self._run(work)) as results:
             return [result async for result in results][-1]
+
+    def _run(self, work: Callable[[], Iterator[Result]]) -> AsyncGenerator[Result, None]:
+        """Run the work; nothing that was computed from changed files is handed out."""
+
+        def checked() -> Iterator[Result]:
+            self.files.check()
+            for result in work():
+                self.files.check()
+                yield result
+
+        return self.worker.run(checked)
 
     def _generate(self, prompt: str, sampling: Sampling, knn: int) -> Iterator[Event]:
         ids = encode_prompt(self.model, self._tokenizer, prompt)

@@ -14,7 +14,7 @@ FILE = "MLmodel"
 LOADER = "retro_model.inference.pyfunc"
 
 # What the model can be given when it is opened, and what it then uses if it is not given: see the loader.
-CONFIG = {"data": "", "encoder": "", "device": "auto"}
+CONFIG = {"data": "", "encoder": "", "base": "", "device": "auto"}
 
 
 def write_mlmodel(folder: Path, knn: int) -> None:

@@ -15,11 +15,12 @@ import pytest
 import torch
 from browser import PHONE, needs_browser, show
 from copying_reference import slow_rule
+from fixtures import change_fact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_scores import scores_of
 
-from retro_model.core.artifacts import Artifact, ArtifactWriter, write_description
+from retro_model.core.artifacts import Artifact, ArtifactWriter
 from retro_model.core.errors import ConfigError, DocumentError, MismatchError, TrainingError
 from retro_model.core.rows import NO_ROW, retrieved_tokens
 from retro_model.corpus.documents import CorpusConfig
@@ -36,6 +37,7 @@ from retro_model.evaluation.by_overlap import (
 from retro_model.evaluation.config import EvaluateConfig
 from retro_model.evaluation.evaluate import EvaluationResult, EvaluationRun, evaluate_models, spans_with_text
 from retro_model.evaluation.inputs import Inputs, Searching
+from retro_model.evaluation.names import ModelNames
 from retro_model.evaluation.overlap import longest_shared_run, longest_shared_runs
 from retro_model.evaluation.passages import (
     BEGIN_OF_DOCUMENT,
@@ -68,6 +70,7 @@ from retro_model.training.copying import WEIGHTS, Rule
 
 CHUNK_SIZE, SEQ_LEN, STORED, KNN = 8, 32, 12, 2
 LENGTH = SEQ_LEN // CHUNK_SIZE
+RETRO_NAMES = ModelNames.of("")
 WORDS = [
     "the",
     "cat",
@@ -199,14 +202,6 @@ def write_model(folder: Path, tokenizer: Tokenizer, train_chunks: Artifact, retr
         writer.add_file("model.safetensors")
         writer.facts.update(retrieval=retrieval, chunk_size=CHUNK_SIZE, seq_len=SEQ_LEN, index="index")
         writer.facts.update(tokenizer=tokenizer.fingerprint, chunks=train_chunks.fingerprint)
-
-
-def change_fact(folder: Path, name: str, value: object) -> None:
-    """Writes another fact into an artifact's description, which is then one of another run."""
-    content = json.loads((folder / "artifact.json").read_text())
-    content["facts"][name] = value
-    del content["digest"]
-    write_description(folder, content)
 
 
 @pytest.fixture(scope="module")
@@ -650,7 +645,7 @@ def test_the_control_mixes_the_plain_decoder_with_the_rule(
 
 def test_a_control_that_gains_nothing_is_no_measure(evaluated: tuple[EvaluationResult, Path]) -> None:
     metrics = {name: value for name, value in evaluated[0].metrics.items() if name != "share_of_rule_gained"}
-    assert " of that" not in rule_in_words(metrics)
+    assert " of that" not in rule_in_words(metrics, RETRO_NAMES)
 
 
 def test_valid_neighbors_of_another_search_are_refused(world: World, tmp_path: Path) -> None:
@@ -846,12 +841,14 @@ def test_the_headline_claims_no_more_than_the_interval(
     evaluated: tuple[EvaluationResult, Path], low: float, high: float, words: str
 ) -> None:
     gain = {"gain_on_vs_off": (low + high) / 2, "gain_on_vs_off_low": low, "gain_on_vs_off_high": high}
-    assert words in headline({**evaluated[0].metrics, **gain})
+    assert words in headline({**evaluated[0].metrics, **gain}, RETRO_NAMES)
 
 
 def test_the_number_of_documents_stands_in_the_headline(evaluated: tuple[EvaluationResult, Path]) -> None:
-    assert headline(evaluated[0].metrics).startswith("Held-out text (12 documents) costs ")
-    assert headline({**evaluated[0].metrics, "test_documents": 1}).startswith("Held-out text (1 document) costs ")
+    assert headline(evaluated[0].metrics, RETRO_NAMES).startswith("Held-out text (12 documents) costs ")
+    assert headline({**evaluated[0].metrics, "test_documents": 1}, RETRO_NAMES).startswith(
+        "Held-out text (1 document) costs "
+    )
 
 
 @pytest.mark.parametrize(
@@ -891,8 +888,8 @@ def test_the_page_says_how_train_and_test_neighbors_differ(evaluated: tuple[Eval
 def test_a_control_that_gains_is_said_in_the_headline(evaluated: tuple[EvaluationResult, Path]) -> None:
     control = {"gain_random_vs_off": 0.01, "gain_on_vs_random": 0.002}
     words = "Careful: random neighbors, the control, save 0.0100 too; only what is saved beyond that, +0.0020"
-    assert words in headline({**evaluated[0].metrics, **control, "gain_random_vs_off_low": 0.005})
-    assert "Careful" not in headline({**evaluated[0].metrics, **control, "gain_random_vs_off_low": -0.001})
+    assert words in headline({**evaluated[0].metrics, **control, "gain_random_vs_off_low": 0.005}, RETRO_NAMES)
+    assert "Careful" not in headline({**evaluated[0].metrics, **control, "gain_random_vs_off_low": -0.001}, RETRO_NAMES)
 
 
 def test_the_page_says_what_was_left_out_and_what_is_lossy(world: World, tmp_path: Path) -> None:

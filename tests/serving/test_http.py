@@ -39,7 +39,7 @@ class Client(NamedTuple):
     """A client of the server at a port of this machine."""
 
     port: int
-    service: Service
+    service: Any = None
 
     def open(self, method: str, path: str, body: Any = None, **headers: str) -> http.client.HTTPConnection:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import open_service, served_run
+from index_builders import committed_params
+from served import open_service, running, served_run
 from test_http import Client, serving, until
 
-CLIENTS, SECONDS = 32, 8
+CLIENTS = 32
 ASKED: list[tuple[str, dict[str, Any]]] = [
     *(
         ("/generate", {"prompt": "Gaba fuco dilem norpa", "seed": seed, "max_new_tokens": 20, "knn": seed % 3})
@@ -23,9 +24,9 @@ ASKED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def ask_again_and_again(client: Client, number: int, lone: list[Any]) -> Counter[int]:
+def ask_again_and_again(client: Client, number: int, lone: list[Any], seconds: float) -> Counter[int]:
     """A client that asks for other things each time, waits when told, and sometimes leaves without its answer."""
-    generator, statuses, end = random.Random(number), Counter[int](), time.monotonic() + SECONDS
+    generator, statuses, end = random.Random(number), Counter[int](), time.monotonic() + seconds
     while time.monotonic() < end:
         which = generator.randrange(len(ASKED))
         path, asked = ASKED[which]
@@ -54,9 +55,29 @@ def test_every_answer_is_that_of_a_lone_client(tmp_path: Path) -> None:
     with serving(open_service(served_run(tmp_path), most_waiting=6)) as client:
         lone = [client("POST", path, asked).json for path, asked in ASKED]
         with ThreadPoolExecutor(CLIENTS) as pool:
-            counts = pool.map(lambda number: ask_again_and_again(client, number, lone), range(CLIENTS))
+            counts = pool.map(lambda number: ask_again_and_again(client, number, lone, 8), range(CLIENTS))
             statuses = sum(counts, Counter[int]())
-        print(f"{CLIENTS} clients, {SECONDS} seconds: {dict(statuses)}")
+        print(f"{CLIENTS} clients, 8 seconds: {dict(statuses)}")
         assert set(statuses) <= {200, 429, 503} and statuses[200] >= len(ASKED) and statuses[429] > 0
         until(lambda: not client.service.worker.busy and client.service.worker.num_waiting == 0)
+        assert [client("POST", path, asked).json for path, asked in ASKED] == lone
+
+
+@pytest.mark.slow
+@pytest.mark.torture
+def test_a_minute_on_the_default_model_takes_no_more_memory_at_its_end(tmp_path: Path) -> None:
+    """`retro serve` in a process of its own, a model of the default sizes, and 32 clients."""
+    sizes = committed_params()["model"]
+    with running(served_run(tmp_path, **sizes)) as server:
+        client = Client(server.port)
+        lone = [client("POST", path, asked).json for path, asked in ASKED]
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            counts = [pool.submit(ask_again_and_again, client, number, lone, 60) for number in range(CLIENTS)]
+            time.sleep(10)
+            early = server.rss()
+            statuses = sum((count.result() for count in counts), Counter[int]())
+        late = server.rss()
+        print(f"{CLIENTS} clients, 60 seconds: {dict(statuses)}; {early} KiB after 10 seconds, {late} at the end")
+        assert set(statuses) <= {200, 429, 503} and statuses[200] >= len(ASKED) and statuses[429] > 0
+        assert late < early * 1.05
         assert [client("POST", path, asked).json for path, asked in ASKED] == lone

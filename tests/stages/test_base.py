@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures import change_fact
 from safetensors import safe_open
 from stagewise import OUTS, contents, copy_of, refuse, run, run_all, write_params
-from tiny_bases import save_base
+from tiny_bases import save_base, tiny_base
 from transformers import AutoModelForCausalLM
 
 from retro_model import cli
 from retro_model.core.artifacts import Artifact
+from retro_model.evaluation.names import ModelNames
 from retro_model.retrofit.loading import open_model, open_models
+from stages import summary
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +54,20 @@ def test_evaluate_compares_the_base_with_retrieval_off_on_and_random(work: Path)
     assert metrics("train")["valid_loss_off"] == metrics("baseline")["valid_loss"]
     models = open_models({name: Artifact.open(f"models/{name}", "model") for name in ("baseline", "retro")})
     assert models["baseline"].base is models["retro"].base  # one copy in memory
+
+
+def test_the_report_and_the_last_table_name_what_was_compared(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base and its adapters: nowhere a plain decoder or RETRO, which this run has not."""
+    names = ModelNames.of("tiny/base")
+    assert names.column("baseline") == "base: base as it is" and ModelNames.of("A/b-1").column("baseline")[6:9] == "b-1"
+    page = Path("reports/evaluate.html").read_text()
+    summary.main()
+    table = capsys.readouterr().out.partition("look next")[0]
+    for column in ("baseline", "mixed", "off", "on", "random"):
+        assert f"<small>{names.column(column)}</small>" in page and f"  {names.column(column)}" in table
+    assert "  the base with adapters, retrieval on: saves " in table and "% of the base (95%" in table
+    for text in (page, table):
+        assert "plain decoder" not in text and "RETRO" not in text
 
 
 def test_the_baseline_is_the_base_as_it_is(work: Path) -> None:
@@ -163,9 +180,12 @@ def no_weights(folder: Path) -> None:
     torch.save({"weight": torch.ones(1)}, folder / "pytorch_model.bin")
 
 
-def encoder_decoder(folder: Path) -> None:
-    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
-    (folder / "config.json").write_text(json.dumps(config))
+def of_kind(**config: Any) -> Callable[[Path], None]:
+    return lambda folder: (folder / "config.json").write_text(json.dumps(config)) and None
+
+
+def narrow_embeddings(folder: Path) -> None:
+    tiny_base("opt", word_embed_proj_dim=16).save_pretrained(folder)
 
 
 def another(folder: Path) -> None:
@@ -184,9 +204,25 @@ def unchanged(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "change", "params", "message"),
     [
-        ("tokenizer", nothing, {}, "tiny/base cannot be loaded"),
+        ("tokenizer", nothing, {}, "base: tiny/base cannot be loaded (no such folder, and not on the hub)"),
+        (
+            "tokenizer",
+            no_weights,
+            {},
+            "found none of model.safetensors and model.safetensors.index.json; name a causal",
+        ),
+        ("tokenizer", of_kind(model_type="t5"), {}, "base: t5 has an encoder and a decoder, expected a decoder alone"),
+        ("tokenizer", of_kind(model_type="bert"), {}, "base: BertLMHeadModel keeps its decoder layers in an unknown"),
+        (
+            "tokenizer",
+            of_kind(model_type="mpt"),
+            {},
+            "base: MptForCausalLM keeps its decoder layers in an unknown place",
+        ),
+        ("tokenizer", of_kind(model_type="vit"), {}, "tiny/base cannot be loaded (folder tiny/base): Unrecognized con"),
+        ("tokenizer", of_kind(model_type="none"), {}, "tiny/base cannot be loaded (folder tiny/base): The checkpoint"),
+        ("tokenizer", narrow_embeddings, {}, "base: OPTForCausalLM has embeddings of width 16, expected its hidden"),
         ("baseline", no_weights, {}, "its weights as safetensors (no pickle)"),
-        ("baseline", encoder_decoder, {}, "name a causal language model"),
         ("baseline", unchanged, {"seq_len": 256}, "seq_len: found 256, expected at most 128, the longest text that"),
         (
             "baseline",
@@ -216,6 +252,42 @@ def test_what_does_not_fit_is_refused_in_one_line(
     change(work / "tiny" / "base")
     write_params(work, **{**BASE, **params})
     assert message in refuse(stage, capsys)
+
+
+def test_chunks_of_another_size_than_the_adapters_are_refused_by_name(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_params(work, **BASE, chunk_size=32)
+    for stage in ("chunk", "embed", "index", "knn"):
+        shutil.rmtree(OUTS[stage])
+        run(stage)
+    chunks = Artifact.open("data/chunks/train", "chunks").fingerprint
+    for name in ("baseline", "retro"):  # as if they were trained on these chunks: only their size does not fit
+        change_fact(work / "models" / name, "chunks", chunks)
+    assert "made for chunk_size 16, expected 32; run `dvc repro`" in refuse("evaluate", capsys)
+    for command in (["generate", "--prompt", "Some words"], ["serve", "--port", "0"]):
+        assert cli.main([*command, "--device", "cpu"]) == 1
+        line = capsys.readouterr().err
+        assert "models/retro: made for chunk_size 16, expected 32; run `dvc repro`" in line
+    # ... and by the adapters' own config, if the artifact says that they fit
+    change_fact(work / "models/retro", "chunk_size", 32)
+    assert cli.main(["generate", "--prompt", "Some words", "--device", "cpu"]) == 1
+    assert "models/retro: adapters for chunks of 16 tokens, expected 32" in capsys.readouterr().err
+
+
+def test_the_base_is_checked_before_any_work_and_without_its_weights(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in work.glob("tiny/base/*.safetensors"):
+        file.write_bytes(b"")
+    before = contents(work / "data/tokenizer")
+    shutil.rmtree("data/tokenizer")
+    run("tokenizer")
+    assert contents(work / "data/tokenizer") == before
+    (work / "tiny/base/model.safetensors").unlink()
+    monkeypatch.setattr("stages.tokenizer.make_tokenizer", lambda *_, **__: pytest.fail("it worked"))
+    with pytest.raises(SystemExit):
+        run("tokenizer")
 
 
 def test_a_tokenizer_without_begin_and_end_is_refused_until_they_are_named(

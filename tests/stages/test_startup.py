@@ -50,6 +50,12 @@ parse_params(read_yaml(Path("params.yaml")))
 """
 
 
+def test_the_tokenizer_is_made_without_a_large_library(tmp_path: Path) -> None:
+    """Without a base; with one, its kind is looked up in transformers."""
+    heavy = "torch", "transformers", "faiss", "mlflow", "pandas", "dvc"
+    assert loaded_after("import stages.tokenizer, tokenizers", tmp_path, *heavy, "tokenizers") == {"tokenizers"}
+
+
 def test_checking_the_params_imports_no_large_library(tmp_path: Path) -> None:
     """Every stage does it, so the classes of settings are in files that import nothing large."""
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(committed_params()))

@@ -8,14 +8,16 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from paths import ROOT
 
-from retro_model.core.artifacts import ArtifactWriter
-from stages.tracking.runs import MODEL_TAG, evaluation_run, training_run
+from retro_model.core.artifacts import Artifact, ArtifactWriter
+from stages.tracking.runs import MODEL_TAG, Recording, evaluation_run, training_run
 from stages.tracking.store import EXPERIMENT, open_store
 
 
@@ -64,6 +66,53 @@ def test_a_git_that_fails_costs_a_tag_and_nothing_else(tmp_path: Path, monkeypat
     (run,) = client.search_runs([experiment_id], "tags.`git.commit` = 'abc'")
     assert run.data.tags["git.dirty"] == "unknown"
     assert "--no-optional-locks status --porcelain" in (tmp_path / "git.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("root")
+def test_the_load_of_the_machine_is_in_the_run_that_asked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampled all the while, in the training's run and in the evaluation's own; a resumed run goes on counting."""
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    client = open_store()[0]
+    model, recording = model_folder(tmp_path / "model"), Recording(system_metrics=True)
+    fingerprint = Artifact.open(model, "model").fingerprint
+
+    def load_of(run_id: str) -> dict[str, float]:
+        found = client.get_run(run_id).data.metrics.items()
+        return {name.removeprefix("system/"): value for name, value in found if name.startswith("system/")}
+
+    def steps_of(run_id: str) -> list[int]:
+        return [metric.step for metric in client.get_metric_history(run_id, "system/cpu_utilization_percentage")]
+
+    with pytest.raises(KeyboardInterrupt), training_run("train", "work-load", {}, {}, recording) as run:
+        time.sleep(1.5)
+        raise KeyboardInterrupt
+    before = steps_of(run.run_id)
+    with training_run("train", "work-load", {}, {}, recording) as again:
+        time.sleep(1.5)
+        again.log_model(model, fingerprint, {})
+    steps = steps_of(run.run_id)
+    assert again.run_id == run.run_id and len(steps) > len(before) > 1 and steps == list(range(len(steps)))
+    found, memory = load_of(run.run_id), psutil.virtual_memory()
+    assert found.keys() >= {
+        *("cpu_utilization_percentage", "system_memory_usage_megabytes", "system_memory_usage_percentage"),
+        *("disk_usage_percentage", "disk_available_megabytes"),
+        *("network_receive_megabytes", "network_transmit_megabytes"),
+    }
+    assert all(0 <= value <= 100 for name, value in found.items() if name.endswith("_percentage"))
+    assert all(value >= 0 for value in found.values())
+    assert 0 < found["system_memory_usage_megabytes"] < memory.total / 1e6
+    assert found["system_memory_usage_percentage"] == pytest.approx(memory.percent, abs=30)
+    assert found["disk_available_megabytes"] < psutil.disk_usage("/").total / 1e6
+
+    with evaluation_run(fingerprint, {}, {}, recording) as (parent, child):
+        time.sleep(1)
+    assert load_of(child.run_id) and steps_of(parent.run_id) == steps
+    with training_run("train", "work-no-load", {}, {}) as quiet:
+        time.sleep(1)
+    assert load_of(quiet.run_id) == {}
 
 
 @pytest.mark.usefixtures("root")

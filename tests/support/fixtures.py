@@ -8,6 +8,7 @@
 All are functions of their arguments alone: the same seed gives the same bytes.
 """
 
+import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter
+from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, write_description
 from retro_model.corpus.chunking import make_chunks
 from retro_model.corpus.documents import CorpusConfig
 from retro_model.corpus.tokenizer_training import TokenizerConfig, make_tokenizer
@@ -146,3 +147,11 @@ def write_vectors(
             writer.facts.update(normalize=False, max_tokens=8, number_type="float32", truncated_chunks=0)
             writer.facts.update(dim=vectors[split].shape[1], **facts)
     return folder
+
+
+def change_fact(folder: Path, name: str, value: object) -> None:
+    """Writes another fact into an artifact's description, which is then one of another run."""
+    content = json.loads((folder / "artifact.json").read_text())
+    content["facts"][name] = value
+    del content["digest"]
+    write_description(folder, content)

@@ -5,6 +5,7 @@ run = small_run(tmp_path)       # documents/, encoder/, none/, data/, models/bas
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from fixtures import tiny_corpus, tiny_encoder
@@ -23,6 +24,15 @@ from retro_model.training.mlmodel import write_mlmodel
 
 CORPUS = CorpusConfig(valid=0.15, test=0.15)
 STORED = 12
+SIZES: dict[str, Any] = {
+    "enc_dim": 12,
+    "enc_depth": 1,
+    "dec_dim": 16,
+    "dec_depth": 2,
+    "dec_cross_attn_layers": (1, 2),
+    "heads": 2,
+    "dim_head": 8,
+}
 
 
 def write_data(root: Path, folder: Path, *, vocab_size: int = 400, chunk_size: int = 8, search: bool = True) -> Path:
@@ -38,20 +48,16 @@ def write_data(root: Path, folder: Path, *, vocab_size: int = 400, chunk_size: i
     return folder
 
 
-def write_model(folder: Path, data: Path, *, retrieval: bool, seq_len: int = 32, knn: int = 2, seed: int = 0) -> Path:
-    """A model artifact with random weights, of the tokenizer and chunks in `data`."""
+def write_model(
+    folder: Path, data: Path, *, retrieval: bool, seq_len: int = 32, knn: int = 2, seed: int = 0, **sizes: Any
+) -> Path:
+    """A model artifact with random weights, of the tokenizer and chunks in `data`; `sizes` replace the small ones."""
     chunks = Artifact.open(data / "chunks/train", "chunks")
     torch.manual_seed(seed)
     model = RETRO(
         num_tokens=chunks.facts["vocab_size"],
         max_seq_len=seq_len,
-        enc_dim=12,
-        enc_depth=1,
-        dec_dim=16,
-        dec_depth=2,
-        dec_cross_attn_layers=(1, 2),
-        heads=2,
-        dim_head=8,
+        **{**SIZES, **sizes},
         chunk_size=chunks.facts["chunk_size"],
         pad_id=chunks.facts["pad_id"],
         retrieval=retrieval,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from retro_model.core.artifacts import Artifact
 from retro_model.evaluation.comparison import Compared
+from retro_model.evaluation.names import ModelNames
 from retro_model.evaluation.report.charts import Chart, Series
 from retro_model.evaluation.report.html import Passage, Report, Table
 from retro_model.evaluation.report.sections import (
@@ -18,15 +19,6 @@ from retro_model.evaluation.report.sections import (
 )
 from retro_model.evaluation.statistics import DOCUMENTS_SHOWN, LEAST_DOCUMENTS, NOTICEABLE_BITS, PIECE, Curve
 
-MEANING = {
-    "baseline": "the same decoder, trained without retrieval",
-    "mixed": "the plain decoder mixed with the bigram rule over the same neighbors",
-    "off": "RETRO, nothing retrieved",
-    "on": "RETRO, with the nearest neighbors",
-    "random": "RETRO, with random neighbors (the control)",
-    "on_train": "RETRO, with neighbors from the train chunks",
-    "compared": "another trained model",
-}
 # The columns that have a line in charts, and the number of its color; `random` has no line.
 COLORS = {"on": 0, "off": 1, "baseline": 2, "mixed": 3, "on_train": 4, "compared": 5}
 GAINS = {
@@ -50,6 +42,7 @@ class Background:
     kept and dropped.
     """
 
+    names: ModelNames
     chunks: Artifact
     database_chunks: int
     knn: int
@@ -58,20 +51,20 @@ class Background:
     documents: str | None
     counts: Mapping[str, int]
     compared: Compared | None
-    started: bool  # RETRO started from a trained model
+    started: bool  # the model with retrieval started from a trained one
     started_from_baseline: bool  # that model is the baseline of this evaluation
     started_elsewhere: bool  # that model was trained on other chunks
 
     def meaning(self, column: str) -> str:
         """A short description of a column."""
         if column == "on" and self.documents:
-            return f"RETRO, with neighbors from {self.documents}"
+            return f"{self.names.retrieving}, neighbors from {self.documents}"
         if column == "mixed" and self.documents:
-            return f"{MEANING[column]}, those from {self.documents}"
+            return f"{self.names.column(column)}, those from {self.documents}"
         if column == "compared" and self.compared:
             how = f"with its {self.compared.knn} nearest neighbors" if self.compared.knn else "which has no retrieval"
             return f"the model {self.compared.name}, {how}"
-        return MEANING[column]
+        return self.names.column(column)
 
 
 def make_page(
@@ -90,7 +83,7 @@ def make_page(
     )
     return Report(
         title="What retrieval gave",
-        summary=(headline(metrics), size),
+        summary=(headline(metrics, background.names), size),
         tables=(_columns_table(curves["columns"], background), _gains_table(metrics), parts_table(metrics)),
         charts=tuple(_charts(curves, background)),
         details=(
@@ -103,15 +96,15 @@ def make_page(
     )
 
 
-def headline(metrics: Mapping[str, float | int]) -> str:
+def headline(metrics: Mapping[str, float | int], names: ModelNames) -> str:
     """The result in words; an interval that contains 0 counts as no difference."""
     on, off, baseline = (metrics[f"test_bpb_{column}"] for column in ("on", "off", "baseline"))
     documents = metrics["test_documents"]
     return (
         f"Held-out text ({documents:,} document{'' if documents == 1 else 's'}) costs {on:.4f} bits per byte with "
-        f"retrieval, {off:.4f} without, and {baseline:.4f} in a decoder that never had it: "
+        f"retrieval, {off:.4f} without, and {baseline:.4f} in the {names.plain}, which never had it: "
         f"{_verdict(metrics, 'gain_on_vs_off', 'retrieval')} against the same model without neighbors, and "
-        f"{_verdict(metrics, 'gain_on_vs_baseline', 'it')} against the baseline.{_word_of_caution(metrics)}"
+        f"{_verdict(metrics, 'gain_on_vs_baseline', 'it')} against the {names.plain}.{_word_of_caution(metrics)}"
     )
 
 
@@ -199,6 +192,7 @@ def _charts(curves: Mapping[str, Curve], background: Background) -> Iterator[Cha
             "neighbors",
             tuple(map(str, curves["knn"].column("knn"))),
             curves["knn"].column("test_bpb"),
+            background.names,
         )
     yield _sweep_chart(
         "part",
@@ -207,6 +201,7 @@ def _charts(curves: Mapping[str, Curve], background: Background) -> Iterator[Cha
         "shown",
         tuple(PART_NAMES[part] for part in curves["part"].column("part")),
         curves["part"].column("test_bpb"),
+        background.names,
         joined=False,
     )
     yield _database_chart(curves["database"], background)
@@ -272,9 +267,10 @@ def _sweep_chart(
     x_label: str,
     places: tuple[str, ...],
     values: tuple[float, ...],
+    names: ModelNames,
     joined: bool = True,
 ) -> Chart:
-    series = (Series("RETRO", values, COLORS["on"]),)
+    series = (Series(names.retrieving, values, COLORS["on"]),)
     return Chart(name, title, caption, x_label, "bits per byte", places, series, joined=joined)
 
 
@@ -289,7 +285,7 @@ def _database_chart(curve: Curve, background: Background) -> Chart:
         "part of the database",
         "bits per byte",
         tuple(f"{share:.0%}" for share in curve.column("share")),
-        (Series("RETRO", curve.column("test_bpb"), COLORS["on"]),),
+        (Series(background.names.retrieving, curve.column("test_bpb"), COLORS["on"]),),
         tuple(f"{left:.1f}" for left in curve.column("neighbors_left")),
         "second line: neighbors left",
     )
@@ -299,7 +295,7 @@ def _database_chart(curve: Curve, background: Background) -> Chart:
 
 
 def _notes(metrics: Mapping[str, float | int], background: Background) -> Iterator[str]:
-    chunks = background.chunks
+    chunks, names = background.chunks, background.names
     yield (
         f"Each document of the test split is read in windows of up to {background.seq_len:,} tokens, each of which "
         f"starts half of that after the last, in whole chunks of {chunks.facts['chunk_size']}; each token is scored "
@@ -310,7 +306,7 @@ def _notes(metrics: Mapping[str, float | int], background: Background) -> Iterat
         "The first chunk of a document is read without any neighbors, the others with those of the chunk before. "
         "The control draws neighbors from the whole database, each as likely as any other."
     )
-    words = rule_in_words(metrics)
+    words = rule_in_words(metrics, names)
     yield f"{words[0].upper()}{words[1:]}."
     if background.documents:
         counts = background.counts
@@ -334,14 +330,19 @@ def _notes(metrics: Mapping[str, float | int], background: Background) -> Iterat
     if background.started:
         where = "the baseline itself" if background.started_from_baseline else "another trained model"
         yield (
-            f"RETRO started from {where} (retrofit.init_from) and was then trained with retrieval, so it had more "
-            "training than the baseline. On against off compares one model with itself; "
-            "benchmarks/strongest_plain.py compares RETRO with plain decoders that were trained as long."
+            f"{names.retrieving[0].upper()}{names.retrieving[1:]} started from {where} (retrofit.init_from) and was "
+            "then trained with retrieval, so it had more training than the baseline. On against off compares one model "
+            "with itself"
+            + (
+                "."
+                if names.base
+                else "; benchmarks/strongest_plain.py compares RETRO with plain decoders that were trained as long."
+            )
         )
     if background.started_elsewhere:
         yield (
-            "Careful: the model that RETRO started from was trained on other chunks than these. Whether the test "
-            "documents were among them is not known here."
+            f"Careful: the model that {names.retrieving} started from was trained on other chunks than these. Whether "
+            "the test documents were among them is not known here."
         )
     if background.compared:
         yield from _notes_on_compared(background.compared)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from retro_model.evaluation.by_overlap import LONG_RUN
+from retro_model.evaluation.names import ModelNames
 from retro_model.evaluation.report.html import Table
 from retro_model.evaluation.statistics import Curve
 from retro_model.evaluation.subsets import ALPHAS, OVERLAP_CLASSES, SHARED_WITH_TRAIN
@@ -102,16 +103,16 @@ def signed(value: float) -> str:
 # ---- notes -----------------------------------------------------------------------------------------
 
 
-def rule_in_words(metrics: Mapping[str, float | int]) -> str:
-    """What copying without a network saves, and how much of that RETRO saves."""
+def rule_in_words(metrics: Mapping[str, float | int], names: ModelNames) -> str:
+    """What copying without a network saves, and how much of that retrieval saves."""
     gain, low, high = (metrics[f"gain_mixed_vs_baseline{end}"] for end in ("", "_low", "_high"))
     words = (
         f"copying alone (the bigram rule) is right for {metrics['rule_hits_own']:.1%} of the tokens, with random "
-        f"neighbors for {metrics['rule_hits_random']:.1%}; mixed into the plain decoder (weight "
+        f"neighbors for {metrics['rule_hits_random']:.1%}; mixed into the {names.plain} (weight "
         f"{metrics['mixed_weight']:g}, chosen on valid) it saves {gain:+.4f} ({low:+.4f} to {high:+.4f})"
     )
     if "share_of_rule_gained" in metrics:
-        words += f"; RETRO gains {metrics['share_of_rule_gained']:.0%} of that"
+        words += f"; {names.retrieving} gains {metrics['share_of_rule_gained']:.0%} of that"
     return words
 
 
