@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -178,6 +178,8 @@ class TrainingRun:
         base = model.describe_base()
         if inputs.start is not None:
             start_from_adapters(model, inputs.start, base)
+        if not model.frozen:
+            cast("Any", model.base).float()  # in bfloat16, most steps would be smaller than what rounding takes away
         return model, base
 
     def _settings(self, inputs: "_Inputs") -> TrainConfig:
