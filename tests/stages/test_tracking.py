@@ -316,9 +316,9 @@ def test_artifacts_that_cannot_be_written_stop_before_the_training(
     assert caught.value.filename == str(project / "mlartifacts")
 
 
-@pytest.mark.parametrize("name", ["100%", "a%20b", "why?", "c#"])
-def test_a_folder_of_any_name_keeps_its_store_inside(name: str, root: Path, tmp_path: Path) -> None:
-    folder = tmp_path / name
+def test_a_folder_of_any_name_keeps_its_store_inside(root: Path, tmp_path: Path) -> None:
+    """In a URL, each of these characters would mean something."""
+    folder = tmp_path / "100% of a%20b, why? c#"
     (folder / "checkout").mkdir(parents=True)
     with sqlite3.connect(root / "mlflow.db") as store, sqlite3.connect(folder / "mlflow.db") as copy:
         store.backup(copy)
@@ -332,7 +332,7 @@ def test_a_folder_of_any_name_keeps_its_store_inside(name: str, root: Path, tmp_
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, env=environment, cwd=folder / "checkout", capture_output=True, text=True, check=True)
     run_id = done.stdout.strip()
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     assert sorted(path.name for path in folder.iterdir()) == [".retro", "checkout", "mlartifacts", "mlflow.db"]
     assert [path.name for path in (folder / "checkout").iterdir()] == ["x"]
     assert (folder / "mlartifacts" / run_id / "artifacts" / "files" / "x").is_file()
