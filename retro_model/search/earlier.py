@@ -33,7 +33,14 @@ from retro_model.core.errors import ArtifactError, DamagedArtifactError
 from retro_model.core.rows import NO_ROW
 from retro_model.jobs.job import whole_part
 from retro_model.jobs.parts import Keys, code_digest, digest, keys_of, part_name, settings_digest
-from retro_model.search.distances import ROWS_PER_BLOCK, IdArray, import_faiss, smallest
+from retro_model.search.distances import (
+    ROWS_PER_BLOCK,
+    IdArray,
+    import_faiss,
+    pair_distances,
+    rounding_margin,
+    smallest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +201,41 @@ class Earlier(NamedTuple):
         return EarlierNeighbors(self.kept["train"].rows_after(ids), distances, ids[:, -1] == NO_ROW)
 
 
+class AddedRows(NamedTuple):
+    """Rows that were added to a database: their ids, ascending, their vectors and documents.
+
+    `largest_norm` is the largest |y|^2, or more.
+    """
+
+    ids: IntArray
+    vectors: Float32Array
+    documents: IntArray
+    largest_norm: float
+
+    def nearer(
+        self, queries: Float32Array, query_documents: IntArray, limits: Float32Array
+    ) -> tuple[IdArray, Float32Array]:
+        """The ids (n, c) and distances (n, c) of the rows of other documents that are within a query's limit.
+
+        Padded with -1 at inf. Rows slightly beyond the limit (n,) may be there, too: a matrix product selects them,
+        which rounds otherwise than the distances that are returned.
+        """
+        norms = np.einsum("nd,nd->n", self.vectors, self.vectors)
+        reported = queries @ self.vectors.T
+        reported *= -2
+        reported += norms
+        within = limits[:, None] - np.einsum("nd,nd->n", queries, queries)[:, None]
+        within += 2 * rounding_margin(queries, self.largest_norm)  # twice, for the rounding of these sums
+        numbers, places = np.nonzero((reported <= within) & (self.documents != query_documents[:, None]))
+        counts = np.bincount(numbers, minlength=len(queries))
+        columns = np.arange(len(numbers)) - np.repeat(np.cumsum(counts) - counts, counts)
+        chosen = np.full((len(queries), int(counts.max(initial=0))), NO_ROW, dtype=np.int64)
+        chosen[numbers, columns] = places
+        ids = chosen.copy()
+        ids[numbers, columns] = self.ids[places]
+        return ids, pair_distances(queries, self.vectors, chosen)
+
+
 class EarlierNeighbors(NamedTuple):
     """Neighbors of the earlier run, by the ids of now (n, k), -1 for those that are gone; and their distances.
 
@@ -205,7 +247,7 @@ class EarlierNeighbors(NamedTuple):
     whole: BoolArray
 
     def merged(self, ids: IdArray, distances: Float32Array) -> tuple[IdArray, Float32Array, BoolArray]:
-        """Merge with the nearest (n, k) of the added rows: ids and distances (n, k), and whether they are certain.
+        """Merge with added rows, all that are as near as the last one: ids, distances (n, k), and which are certain.
 
         Rows that neither list has come after the last of the earlier neighbors, by (distance, id). So the result is
         certain up to that one, or if none of them is gone: then there are k that come before all others.

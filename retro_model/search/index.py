@@ -239,14 +239,6 @@ class Index:
             )
         return cls(index, facts, gpu)
 
-    @classmethod
-    def of(cls, rows: Float32Array, device: str = "cpu") -> "Index":
-        """An exact index in memory over these rows; `device` as in `open`."""
-        dim, index = rows.shape[1], import_faiss().IndexFlatL2(rows.shape[1])
-        index.add(rows)
-        facts = {"rows": len(rows), "dim": dim, "key": "Flat", "nprobe": None, "rescored": None}
-        return cls(index, {**facts, "largest_norm": largest_square(rows)}, on_gpu(device))
-
     def search(self, queries: Float32Array, k: int, probes: int | None = None) -> Found:
         """Each query's k nearest rows: distances (n, k) and ids (n, k), nearest first.
 

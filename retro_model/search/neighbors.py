@@ -43,7 +43,7 @@ from retro_model.search.distances import (
     smallest,
     stored_distances,
 )
-from retro_model.search.earlier import Earlier, KeptNeighbors
+from retro_model.search.earlier import AddedRows, Earlier, KeptNeighbors
 from retro_model.search.index import Index, gpu_build, nearest_by_code
 from retro_model.search.keys import code_of, num_lists
 
@@ -82,11 +82,6 @@ class Database:
         embeddings.require(chunks=chunks.fingerprint)
         index.require(embeddings=embeddings.fingerprint, chunks=chunks.fingerprint)
         return cls(Index.open(index, device), embeddings["vectors"], chunks["documents"][:])
-
-    def part(self, rows: IntArray, device: str) -> "Database":
-        """The database of these rows alone, numbered from 0; of a database with an exact index."""
-        assert self.index.stored is not None
-        return Database(Index.of(self.index.stored[rows], device), self.vectors, self.documents[rows])
 
     def nearest(
         self, queries: Float32Array, query_documents: IntArray, k: int, surplus: int = SURPLUS
@@ -221,35 +216,34 @@ class _Opened(NamedTuple):
 
 
 class _Grown(NamedTuple):
-    """A database that has grown since an earlier run: what that run found, and the rows that were added."""
+    """A database with an exact index that has grown since an earlier run, what that run found, and the added rows."""
 
+    database: Database
     earlier: Earlier
     found: Artifact
-    rows: IntArray
-    added: Database | None
+    added: AddedRows
 
     @classmethod
-    def of(cls, database: Database, earlier: Earlier, device: str) -> "_Grown":
-        rows = earlier.added(database.index.rows)
-        found = Artifact.open(earlier.folder, "neighbors", verify=False)
-        return cls(earlier, found, rows, database.part(rows, device) if len(rows) else None)
+    def of(cls, database: Database, earlier: Earlier) -> "_Grown":
+        rows, stored = earlier.added(database.index.rows), database.index.stored
+        assert stored is not None
+        added = AddedRows(rows, stored[rows], database.documents[rows], database.index.largest_norm)
+        return cls(database, earlier, Artifact.open(earlier.folder, "neighbors", verify=False), added)
 
     def nearest(
-        self, database: Database, split: str, rows: slice, queries: Float32Array, documents: IntArray, k: int
+        self, split: str, rows: slice, queries: Float32Array, documents: IntArray, k: int
     ) -> tuple[IdArray, Float32Array, int]:
-        """What `database.nearest` returns for these rows of a split, and how many queries it looked at all rows for."""
+        """What `Database.nearest` returns for these rows of a split, and how many of them looked at all rows."""
         ids, distances = _empty_result(len(queries), k)
         certain = np.zeros(len(queries), dtype=np.bool_)
         before = self.earlier.kept[split].rows_before(np.arange(rows.start, rows.stop))
         (known,) = np.nonzero(before != NO_ROW)
-        new = _empty_result(len(known), k)
-        if self.added is not None:
-            places, to_new = self.added.nearest(queries[known], documents[known], k)
-            new = np.where(places == NO_ROW, NO_ROW, self.rows[places]), to_new
-        found = self.earlier.neighbors(self.found, split, before[known])
-        ids[known], distances[known], certain[known] = found.merged(*new)
+        for part in _parts(known, max(1, PAIRS_AT_ONCE // max(1, len(self.added.ids)))):
+            found = self.earlier.neighbors(self.found, split, before[part])
+            nearer = self.added.nearer(queries[part], documents[part], found.distances[:, -1])
+            ids[part], distances[part], certain[part] = found.merged(*nearer)
         (unknown,) = np.nonzero(~certain)
-        ids[unknown], distances[unknown] = database.nearest(queries[unknown], documents[unknown], k)
+        ids[unknown], distances[unknown] = self.database.nearest(queries[unknown], documents[unknown], k)
         return ids, distances, len(unknown)
 
 
@@ -278,7 +272,7 @@ class KnnJob:
         embeddings = {split: Artifact.open(self.embeddings / split, "embeddings", verify=False) for split in SPLITS}
         index = Artifact.open(self.index, "index", verify=False)
         database = Database.open(embeddings["train"], index, chunks["train"], self.device)
-        grown = _Grown.of(database, self.earlier, self.device) if self.earlier else None
+        grown = _Grown.of(database, self.earlier) if self.earlier else None
         return _Opened(database, index, chunks, embeddings, grown)
 
     def facts(self, opened: _Opened) -> dict[str, Any]:
@@ -300,7 +294,7 @@ class KnnJob:
                 if grown is None:
                     (ids, distances), count = database.nearest(queries, documents, k), len(queries)
                 else:
-                    ids, distances, count = grown.nearest(database, split, rows, queries, documents, k)
+                    ids, distances, count = grown.nearest(split, rows, queries, documents, k)
                 writer.append(ids=ids.astype(id_type), distances=distances)
                 searched += count
                 yield len(ids)

@@ -21,7 +21,8 @@ from retro_model.jobs.parts import Parts
 from retro_model.search import earlier
 from retro_model.search import neighbors as neighbors_module
 from retro_model.search.build import make_index
-from retro_model.search.earlier import Documents, kept_rows
+from retro_model.search.distances import pair_distances
+from retro_model.search.earlier import AddedRows, Documents, kept_rows
 from retro_model.search.keys import IndexConfig
 from retro_model.search.neighbors import NeighborsConfig, make_neighbors
 
@@ -262,6 +263,23 @@ def test_processes_share_what_an_earlier_run_found(world: World, corpus: dict[st
     corpus["train"].insert(30, ((1, 1), (50, 50)))
     grown = world.run(corpus, world.parts, engine=Engine(EngineConfig(workers=2), "cpu"))
     assert world.searched == 2 and grown == world.run(corpus, None)
+
+
+def test_added_rows_within_the_limit_are_found_in_spite_of_rounding() -> None:
+    random = np.random.default_rng(0)
+    vectors = (300 + random.normal(size=(200, 16)) * random.choice([0, 0.01, 1], (200, 1))).astype(np.float32)
+    queries, owners, documents = vectors[:40] + np.float32(0.001), np.arange(40) // 2, np.arange(200) // 10
+    every = pair_distances(queries, vectors, np.tile(np.arange(200), (40, 1)))
+    limits = every[np.arange(40), random.integers(0, 200, 40)]
+    limits[-1] = np.inf
+    added = AddedRows(np.arange(200) + 1000, vectors, documents, float((vectors**2).sum(axis=1).max()))
+    ids, distances = added.nearer(queries, owners, limits)
+    for number in range(40):
+        found = dict(zip(ids[number].tolist(), distances[number].tolist(), strict=True))
+        assert found.pop(-1, np.inf) == np.inf
+        others = {row + 1000: every[number, row] for row in range(200) if documents[row] != owners[number]}
+        assert {row for row, distance in others.items() if distance <= limits[number]} <= found.keys() <= others.keys()
+        assert all(found[row] == others[row] for row in found)
 
 
 # ---- rows that stayed ----------------------------------------------------------------------------------
