@@ -49,11 +49,12 @@ class World:
         """The bytes of chunks and embeddings, with `stored` of neighbors, too; and how many chunks were embedded."""
         self.runs += 1
         out, tokenizer = self.folder / f"out-{self.runs}", self.model / "tokenizer"
-        config = EmbedConfig(encoder=str(self.model / "encoder"), number_type="float32", max_tokens=24)
-        make_chunks(self.documents, CORPUS, tokenizer, changes.get("chunk_size", 16), out / "chunks", parts=parts)
-        outcome = make_embeddings(
-            out / "chunks", tokenizer, config, out / "embeddings", device="cpu", parts=parts, batch_size=8
+        config = EmbedConfig(
+            encoder=str(self.model / "encoder"), number_type="float32", max_tokens=changes.get("max_tokens", 24)
         )
+        make_chunks(self.documents, CORPUS, tokenizer, changes.get("chunk_size", 16), out / "chunks", parts=parts)
+        options: dict[str, Any] = {"parts": parts, "restore": changes.get("restore"), "batch_size": 8}
+        outcome = make_embeddings(out / "chunks", tokenizer, config, out / "embeddings", device="cpu", **options)
         if "stored" in changes:
             folders = out / "embeddings", out / "index", out / "chunks"
             make_index(folders[0], IndexConfig(), folders[1])
@@ -225,6 +226,35 @@ def test_outputs_are_links_or_copies_and_parts_are_read_only(
     files = [file for file in world.parts.folder.glob("*/*/*") if file.is_file()]
     assert files and all(file.stat().st_mode & 0o777 == 0o444 for file in files)
     assert made == world.run(None)[0]
+
+
+@pytest.mark.parametrize("what", ["whole", "damaged", "of other chunks", "shorter", "parts are there", "none"])
+def test_vectors_of_an_earlier_run_are_taken_over_where_there_are_no_parts(
+    world: World, what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, total = world.run(None, max_tokens=20 if what == "shorter" else 24)
+    (world.documents / "aaa.txt").write_text(new_text(1))
+    if what == "damaged":
+        rewrite(tmp_path / "out-1/embeddings/valid/vectors-00000.npy", lambda content: content[:-1] + b"!")
+    if what == "of other chunks":
+        world.run(None)  # with the same rows, in other places
+        shutil.rmtree(tmp_path / "out-1" / "chunks")
+        shutil.copytree(tmp_path / "out-2" / "chunks", tmp_path / "out-1" / "chunks")
+    if what == "parts are there":
+        (world.parts.folder / "embeddings" / "another").mkdir(parents=True)
+
+    def restore(folder: Path) -> bool:
+        shutil.copytree(tmp_path / "out-1", folder / "data", copy_function=os.link)
+        return what != "none"
+
+    grown, num_embedded = world.run(world.parts, restore=restore)
+    if what == "whole":
+        assert num_embedded == chunks_of(world, "aaa.txt") > 5
+        assert f"took over {total:,} vectors" in caplog.text
+    else:
+        assert num_embedded > total
+    assert grown == world.run(None)[0]
+    assert not list(world.parts.folder.glob("*/*.partial"))
 
 
 def part_names(parts: Parts) -> set[str]:

@@ -58,6 +58,32 @@ def test_a_new_document_costs_itself_where_the_tokenizer_is_kept(tmp_path: Path)
     assert shared[0][0] == 1 and shared[1][0] < 0.2 * shared[1][1], "a temporary checkout uses the other clone's parts"
 
 
+def test_who_pulls_the_data_and_adds_a_document_embeds_that_document(tmp_path: Path) -> None:
+    project = Project.create(tmp_path / "project")
+    shutil.copytree(project.root / "tiny/documents", project.root / "tiny/first")
+    project.set(**{"tokenizer.train_on": "tiny/first"})
+    (_, (chunks, _)) = made(repro(project, "repro", "embed"))
+    project.run("dvc", "remote", "add", "-d", "store", str(tmp_path / "remote"))
+    project.run("dvc", "push")
+    project.commit("what a colleague gets")
+
+    clone = project.clone(tmp_path / "clone")
+    clone.run("dvc", "pull", "embed", "chunk")
+    (clone.root / "tiny/documents/document-020b.txt").write_text(NEW)
+    output = repro(clone, "repro", "embed")
+    new_chunks, all_chunks = made(output)[1]
+    assert new_chunks == all_chunks - chunks > 5
+    assert f"embed: took over {chunks:,} vectors of the last run" in output
+    grown = hashes(clone)
+
+    (project.root / "tiny/documents/document-020b.txt").write_text(NEW)
+    shutil.rmtree(project.root / ".retro")
+    with (project.root / "retro_model/embedding/config.py").open("a") as code:
+        code.write("# other code\n")
+    assert made(repro(project, "repro", "embed"))[1] == (all_chunks, all_chunks), "other code made the last vectors"
+    assert hashes(project) == grown
+
+
 def test_a_tokenizer_that_is_trained_on_the_corpus_says_what_a_new_document_costs(tmp_path: Path) -> None:
     project = Project.create(tmp_path / "project")
     repro(project, "repro", "chunk")
