@@ -10,7 +10,7 @@ from the parts that it finished, because they are kept here while it runs.
 
 A part consists of items, such as the chunks of an embeddings part, and `keys.npy` holds a digest of each. If a part is
 not here, because a document was added to it, most of its items are in other parts with the same settings: `KeptParts`
-finds them, and only the others are made.
+finds them, and only the others are made. What knn keeps is different: retro_model.search.earlier describes it.
 """
 
 import contextlib
