@@ -211,15 +211,18 @@ def make_embeddings(
                 num_truncated += truncated
         seconds = time.perf_counter() - started
     logger.info(f"embed: {kept.made:,} of {total:,} chunks embedded, the others were there")
-    metrics = {
+    timings = {"chunks_per_second": bar.num_new / seconds, "chunks_per_batch": float(rows_per_batch)}
+    return Outcome(_metrics(total, num_truncated, facts), {**timings, "chunks_embedded": float(kept.made)})
+
+
+def _metrics(total: int, num_truncated: int, facts: dict[str, Any]) -> dict[str, float]:
+    return {
         "vectors": total,
         "dim": facts["dim"],
         "padded_length": facts["max_tokens"],
         "truncated_chunks": num_truncated,
         "truncated_share": num_truncated / max(total, 1),
     }
-    timings = {"chunks_per_second": bar.num_new / seconds, "chunks_per_batch": float(rows_per_batch)}
-    return Outcome(metrics, {**timings, "chunks_embedded": float(kept.made)})
 
 
 def _take_over(restore: Callable[[Path], bool], work: Path, facts: dict[str, Any], tokenizer: str) -> None:

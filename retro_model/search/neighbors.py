@@ -360,11 +360,7 @@ def make_neighbors(
         seconds = time.perf_counter() - started
         if kept:
             kept.keep(made)
-        metrics: dict[str, float] = {}
-        for split in SPLITS:
-            found = Artifact.open(folder / split, "neighbors", verify=False)
-            values = describe_neighbors(found, chunks[split], embeddings[split], chunks["train"], embeddings["train"])
-            metrics |= {f"{split}_{name}": value for name, value in values.items()}
+        metrics = _metrics(folder, chunks, embeddings)
     if not bar.num_new:
         return Outcome(metrics, {})
     milliseconds, searched = 1000 * seconds / bar.num_new, sum(part.facts["searched"] for part in made)
@@ -385,6 +381,15 @@ def _write_split(
             writer.adopt(part)
             yield part
         writer.facts.update(**running.facts, **facts)
+
+
+def _metrics(folder: Path, chunks: dict[str, Artifact], embeddings: dict[str, Artifact]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for split in SPLITS:
+        found = Artifact.open(folder / split, "neighbors", verify=False)
+        values = describe_neighbors(found, chunks[split], embeddings[split], chunks["train"], embeddings["train"])
+        metrics |= {f"{split}_{name}": value for name, value in values.items()}
+    return metrics
 
 
 def describe_neighbors(
