@@ -105,5 +105,5 @@ define resolve
 	mv $(1).partial $(1)
 endef
 
-clean:  ## remove work in progress, kept parts of chunks and embeddings, and tool caches (keeps data, models, the DVC cache and MLflow's runs)
+clean:  ## remove work in progress, kept parts, and tool caches (keeps data, models, the DVC cache and MLflow's runs)
 	rm -rf .retro dvc_plots .coverage .coverage.* .pytest_cache .hypothesis .ruff_cache .mypy_cache

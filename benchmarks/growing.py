@@ -89,7 +89,7 @@ def run(folder: Path, out: Path, parts: Parts | None, chosen: list[str]) -> Run:
         "chunk": lambda: chunking.make_chunks(folder / "text", CORPUS, tokenizer, 64, chunks, parts=parts),
         "embed": embed,
         "index": lambda: make_index(embeddings, IndexConfig(builder="faiss"), index),
-        "knn": lambda: make_neighbors(embeddings, index, chunks, NeighborsConfig(), out / "neighbors"),
+        "knn": lambda: make_neighbors(embeddings, index, chunks, NeighborsConfig(), out / "neighbors", parts=parts),
     }
     chunking.chunk_texts = count
     try:

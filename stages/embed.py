@@ -1,11 +1,15 @@
 """Writes data/embeddings/{train,valid,test}: a vector for each chunk, from a frozen encoder."""
 
+from functools import partial
 from pathlib import Path
 
 from retro_model.core.artifacts import Artifact, write_json
 from retro_model.embedding.embed import make_embeddings
 from stages.common.harness import project_root, record_timing, run_stage, work_folder
+from stages.common.locked import restore_last_run
 from stages.common.params import read_params
+
+CODE_FOLDERS = ("retro_model/embedding", "retro_model/corpus")  # they decide the bytes of a vector
 
 
 def main() -> None:
@@ -22,6 +26,7 @@ def main() -> None:
             device=params.runtime.device,
             engine=params.runtime.make_engine(),
             parts=params.runtime.kept_parts(project_root()),
+            restore=partial(restore_last_run, "embed", CODE_FOLDERS),
         )
     write_json(Path("metrics/embed.json"), outcome.metrics)
     made = Artifact.open(Path("data/embeddings/train"), "embeddings", verify=False).fingerprint

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from retro_model.core.artifacts import Artifact, write_json
 from retro_model.search.neighbors import make_neighbors
-from stages.common.harness import record_timing, run_stage, work_folder
+from stages.common.harness import project_root, record_timing, run_stage, work_folder
 from stages.common.params import read_params
 
 
@@ -22,6 +22,7 @@ def main() -> None:
             device=params.runtime.device,
             engine=params.runtime.make_engine(),
             work_folder=work,
+            parts=params.runtime.kept_parts(project_root()),
         )
     write_json(Path("metrics/knn.json"), outcome.metrics)
     made = Artifact.open(Path("data/neighbors/train"), "neighbors", verify=False).fingerprint

@@ -7,8 +7,9 @@ gives the bytes of a run that embeds everything, because a vector is bitwise ind
 
 import itertools
 import logging
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from retro_model.core.arrays import BoolArray, Float32Array, IntArray
 from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, numbered, whole_folder
-from retro_model.core.errors import SourceError
+from retro_model.core.errors import ArtifactError, SourceError
 from retro_model.core.prefetch import prefetch
 from retro_model.core.progress import Progress
 from retro_model.corpus.chunks import chunk_text
@@ -27,7 +28,7 @@ from retro_model.corpus.tokenizer import Tokenizer
 from retro_model.embedding.config import EmbedConfig
 from retro_model.embedding.encoder import ROWS_PER_BATCH, Encoder, Tokenized
 from retro_model.jobs.engine import Engine
-from retro_model.jobs.job import Outcome, Part
+from retro_model.jobs.job import Outcome, Part, whole_part
 from retro_model.jobs.parts import (
     SETTINGS,
     KeptParts,
@@ -38,6 +39,7 @@ from retro_model.jobs.parts import (
     intact,
     keys_of,
     open_parts,
+    part_name,
     settings_digest,
     write_keys,
 )
@@ -165,12 +167,15 @@ def make_embeddings(
     device: str = "auto",
     engine: Engine | None = None,
     parts: Parts | None = None,
+    restore: Callable[[Path], bool] | None = None,
 ) -> Outcome:
     """Write the embeddings of every split's chunks below `out_folder` and return metrics and timings.
 
     `batch_size` is in chunks (None: the default for the device). It and `engine` change speed only, except that on a
     GPU another batch size may change the last bits. Chunks whose vectors are in `parts` are not embedded again, unless
     those were made by other code or libraries, on another kind of device or in batches that round differently.
+    If `parts` has no vectors at all, `restore` is called with an empty folder. If it returns True, the folder holds
+    data/chunks and data/embeddings of an earlier run of the same code, whose vectors are then taken over.
 
     Raises MismatchError if the chunks were made with another tokenizer; SourceError and ConfigError like
     `Encoder.open`.
@@ -191,6 +196,8 @@ def make_embeddings(
             f"{facts['number_type']}, {facts['max_tokens']} tokens a chunk, {rows_per_batch} chunks a batch"
         )
         started = time.perf_counter()
+        if restore and not any(work.iterdir()):
+            _take_over(restore, work, running.facts, splits["train"].facts["tokenizer"])
         kept = KeptParts(work, job.kind, running.facts[SETTINGS])
         for split, chunks in splits.items():
             with ArtifactWriter(folder / split, job.kind) as writer:
@@ -204,15 +211,49 @@ def make_embeddings(
                 num_truncated += truncated
         seconds = time.perf_counter() - started
     logger.info(f"embed: {kept.made:,} of {total:,} chunks embedded, the others were there")
-    metrics = {
+    timings = {"chunks_per_second": bar.num_new / seconds, "chunks_per_batch": float(rows_per_batch)}
+    return Outcome(_metrics(total, num_truncated, facts), {**timings, "chunks_embedded": float(kept.made)})
+
+
+def _metrics(total: int, num_truncated: int, facts: dict[str, Any]) -> dict[str, float]:
+    return {
         "vectors": total,
         "dim": facts["dim"],
         "padded_length": facts["max_tokens"],
         "truncated_chunks": num_truncated,
         "truncated_share": num_truncated / max(total, 1),
     }
-    timings = {"chunks_per_second": bar.num_new / seconds, "chunks_per_batch": float(rows_per_batch)}
-    return Outcome(metrics, {**timings, "chunks_embedded": float(kept.made)})
+
+
+def _take_over(restore: Callable[[Path], bool], work: Path, facts: dict[str, Any], tokenizer: str) -> None:
+    """Write the parts that an earlier run had, from the chunks and embeddings that `restore` finds."""
+    described = {name: fact for name, fact in facts.items() if name != SETTINGS}
+    with tempfile.TemporaryDirectory(prefix="restored.", suffix=".partial", dir=work) as name:
+        if not restore(Path(name)):
+            return
+        data = Path(name) / "data"
+        try:
+            pairs = []
+            for split in SPLITS:
+                chunks = Artifact.open(data / "chunks" / split, "chunks").require(tokenizer=tokenizer)
+                embeddings = Artifact.open(data / "embeddings" / split, EmbedJob.kind)
+                pairs.append((chunks, embeddings.require(chunks=chunks.fingerprint, **described)))
+        except ArtifactError as error:
+            logger.info(f"embed: the vectors of the last run are of no use here ({error})")
+            return
+        for chunks, embeddings in pairs:
+            for number, (start, stop) in enumerate(itertools.pairwise(chunks["tokens"].starts.tolist())):
+                content = chunks.files[numbered("tokens.npy", number)]
+                with (
+                    whole_part(work / part_name(facts[SETTINGS], content)) as folder,
+                    ArtifactWriter(folder, EmbedJob.kind, max(stop - start, 1)) as writer,
+                ):
+                    truncated = embeddings["truncated"][start:stop]
+                    writer.append(vectors=embeddings["vectors"][start:stop], truncated=truncated)
+                    write_keys(writer, _keys_of(chunks, start, stop))
+                    writer.facts.update(**facts, content=content, truncated_chunks=int(truncated.sum()))
+    total = sum(embeddings.rows for _, embeddings in pairs)
+    logger.info(f"embed: took over {total:,} vectors of the last run; which libraries made them is not known")
 
 
 def _parts(kept: KeptParts, split: str, chunks: Artifact, bar: Progress) -> Iterator[Part]:

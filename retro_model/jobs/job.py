@@ -89,15 +89,22 @@ class Job(Protocol[Opened]):
 
 
 def make_part(job: Job[Opened], opened: Opened, folder: Path, arguments: tuple[Any, ...]) -> Iterator[int]:
-    """Make one part atomically: `folder` is complete or absent, even if two processes make the same part.
+    """Make one part as `folder`; yield numbers of finished units."""
+    with whole_part(folder) as unfinished:
+        yield from job.make(opened, unfinished, *arguments)
 
-    That happens if a cluster gives up a machine that is still running. The process that finishes second discards
-    its work, which equals the first one's.
+
+@contextlib.contextmanager
+def whole_part(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes the part `folder`, read-only, if the block succeeds.
+
+    `folder` is complete or absent, even if two processes make the same part. That happens if a cluster gives up a
+    machine that is still running. The process that finishes second discards its work, which equals the first one's.
     """
     unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
     unfinished.mkdir()
     try:
-        yield from job.make(opened, unfinished, *arguments)
+        yield unfinished
         for file in unfinished.iterdir():
             file.chmod(0o444)  # outputs are hard links to it
         try:

@@ -10,7 +10,7 @@ from the parts that it finished, because they are kept here while it runs.
 
 A part consists of items, such as the chunks of an embeddings part, and `keys.npy` holds a digest of each. If a part is
 not here, because a document was added to it, most of its items are in other parts with the same settings: `KeptParts`
-finds them, and only the others are made.
+finds them, and only the others are made. What knn keeps is different: retro_model.search.earlier describes it.
 """
 
 import contextlib
@@ -111,7 +111,7 @@ def settings_digest(code: str, libraries: Iterable[str], facts: dict[str, Any]) 
 
     `code` is a `code_digest`, `libraries` names installed distributions whose versions decide the bytes of a part.
     """
-    return _digest({"facts": facts, "code": code, "libraries": {name: _version(name) for name in libraries}})
+    return digest({"facts": facts, "code": code, "libraries": {name: _version(name) for name in libraries}})
 
 
 _version = functools.cache(importlib.metadata.version)  # it reads a file
@@ -129,14 +129,15 @@ def code_digest(*names: str) -> str:
         file = Path(spec.origin)
         files = sorted(file.parent.rglob("*.py")) if spec.submodule_search_locations else [file]
         listed += [(name, path.relative_to(file.parent).as_posix(), file_digest(path)) for path in files]
-    return _digest(listed)
+    return digest(listed)
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """Return the sha256 of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _part_name(settings: str, content: str) -> str:
+def part_name(settings: str, content: str) -> str:
     """Return the name of a part's folder; the part's facts have the whole digests."""
     return f"{settings[:16]}-{content[:32]}"
 
@@ -205,12 +206,12 @@ class KeptParts:
         part to record.
         """
         facts = {"content": content}
-        name = _part_name(self._settings, content)
+        name = part_name(self._settings, content)
         sources: list[Source] = []
         self.wanted += num_items
         if not (self._folder / name / DESCRIPTION).is_file():
             if self._known is None:
-                self._known = _KnownItems(self._folder, self._kind, _part_name(self._settings, ""))
+                self._known = _KnownItems(self._folder, self._kind, part_name(self._settings, ""))
             sources = self._known.find(keys()) if len(self._known) else []
             num_found = sum(len(source.items) for source in sources)
             self.found, self.made = self.found + num_found, self.made + num_items - num_found

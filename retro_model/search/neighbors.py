@@ -24,8 +24,9 @@ from retro_model.core.artifacts import SPLITS, Artifact, ArtifactWriter, Sharded
 from retro_model.core.config import Config, setting
 from retro_model.core.progress import Progress
 from retro_model.core.rows import NO_ROW
-from retro_model.jobs.engine import Engine
+from retro_model.jobs.engine import Engine, Running
 from retro_model.jobs.job import Outcome, row_parts, work_or_temporary
+from retro_model.jobs.parts import Parts, open_parts
 from retro_model.search.distances import (
     RECALL_AT,
     RECALL_QUERIES,
@@ -42,8 +43,9 @@ from retro_model.search.distances import (
     smallest,
     stored_distances,
 )
+from retro_model.search.earlier import AddedRows, Earlier, KeptNeighbors
 from retro_model.search.index import Index, gpu_build, nearest_by_code
-from retro_model.search.keys import code_of
+from retro_model.search.keys import code_of, num_lists
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +212,39 @@ class _Opened(NamedTuple):
     searched: Artifact
     chunks: dict[str, Artifact]
     embeddings: dict[str, Artifact]
+    grown: "_Grown | None"
+
+
+class _Grown(NamedTuple):
+    """A database with an exact index that has grown since an earlier run, what that run found, and the added rows."""
+
+    database: Database
+    earlier: Earlier
+    found: Artifact
+    added: AddedRows
+
+    @classmethod
+    def of(cls, database: Database, earlier: Earlier) -> "_Grown":
+        rows, stored = earlier.added(database.index.rows), database.index.stored
+        assert stored is not None
+        added = AddedRows(rows, stored[rows], database.documents[rows], database.index.largest_norm)
+        return cls(database, earlier, Artifact.open(earlier.folder, "neighbors", verify=False), added)
+
+    def nearest(
+        self, split: str, rows: slice, queries: Float32Array, documents: IntArray, k: int
+    ) -> tuple[IdArray, Float32Array, int]:
+        """What `Database.nearest` returns for these rows of a split, and how many of them looked at all rows."""
+        ids, distances = _empty_result(len(queries), k)
+        certain = np.zeros(len(queries), dtype=np.bool_)
+        before = self.earlier.kept[split].rows_before(np.arange(rows.start, rows.stop))
+        (known,) = np.nonzero(before != NO_ROW)
+        for part in _parts(known, max(1, PAIRS_AT_ONCE // max(1, len(self.added.ids)))):
+            found = self.earlier.neighbors(self.found, split, before[part])
+            nearer = self.added.nearer(queries[part], documents[part], found.distances[:, -1])
+            ids[part], distances[part], certain[part] = found.merged(*nearer)
+        (unknown,) = np.nonzero(~certain)
+        ids[unknown], distances[unknown] = self.database.nearest(queries[unknown], documents[unknown], k)
+        return ids, distances, len(unknown)
 
 
 @dataclass(frozen=True)
@@ -222,6 +257,7 @@ class KnnJob:
     config: NeighborsConfig
     queries_per_batch: int
     device: str = "auto"
+    earlier: Earlier | None = None
     kind: ClassVar[str] = "neighbors"
 
     @property
@@ -236,7 +272,8 @@ class KnnJob:
         embeddings = {split: Artifact.open(self.embeddings / split, "embeddings", verify=False) for split in SPLITS}
         index = Artifact.open(self.index, "index", verify=False)
         database = Database.open(embeddings["train"], index, chunks["train"], self.device)
-        return _Opened(database, index, chunks, embeddings)
+        grown = _Grown.of(database, self.earlier) if self.earlier else None
+        return _Opened(database, index, chunks, embeddings, grown)
 
     def facts(self, opened: _Opened) -> dict[str, Any]:
         """Fingerprints of the database and the index, and the number of neighbors kept."""
@@ -248,16 +285,21 @@ class KnnJob:
 
     def make(self, opened: _Opened, folder: Path, split: str, start: int, stop: int) -> Iterator[int]:
         """Writes the neighbors of chunks `start` to `stop` of a split."""
-        database, _, chunks, embeddings = opened
-        id_type = _id_type(database.index.rows)
+        database, _, chunks, embeddings, grown = opened
+        id_type, k, searched = _id_type(database.index.rows), self.config.stored, 0
         with ArtifactWriter(folder, self.kind, max(stop - start, 1)) as writer:
             for rows in _slices(start, stop, self.queries_per_batch):
                 queries = as_float32(embeddings[split]["vectors"][rows])
                 documents = chunks[split]["documents"][rows]
-                ids, distances = database.nearest(queries, documents, self.config.stored)
+                if grown is None:
+                    (ids, distances), count = database.nearest(queries, documents, k), len(queries)
+                else:
+                    ids, distances, count = grown.nearest(split, rows, queries, documents, k)
                 writer.append(ids=ids.astype(id_type), distances=distances)
+                searched += count
                 yield len(ids)
-            writer.facts.update(**self.facts(opened), **_split_facts(chunks[split], embeddings[split]))
+            facts = {**self.facts(opened), **_split_facts(chunks[split], embeddings[split])}
+            writer.facts.update(**facts, searched=searched)
 
 
 def _split_facts(chunks: Artifact, embeddings: Artifact) -> dict[str, Any]:
@@ -281,48 +323,73 @@ def make_neighbors(
     device: str = "auto",
     engine: Engine | None = None,
     work_folder: Path | None = None,
+    parts: Parts | None = None,
 ) -> Outcome:
     """Writes every chunk's neighbors among the train chunks, for all splits; returns metrics and timings.
 
     `queries_per_batch`, `engine` and `device` (auto, cpu or cuda) change speed only. Parts that a killed run
-    finished in `work_folder` are reused.
+    finished in `work_folder` are reused. With an exact index, so is what earlier runs found that is kept in `parts`:
+    chunks that were there before are compared with new ones only (retro_model.search.earlier).
 
     Raises MismatchError if chunks, embeddings and index were not made from one another, ConfigError if the
     device is missing.
     """
     chunks = {split: Artifact.open(chunks_folder / split, "chunks") for split in SPLITS}
     embeddings = {split: Artifact.open(embeddings_folder / split, "embeddings") for split in SPLITS}
-    Artifact.open(index_folder, "index")
+    index = Artifact.open(index_folder, "index")
     shaping = {name: embeddings["train"].facts[name] for name in SHAPING_FACTS}
     for split in SPLITS:
         embeddings[split].require(chunks=chunks[split].fingerprint, **shaping)
-    folders = embeddings_folder.absolute(), index_folder.absolute(), chunks_folder.absolute()
-    job = KnnJob(*folders, config, queries_per_batch, device)
     total = sum(artifact.rows for artifact in chunks.values())
-    metrics: dict[str, float] = {}
-    seconds = 0.0
     with (
+        open_parts(parts, KnnJob.kind, out_folder) as kept_folder,
         work_or_temporary(work_folder, out_folder) as work,
         whole_folder(out_folder) as folder,
-        (engine or Engine()).open(job) as running,
-        Progress("knn", total, "chunk") as bar,
     ):
-        for split in SPLITS:
-            facts, rows = _split_facts(chunks[split], embeddings[split]), chunks[split].rows
-            size, started = rows_per_part(rows), time.perf_counter()
-            with ArtifactWriter(folder / split, "neighbors", size) as writer:
-                for part in running.make(row_parts(split, rows, size, **facts), work, bar):
-                    writer.adopt(part)
-                writer.facts.update(**running.facts, **facts)
-            seconds += time.perf_counter() - started
-            found = Artifact.open(folder / split, "neighbors", verify=False)
-            values = describe_neighbors(found, chunks[split], embeddings[split], chunks["train"], embeddings["train"])
-            metrics |= {f"{split}_{name}": value for name, value in values.items()}
+        exact = not num_lists(index.facts["key"])
+        kept = KeptNeighbors(kept_folder, config.stored, chunks, embeddings) if parts and exact else None
+        folders = embeddings_folder.absolute(), index_folder.absolute(), chunks_folder.absolute()
+        job = KnnJob(*folders, config, queries_per_batch, device, kept.earlier() if kept else None)
+        started = time.perf_counter()
+        with (engine or Engine()).open(job) as running, Progress("knn", total, "chunk") as bar:
+            made = [
+                part
+                for split in SPLITS
+                for part in _write_split(running, folder / split, chunks[split], embeddings[split], work, bar)
+            ]
+        seconds = time.perf_counter() - started
+        if kept:
+            kept.keep(made)
+        metrics = _metrics(folder, chunks, embeddings)
     if not bar.num_new:
         return Outcome(metrics, {})
-    milliseconds = 1000 * seconds / bar.num_new
-    logger.info(f"knn: {milliseconds:.3g} ms a query for its {config.stored} nearest of {chunks['train'].rows:,}")
-    return Outcome(metrics, {"milliseconds_per_query": milliseconds})
+    milliseconds, searched = 1000 * seconds / bar.num_new, sum(part.facts["searched"] for part in made)
+    logger.info(
+        f"knn: {milliseconds:.3g} ms a query for its {config.stored} nearest of {chunks['train'].rows:,}; "
+        f"{searched:,} of {total:,} queries looked at all of them"
+    )
+    return Outcome(metrics, {"milliseconds_per_query": milliseconds, "queries_searched": float(searched)})
+
+
+def _write_split(
+    running: Running[_Opened], folder: Path, chunks: Artifact, embeddings: Artifact, work: Path, bar: Progress
+) -> Iterator[Artifact]:
+    """Writes the neighbors of a split, and yields the parts they consist of."""
+    facts, size = _split_facts(chunks, embeddings), rows_per_part(chunks.rows)
+    with ArtifactWriter(folder, "neighbors", size) as writer:
+        for part in running.make(row_parts(folder.name, chunks.rows, size, **facts), work, bar):
+            writer.adopt(part)
+            yield part
+        writer.facts.update(**running.facts, **facts)
+
+
+def _metrics(folder: Path, chunks: dict[str, Artifact], embeddings: dict[str, Artifact]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for split in SPLITS:
+        found = Artifact.open(folder / split, "neighbors", verify=False)
+        values = describe_neighbors(found, chunks[split], embeddings[split], chunks["train"], embeddings["train"])
+        metrics |= {f"{split}_{name}": value for name, value in values.items()}
+    return metrics
 
 
 def describe_neighbors(

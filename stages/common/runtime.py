@@ -35,5 +35,5 @@ class RuntimeConfig(EngineConfig, section="runtime"):
         return Engine(self, self.device)
 
     def kept_parts(self, root: Path) -> Parts:
-        """Where the jobs of chunk and embed keep their parts; `root` is the project's."""
+        """Where the jobs of chunk, embed and knn keep their parts; `root` is the project's."""
         return Parts(root / self.parts, int(self.parts_gb * 1e9))

@@ -1,4 +1,7 @@
-"""A corpus that grows: only what is new is tokenized and embedded, and the bytes are those of a clean run."""
+"""A corpus that grows: only what is new is tokenized and embedded, and the bytes are those of a clean run.
+
+Neighbors are compared in one of the tests; tests/search/test_growing_neighbors.py has what is theirs alone.
+"""
 
 import errno
 import os
@@ -26,6 +29,10 @@ from retro_model.embedding.config import EmbedConfig
 from retro_model.embedding.embed import make_embeddings
 from retro_model.jobs import parts as kept
 from retro_model.jobs.parts import Parts
+from retro_model.search import earlier
+from retro_model.search.build import make_index
+from retro_model.search.keys import IndexConfig
+from retro_model.search.neighbors import NeighborsConfig, make_neighbors
 
 CORPUS = CorpusConfig(valid=0.15, test=0.15)
 ALL = 1 << 40  # bytes: nothing is deleted
@@ -39,14 +46,19 @@ class World:
         self.parts = Parts(folder / "parts", ALL)
 
     def run(self, parts: Parts | None, **changes: Any) -> tuple[dict[str, bytes], int]:
-        """The bytes of chunks and embeddings, and how many chunks were embedded."""
+        """The bytes of chunks and embeddings, with `stored` of neighbors, too; and how many chunks were embedded."""
         self.runs += 1
         out, tokenizer = self.folder / f"out-{self.runs}", self.model / "tokenizer"
-        config = EmbedConfig(encoder=str(self.model / "encoder"), number_type="float32", max_tokens=24)
-        make_chunks(self.documents, CORPUS, tokenizer, changes.get("chunk_size", 16), out / "chunks", parts=parts)
-        outcome = make_embeddings(
-            out / "chunks", tokenizer, config, out / "embeddings", device="cpu", parts=parts, batch_size=8
+        config = EmbedConfig(
+            encoder=str(self.model / "encoder"), number_type="float32", max_tokens=changes.get("max_tokens", 24)
         )
+        make_chunks(self.documents, CORPUS, tokenizer, changes.get("chunk_size", 16), out / "chunks", parts=parts)
+        options: dict[str, Any] = {"parts": parts, "restore": changes.get("restore"), "batch_size": 8}
+        outcome = make_embeddings(out / "chunks", tokenizer, config, out / "embeddings", device="cpu", **options)
+        if "stored" in changes:
+            folders = out / "embeddings", out / "index", out / "chunks"
+            make_index(folders[0], IndexConfig(), folders[1])
+            make_neighbors(*folders, NeighborsConfig(stored=changes["stored"]), out / "neighbors", parts=parts)
         return files_of(out), int(outcome.timings["chunks_embedded"])
 
 
@@ -109,6 +121,7 @@ def test_any_sequence_of_changes_gives_the_bytes_of_a_clean_run(
     world = World(folder, model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunking, "LEAST_BLOCK_BYTES", 3000)
+        patch.setattr(earlier, "MOST_WORK", np.inf)  # uses earlier neighbors even where that is of little use
         for changes in rounds:
             for number, what in changes:
                 file = world.documents / f"document-{number:03d}.txt"
@@ -116,8 +129,8 @@ def test_any_sequence_of_changes_gives_the_bytes_of_a_clean_run(
                     file.write_text(new_text(100 * number + what))
                 else:
                     file.unlink(missing_ok=True)
-            grown, _ = world.run(world.parts)
-        assert grown == world.run(None)[0]
+            grown, _ = world.run(world.parts, stored=8)
+        assert grown == world.run(None, stored=8)[0]
 
 
 def damage_vectors(part: Path) -> None:
@@ -213,6 +226,35 @@ def test_outputs_are_links_or_copies_and_parts_are_read_only(
     files = [file for file in world.parts.folder.glob("*/*/*") if file.is_file()]
     assert files and all(file.stat().st_mode & 0o777 == 0o444 for file in files)
     assert made == world.run(None)[0]
+
+
+@pytest.mark.parametrize("what", ["whole", "damaged", "of other chunks", "shorter", "parts are there", "none"])
+def test_vectors_of_an_earlier_run_are_taken_over_where_there_are_no_parts(
+    world: World, what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, total = world.run(None, max_tokens=20 if what == "shorter" else 24)
+    (world.documents / "aaa.txt").write_text(new_text(1))
+    if what == "damaged":
+        rewrite(tmp_path / "out-1/embeddings/valid/vectors-00000.npy", lambda content: content[:-1] + b"!")
+    if what == "of other chunks":
+        world.run(None)  # with the same rows, in other places
+        shutil.rmtree(tmp_path / "out-1" / "chunks")
+        shutil.copytree(tmp_path / "out-2" / "chunks", tmp_path / "out-1" / "chunks")
+    if what == "parts are there":
+        (world.parts.folder / "embeddings" / "another").mkdir(parents=True)
+
+    def restore(folder: Path) -> bool:
+        shutil.copytree(tmp_path / "out-1", folder / "data", copy_function=os.link)
+        return what != "none"
+
+    grown, num_embedded = world.run(world.parts, restore=restore)
+    if what == "whole":
+        assert num_embedded == chunks_of(world, "aaa.txt") > 5
+        assert f"took over {total:,} vectors" in caplog.text
+    else:
+        assert num_embedded > total
+    assert grown == world.run(None)[0]
+    assert not list(world.parts.folder.glob("*/*.partial"))
 
 
 def part_names(parts: Parts) -> set[str]:

@@ -9,7 +9,7 @@ import yaml
 from project import Project
 
 pytestmark = pytest.mark.slow
-STAGES = ["tokenizer", "chunk", "embed"]
+STAGES = ["tokenizer", "chunk", "embed", "index", "knn"]
 NEW = "Gaba fuco di mi, stoba nor lem. " * 40
 
 
@@ -26,7 +26,12 @@ def made(output: str) -> list[tuple[int, int]]:
 
 def hashes(project: Project) -> list[str]:
     lock = yaml.safe_load((project.root / "dvc.lock").read_text())["stages"]
-    return [out["md5"] for stage in STAGES for out in lock[stage]["outs"] if out["path"].startswith("data/")]
+    return [
+        out["md5"]
+        for stage in STAGES
+        for out in lock.get(stage, {"outs": []})["outs"]
+        if out["path"].startswith("data/")
+    ]
 
 
 def test_a_new_document_costs_itself_where_the_tokenizer_is_kept(tmp_path: Path) -> None:
@@ -34,20 +39,24 @@ def test_a_new_document_costs_itself_where_the_tokenizer_is_kept(tmp_path: Path)
     shutil.copytree(project.root / "tiny/documents", project.root / "tiny/first")
     project.set(**{"tokenizer.train_on": "tiny/first", "runtime.parts": str(tmp_path / "parts")})
     project.commit("a tokenizer that stays")
-    (documents, _), (chunks, _) = made(repro(project, "repro", "embed"))
+    (documents, _), (chunks, _) = made(repro(project, "repro", "knn"))
     assert documents > 30 and chunks > 300
 
     (project.root / "tiny/documents/document-020b.txt").write_text(NEW)
     project.commit("a new document")
-    output = repro(project, "repro", "embed")
+    output = repro(project, "repro", "knn")
     (new_documents, _), (new_chunks, all_chunks) = made(output)
+    assert f"knn: {chunks:,} of {all_chunks:,} queries are of an earlier run" in output
+    assert f"{new_chunks} of {all_chunks:,} queries looked at all of them" in output
     assert new_documents == 1 and 5 < new_chunks < 0.2 * all_chunks
     assert "tokenizer: it is not the one of the last run" not in output
 
     clone = project.clone(tmp_path / "clone")
     (clone.root / "dvc.lock").unlink(missing_ok=True)
     clone.set(**{"runtime.parts": ".retro/parts"})
-    assert made(repro(clone, "repro", "embed"))[1] == (all_chunks, all_chunks), "it has no parts"
+    output = repro(clone, "repro", "knn")
+    assert made(output)[1] == (all_chunks, all_chunks), "it has no parts"
+    assert f"knn: {all_chunks:,} queries look at all" in output
     assert hashes(clone) == hashes(project)
 
     clone.set(**{"runtime.parts": str(tmp_path / "parts"), "chunk_size": 8})
@@ -56,6 +65,32 @@ def test_a_new_document_costs_itself_where_the_tokenizer_is_kept(tmp_path: Path)
     clone.commit("one more document, and other chunks here")
     shared = made(repro(clone, "exp", "run", "--temp", "-S", "chunk_size=16", "embed"))
     assert shared[0][0] == 1 and shared[1][0] < 0.2 * shared[1][1], "a temporary checkout uses the other clone's parts"
+
+
+def test_who_pulls_the_data_and_adds_a_document_embeds_that_document(tmp_path: Path) -> None:
+    project = Project.create(tmp_path / "project")
+    shutil.copytree(project.root / "tiny/documents", project.root / "tiny/first")
+    project.set(**{"tokenizer.train_on": "tiny/first"})
+    (_, (chunks, _)) = made(repro(project, "repro", "embed"))
+    project.run("dvc", "remote", "add", "-d", "store", str(tmp_path / "remote"))
+    project.run("dvc", "push")
+    project.commit("what a colleague gets")
+
+    clone = project.clone(tmp_path / "clone")
+    clone.run("dvc", "pull", "embed", "chunk")
+    (clone.root / "tiny/documents/document-020b.txt").write_text(NEW)
+    output = repro(clone, "repro", "embed")
+    new_chunks, all_chunks = made(output)[1]
+    assert new_chunks == all_chunks - chunks > 5
+    assert f"embed: took over {chunks:,} vectors of the last run" in output
+    grown = hashes(clone)
+
+    (project.root / "tiny/documents/document-020b.txt").write_text(NEW)
+    shutil.rmtree(project.root / ".retro")
+    with (project.root / "retro_model/embedding/config.py").open("a") as code:
+        code.write("# other code\n")
+    assert made(repro(project, "repro", "embed"))[1] == (all_chunks, all_chunks), "other code made the last vectors"
+    assert hashes(project) == grown
 
 
 def test_a_tokenizer_that_is_trained_on_the_corpus_says_what_a_new_document_costs(tmp_path: Path) -> None:
