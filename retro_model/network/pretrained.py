@@ -8,6 +8,7 @@ Loading refuses unknown tensors and config keys.
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,8 @@ def save_folder(
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file. Raises OSError for a full disk, as for any other file."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
@@ -75,6 +78,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    path.chmod(stat.S_IMODE(mode))  # safetensors lets only the owner read what it writes
 
 
 def load_config(folder: str | os.PathLike[str]) -> RETROConfig:

@@ -5,6 +5,7 @@ Code that comes with a model is never run, and weights are never unpickled.
 
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -59,6 +60,14 @@ def base_sizes(base: PreTrainedModel, depth: int) -> BaseSizes:
         max_seq_len=getattr(config, "max_position_embeddings", None) or NO_LIMIT,
         pad_id=config.pad_token_id,
     )
+
+
+def save_base(base: PreTrainedModel, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write a model as a folder that `load_base` reads; `weights` (None: the model's) are its whole state dict."""
+    base.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
+    mode = stat.S_IMODE((folder / "config.json").stat().st_mode)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)  # safetensors lets only the owner read what it writes
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

@@ -18,6 +18,7 @@ from retro_model.core.artifacts import whole_folder
 from retro_model.core.errors import RetroError, SourceError
 from retro_model.core.hub import first_line, quiet_transformers
 from retro_model.core.printable import say
+from retro_model.retrofit.bases import save_base
 
 
 def write_base(source: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -37,7 +38,7 @@ def write_base(source: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -
     model = cast("Any", AutoModelForCausalLM).from_config(loaded.config, dtype=dtype)
     model.load_state_dict(loaded.state_dict())
     with whole_folder(folder) as whole:
-        model.save_pretrained(whole)
+        save_base(model, whole)
         tokenizer.save_pretrained(whole)
 
 

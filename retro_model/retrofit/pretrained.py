@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from retro_model.core.errors import ConfigError, DamagedArtifactError, MismatchError, SourceError
 from retro_model.network.pretrained import CONFIG_NAME, load_tensors, read_config, save_folder
-from retro_model.retrofit.bases import load_base, weights_digest
+from retro_model.retrofit.bases import load_base, save_base, weights_digest
 from retro_model.retrofit.config import WEIGHTS_NAME, AdapterConfig
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def save(model: "Retrofit", folder: str | os.PathLike[str], weights: Mapping[str
         parameters = {name for name, _ in model.base.named_parameters(remove_duplicate=False)}  # tied ones twice
         buffers = {name: tensor for name, tensor in model.base.state_dict().items() if name not in parameters}
         state = {**buffers, **dict(model.base.named_parameters()), **of_base}
-        model.base.save_pretrained(Path(folder) / BASE_FOLDER, state_dict=state)
+        save_base(model.base, Path(folder) / BASE_FOLDER, state)
     config = {"base": describe_base(model, of_base), **values}
     save_folder(folder, config, adapters, WEIGHTS_NAME)
 

@@ -51,6 +51,10 @@ def test_what_is_written(folder: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(folder: Path) -> None:
+    assert (folder / WEIGHTS_NAME).stat().st_mode == (folder / CONFIG_NAME).stat().st_mode
+
+
 def test_a_config_from_before_copying_is_the_network_without_it(folder: Path) -> None:
     config = json.loads((folder / CONFIG_NAME).read_text())
     assert config.pop("copy_tokens") == 0 and config.pop("cross_attn_sink") is False

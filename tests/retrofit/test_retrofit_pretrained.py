@@ -67,6 +67,7 @@ def test_a_trained_base_is_saved_beside_the_adapters(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "trained")
     assert torch.equal(Retrofit.from_pretrained(tmp_path / "trained")(SEQ, RETRIEVED), model(SEQ, RETRIEVED))
     AutoModelForCausalLM.from_pretrained(tmp_path / "trained/base")
+    assert len({file.stat().st_mode for file in (tmp_path / "trained").rglob("*") if file.is_file()}) == 1
     opened(Retrofit(tiny_base("qwen2"), M)).save_pretrained(tmp_path / "full", full=True)
     assert Retrofit.from_pretrained(tmp_path / "full", freeze=False).frozen is False
 
