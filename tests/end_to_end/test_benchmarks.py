@@ -8,8 +8,10 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -58,7 +60,9 @@ def test_every_benchmark_joins(benchmark: Any) -> None:
     assert set(found) == names
     assert all(set(lines) == {"full", "quick"} for lines in found.values())
     alone = {name for name, lines in found.items() if not lines["full"]}
-    assert alone == {"corpora", "large", "strongest_plain"}, "needs params, a GPU, or hours"
+    assert alone == {"corpora", "large", "made_up_facts", "strongest_plain"}, (
+        "needs params, a GPU, or hours; or no measure"
+    )
 
 
 @pytest.mark.slow
@@ -119,6 +123,20 @@ def test_adapters_are_measured_beside_all_weights(
     _, adapters, everything = capsys.readouterr().out.splitlines()
     assert adapters.startswith("adapters") and everything.split()[:2] == ["all", "weights"]
     assert int(adapters.split()[1].replace(",", "")) < int(everything.split()[2].replace(",", ""))
+
+
+def test_made_up_facts_are_the_same_in_every_register_and_new_with_every_seed(benchmark: Any) -> None:
+    made_up = benchmark("made_up_facts")
+    texts, others = made_up.make_documents(20, 0), made_up.make_documents(20, 1)
+    assert texts == made_up.make_documents(20, 0) and len(set(texts)) == len(texts)
+    entries = [entry.split(". ")[0] for text in texts for entry in text.split("\n\n")[1:]]
+    counts = Counter(entries)
+    assert set(counts.values()) <= {4, 5}, "a register lists nobody twice"
+    assert not counts.keys() & {entry.split(". ")[0] for text in others for entry in text.split("\n\n")[1:]}
+    subject = made_up.make_subject(random.Random(0))
+    registers = [made_up.write_register(random.Random(seed), [subject]) for seed in range(5)]
+    told = [str(subject[fact]) for fact in ("birthplace", "coins", "eldest", "school", "river")]
+    assert all(word in register for word in told for register in registers) and len(set(registers)) == 5
 
 
 def test_a_growing_corpus_is_measured(
