@@ -41,12 +41,21 @@ def main() -> None:
     names = ModelNames.of(read_params("retrofit.base").retrofit.base)
     for column in COLUMNS:
         if (bits := metrics["evaluate"].get(f"test_bpb_{column}")) is not None:
-            saved = f": {_saved(metrics['evaluate'], names)}" if column == "on" else ""
-            print(f"{'':<19} {bits:.4f}  {names.column(column)}{saved}")
+            print(f"{'':<19} {bits:.4f}  {names.column(column)}{_saved(column, metrics['evaluate'], names)}")
     print(NEXT)
 
 
-def _saved(metrics: dict[str, Any], names: ModelNames) -> str:
+def _saved(column: str, metrics: dict[str, Any], names: ModelNames) -> str:
+    """What is said of the column with retrieval, and of random neighbors if they save something too."""
+    if column == "on":
+        return f": {_saved_by_retrieval(metrics, names)}"
+    if column == "random" and metrics["gain_random_vs_off_low"] > 0:
+        share = metrics["gain_random_vs_off"] / metrics["test_bpb_baseline"]
+        return f": save {share:.1%} too, which comes from training on this text and not from what is found"
+    return ""
+
+
+def _saved_by_retrieval(metrics: dict[str, Any], names: ModelNames) -> str:
     """The share of the baseline's bits that retrieval saves, with its interval and the number of documents."""
     share, low, high = (metrics[f"saved_share_vs_baseline{end}"] for end in ("", "_low", "_high"))
     documents = metrics["test_documents"]

@@ -136,6 +136,19 @@ def test_the_last_table_says_what_came_out_of_every_stage(finished: Path, capsys
     assert "compared" not in out
 
 
+@pytest.mark.parametrize(("low", "said"), [(0.001, True), (-0.001, False)])
+def test_the_last_table_says_what_random_neighbors_save_too(
+    work: Path, capsys: pytest.CaptureFixture[str], low: float, said: bool
+) -> None:
+    """Around a base, training on the text helps whatever is found."""
+    file = work / "metrics/evaluate.json"
+    metrics = {**json.loads(file.read_text()), "gain_random_vs_off": 0.0625, "gain_random_vs_off_low": low}
+    file.write_text(json.dumps({**metrics, "test_bpb_baseline": 1.25}))
+    summary.main()
+    out = capsys.readouterr().out
+    assert ("RETRO, random neighbors: save 5.0% too, which comes from training" in out) == said
+
+
 def test_no_neighbor_is_of_its_own_document_or_held_out(finished: Path) -> None:
     database = Artifact.open("data/chunks/train", "chunks")["documents"][:]
     held_out = set()
