@@ -38,6 +38,8 @@ def check_base(place: str) -> None:
             with torch.device("meta"):
                 base = cast("Any", AutoModelForCausalLM).from_config(config, trust_remote_code=False)
             has_weights = any(has_file(place, name) for name in WEIGHTS)
+    except SourceError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise unusable_base(place, first_line(error)) from error
     if not has_weights:

@@ -211,7 +211,12 @@ def unchanged(folder: Path) -> None:
             {},
             "found none of model.safetensors and model.safetensors.index.json; name a causal",
         ),
-        ("tokenizer", of_kind(model_type="t5"), {}, "base: t5 has an encoder and a decoder, expected a decoder alone"),
+        (
+            "tokenizer",
+            of_kind(model_type="t5"),
+            {},
+            "tokenizer: base: t5 has an encoder and a decoder, expected a decoder alone",
+        ),
         ("tokenizer", of_kind(model_type="bert"), {}, "base: BertLMHeadModel keeps its decoder layers in an unknown"),
         (
             "tokenizer",
